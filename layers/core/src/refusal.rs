@@ -1,0 +1,360 @@
+//! What a layer says when it does not let a request through.
+//!
+//! A [`Refusal`] is made by the layer that refuses, and then becomes either an
+//! HTTP response, through a [`Responder`](crate::Responder), or an error: it
+//! implements [`std::error::Error`], so that a service without HTTP (or a
+//! client) finds it again with
+//! `error.downcast_ref::<Refusal>()`.
+
+use std::{borrow::Cow, fmt, time::Duration};
+
+use http::StatusCode;
+
+/// Why a request was refused.
+///
+/// Each kind has its HTTP status, its gRPC code and its `reason`, a word for
+/// programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RefusalKind {
+    /// Over a limit; it will fit later.
+    RateLimited,
+    /// Its cost is above what the limit can ever hold.
+    NeverFits,
+    /// A circuit breaker is open.
+    CircuitOpen,
+    /// Too much is in flight, or too many are waiting.
+    Overloaded,
+    /// Time ran out.
+    TimedOut,
+    /// The shared store is down and the rule says to deny.
+    StoreUnavailable,
+    /// The service is shutting down.
+    Draining,
+    /// A signature is missing, wrong or stale.
+    Unauthenticated,
+    /// The same request was accepted before, or is being served.
+    Replayed,
+    /// The body is larger than allowed.
+    BodyTooLarge,
+    /// The request target is longer than allowed.
+    UriTooLong,
+    /// The header fields are larger than allowed.
+    HeadersTooLarge,
+    /// The request cannot be understood.
+    BadRequest,
+    /// Nothing is configured for this request.
+    NoRoute,
+    /// The callee cannot be reached, or answered nonsense.
+    BadGateway,
+    /// No callee is available.
+    Unavailable,
+    /// The request has passed here before.
+    LoopDetected,
+    /// What was asked for is not built in.
+    NotImplemented,
+    /// A fault of ours.
+    Internal,
+}
+
+/// One row for each kind: everything that a client can see of it. The prose
+/// of `detail` is also baked into the static body that costs no allocation.
+macro_rules! kinds {
+    ($($kind:ident $status:literal $grpc:literal $reason:literal $title:literal $type:literal $detail:literal;)*) => {
+        impl RefusalKind {
+            /// The HTTP status.
+            #[must_use]
+            pub fn status(self) -> StatusCode {
+                StatusCode::from_u16(match self { $(Self::$kind => $status,)* })
+                    .expect("the table holds valid statuses")
+            }
+
+            /// The gRPC status code.
+            #[must_use]
+            pub const fn grpc_code(self) -> u8 {
+                match self { $(Self::$kind => $grpc,)* }
+            }
+
+            /// A word for programs: the problem's `reason` member, and the
+            /// label of metrics.
+            #[must_use]
+            pub const fn reason(self) -> &'static str {
+                match self { $(Self::$kind => $reason,)* }
+            }
+
+            /// The problem's `title`.
+            #[must_use]
+            pub const fn title(self) -> &'static str {
+                match self { $(Self::$kind => $title,)* }
+            }
+
+            /// The problem's `type`: registered with IANA, or `about:blank`.
+            #[must_use]
+            pub const fn problem_type(self) -> &'static str {
+                match self { $(Self::$kind => $type,)* }
+            }
+
+            /// The `detail` that a refusal has when it is given none.
+            #[must_use]
+            pub const fn default_detail(self) -> &'static str {
+                match self { $(Self::$kind => $detail,)* }
+            }
+
+            /// The whole problem document with the default detail.
+            pub(crate) const fn default_problem(self) -> &'static str {
+                match self { $(Self::$kind => concat!(
+                    "{\"type\":\"", $type, "\",\"title\":\"", $title, "\",\"status\":", $status,
+                    ",\"detail\":\"", $detail, "\",\"reason\":\"", $reason, "\"}"
+                ),)* }
+            }
+
+            #[cfg(test)]
+            pub(crate) const ALL: &[Self] = &[$(Self::$kind,)*];
+        }
+    };
+}
+
+kinds! {
+    RateLimited 429 8 "rate_limited" "Too Many Requests"
+        "https://iana.org/assignments/http-problem-types#quota-exceeded"
+        "the quota is used up for now";
+    NeverFits 403 8 "never_fits" "Forbidden" "about:blank"
+        "the request costs more than its limit can ever hold";
+    CircuitOpen 503 14 "circuit_open" "Service Unavailable" "about:blank"
+        "the circuit breaker in front of the service is open";
+    Overloaded 503 8 "overloaded" "Service Unavailable" "about:blank"
+        "too many requests are waiting or in flight";
+    TimedOut 504 4 "timed_out" "Gateway Timeout" "about:blank"
+        "the request took too long";
+    StoreUnavailable 503 14 "store_unavailable" "Service Unavailable" "about:blank"
+        "the shared state cannot be reached";
+    Draining 503 14 "draining" "Service Unavailable" "about:blank"
+        "the service is shutting down";
+    Unauthenticated 401 16 "unauthenticated" "Unauthorized" "about:blank"
+        "the request could not be authenticated";
+    Replayed 409 6 "replayed" "Conflict" "about:blank"
+        "the request was accepted before";
+    BodyTooLarge 413 8 "body_too_large" "Content Too Large" "about:blank"
+        "the request body is too large";
+    UriTooLong 414 8 "uri_too_long" "URI Too Long" "about:blank"
+        "the request target is too long";
+    HeadersTooLarge 431 8 "headers_too_large" "Request Header Fields Too Large" "about:blank"
+        "the request header fields are too large";
+    BadRequest 400 3 "bad_request" "Bad Request" "about:blank"
+        "the request cannot be understood";
+    NoRoute 404 12 "no_route" "Not Found" "about:blank"
+        "nothing is served here";
+    BadGateway 502 14 "bad_gateway" "Bad Gateway" "about:blank"
+        "the upstream cannot be reached or did not answer properly";
+    Unavailable 503 14 "unavailable" "Service Unavailable" "about:blank"
+        "no upstream is available";
+    LoopDetected 508 14 "loop_detected" "Loop Detected" "about:blank"
+        "the request has passed here before";
+    NotImplemented 501 12 "not_implemented" "Not Implemented" "about:blank"
+        "this is not supported";
+    Internal 500 13 "internal" "Internal Server Error" "about:blank"
+        "something went wrong here";
+}
+
+/// A request that was not let through: why, and when it may be tried again.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Refusal {
+    kind: RefusalKind,
+    retry_after: Option<Duration>,
+    reason: Option<&'static str>,
+    // Rare, so one word for all of it: a refusal stays small.
+    extra: Option<Box<Extra>>,
+}
+
+#[derive(Clone, Default, PartialEq, Eq)]
+struct Extra {
+    detail: Option<Cow<'static, str>>,
+    status: Option<StatusCode>,
+    members: Vec<(&'static str, serde_json::Value)>,
+}
+
+impl Refusal {
+    /// A refusal of this kind, with its default detail and no `retry_after`.
+    #[must_use]
+    pub const fn new(kind: RefusalKind) -> Self {
+        Self {
+            kind,
+            retry_after: None,
+            reason: None,
+            extra: None,
+        }
+    }
+
+    /// Says when the request may be tried again: not before this long.
+    #[must_use]
+    pub fn with_retry_after(mut self, wait: impl Into<Option<Duration>>) -> Self {
+        self.retry_after = wait.into();
+        self
+    }
+
+    /// Replaces the `detail`: a sentence for people. It is sent to the
+    /// client, so it must hold no secret.
+    #[must_use]
+    pub fn with_detail(mut self, detail: impl Into<Cow<'static, str>>) -> Self {
+        self.extra().detail = Some(detail.into());
+        self
+    }
+
+    /// Replaces the `reason`: a word for programs, finer than the kind's.
+    #[must_use]
+    pub fn with_reason(mut self, reason: &'static str) -> Self {
+        self.reason = Some(reason);
+        self
+    }
+
+    /// Replaces the kind's HTTP status.
+    #[must_use]
+    pub fn with_status(mut self, status: StatusCode) -> Self {
+        self.extra().status = Some(status);
+        self
+    }
+
+    /// Adds a member to the problem document (RFC 9457 §3.2).
+    #[must_use]
+    pub fn with_member(mut self, name: &'static str, value: impl Into<serde_json::Value>) -> Self {
+        self.extra().members.push((name, value.into()));
+        self
+    }
+
+    fn extra(&mut self) -> &mut Extra {
+        self.extra.get_or_insert_default()
+    }
+
+    /// Why.
+    #[must_use]
+    pub const fn kind(&self) -> RefusalKind {
+        self.kind
+    }
+
+    /// How long to wait before the request may be tried again; `None` where
+    /// waiting does not help or nobody can tell.
+    #[must_use]
+    pub const fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
+    }
+
+    /// [`retry_after`](Self::retry_after) in whole seconds as `Retry-After`
+    /// carries them: rounded up, at least 1, so that a client that waits them
+    /// has waited long enough.
+    #[must_use]
+    pub fn retry_after_secs(&self) -> Option<u64> {
+        self.retry_after.map(|wait| {
+            let up = u64::from(wait.subsec_nanos() > 0);
+            wait.as_secs().saturating_add(up).max(1)
+        })
+    }
+
+    /// The HTTP status.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.extra
+            .as_ref()
+            .and_then(|extra| extra.status)
+            .unwrap_or_else(|| self.kind.status())
+    }
+
+    /// A word for programs.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        self.reason.unwrap_or_else(|| self.kind.reason())
+    }
+
+    /// A sentence for people.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        self.extra
+            .as_ref()
+            .and_then(|extra| extra.detail.as_deref())
+            .unwrap_or_else(|| self.kind.default_detail())
+    }
+
+    /// The members added to the problem document.
+    pub fn members(&self) -> impl Iterator<Item = (&'static str, &serde_json::Value)> {
+        self.extra
+            .iter()
+            .flat_map(|extra| extra.members.iter().map(|(name, value)| (*name, value)))
+    }
+
+    /// Whether the document of its kind says it all.
+    pub(crate) const fn is_plain(&self) -> bool {
+        self.extra.is_none() && self.reason.is_none()
+    }
+}
+
+impl fmt::Debug for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Refusal")
+            .field("kind", &self.kind)
+            .field("retry_after", &self.retry_after)
+            .field("detail", &self.detail())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.detail())?;
+        match self.retry_after {
+            Some(wait) => write!(f, " (retry after {wait:?})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+impl From<RefusalKind> for Refusal {
+    fn from(kind: RefusalKind) -> Self {
+        Self::new(kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_small_and_found_again() {
+        assert!(size_of::<Refusal>() <= 48);
+        let error: crate::BoxError = Refusal::new(RefusalKind::RateLimited)
+            .with_retry_after(Duration::from_millis(1500))
+            .into();
+        let refusal = error.downcast_ref::<Refusal>().unwrap();
+        assert_eq!(refusal.retry_after_secs(), Some(2));
+        assert_eq!(
+            error.to_string(),
+            "the quota is used up for now (retry after 1.5s)"
+        );
+    }
+
+    #[test]
+    fn retry_after_is_at_least_a_second_and_rounded_up() {
+        let secs = |wait| {
+            Refusal::new(RefusalKind::RateLimited)
+                .with_retry_after(wait)
+                .retry_after_secs()
+                .unwrap()
+        };
+        assert_eq!(secs(Duration::ZERO), 1);
+        assert_eq!(secs(Duration::from_nanos(1)), 1);
+        assert_eq!(secs(Duration::from_secs(1)), 1);
+        assert_eq!(secs(Duration::from_nanos(1_000_000_001)), 2);
+        assert_eq!(secs(Duration::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn every_kind_has_a_sound_document() {
+        for kind in RefusalKind::ALL {
+            let problem: serde_json::Value = serde_json::from_str(kind.default_problem()).unwrap();
+            assert_eq!(problem["status"], kind.status().as_u16());
+            assert_eq!(problem["reason"], kind.reason());
+            assert_eq!(problem["title"], kind.title());
+            assert!(kind.grpc_code() <= 16);
+        }
+    }
+}

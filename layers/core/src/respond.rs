@@ -1,0 +1,283 @@
+//! Refusals as HTTP responses.
+//!
+//! A [`Responder`] turns a [`Refusal`] into a response. The default one,
+//! [`ProblemResponder`], writes RFC 9457 `application/problem+json`, or gRPC
+//! trailers-only where the request's content-type says gRPC. A closure is a
+//! responder too:
+//!
+//! ```
+//! use buttress_core::{Head, Refusal, Responder};
+//! use bytes::Bytes;
+//! use http::Response;
+//!
+//! let teapot = |refusal: &Refusal, _request: Head<'_>| {
+//!     Response::builder()
+//!         .status(418)
+//!         .body(Bytes::from(refusal.detail().to_owned()))
+//!         .unwrap()
+//! };
+//! # fn takes(_: impl Responder) {}
+//! takes(teapot);
+//! ```
+
+use std::{fmt, sync::Arc};
+
+use bytes::Bytes;
+use http::{
+    HeaderName, HeaderValue, Response, StatusCode,
+    header::{CONTENT_TYPE, RETRY_AFTER},
+};
+
+use crate::{Head, Refusal};
+
+/// `grpc-status`.
+pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+/// `grpc-message`.
+pub const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+/// `grpc-retry-pushback-ms`: when a gRPC client may retry (gRFC A6).
+pub const GRPC_RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
+
+/// Turns a refusal into a response.
+///
+/// Called where the request is refused, outside every lock. The layer adds its
+/// own headers (`X-RateLimit-*`, say) to what the responder made.
+pub trait Responder: Send + Sync + 'static {
+    /// The response for `refusal` of `request`.
+    fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes>;
+}
+
+impl<F> Responder for F
+where
+    F: Fn(&Refusal, Head<'_>) -> Response<Bytes> + Send + Sync + 'static,
+{
+    fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes> {
+        self(refusal, request)
+    }
+}
+
+/// The default responder: a problem document (RFC 9457), or, for gRPC,
+/// HTTP 200 with the status in the headers (trailers-only).
+///
+/// `Retry-After` is in whole seconds, rounded up, at least 1; gRPC clients get
+/// `grpc-retry-pushback-ms`, rounded up, instead.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProblemResponder;
+
+impl Responder for ProblemResponder {
+    fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes> {
+        if request.is_grpc() {
+            grpc(refusal)
+        } else {
+            problem(refusal)
+        }
+    }
+}
+
+fn problem(refusal: &Refusal) -> Response<Bytes> {
+    let body = if refusal.is_plain() {
+        Bytes::from_static(refusal.kind().default_problem().as_bytes())
+    } else {
+        document(refusal)
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = refusal.status();
+    let headers = response.headers_mut();
+    // One allocation for what the layers are about to add, too.
+    headers.reserve(6);
+    headers.insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("application/problem+json"),
+    );
+    if let Some(secs) = refusal.retry_after_secs() {
+        headers.insert(RETRY_AFTER, integer(secs));
+    }
+    response
+}
+
+fn document(refusal: &Refusal) -> Bytes {
+    let kind = refusal.kind();
+    let status = refusal.status();
+    let mut document = serde_json::Map::new();
+    let mut put = |name: &str, value: serde_json::Value| {
+        document.insert(name.to_owned(), value);
+    };
+    put("type", kind.problem_type().into());
+    // With `about:blank` the title is the status phrase (RFC 9457 §4.2.1).
+    let title = if status == kind.status() {
+        kind.title()
+    } else {
+        status.canonical_reason().unwrap_or(kind.title())
+    };
+    put("title", title.into());
+    put("status", status.as_u16().into());
+    put("detail", refusal.detail().into());
+    put("reason", refusal.reason().into());
+    for (name, value) in refusal.members() {
+        put(name, value.clone());
+    }
+    serde_json::Value::Object(document).to_string().into()
+}
+
+fn grpc(refusal: &Refusal) -> Response<Bytes> {
+    let mut response = Response::new(Bytes::new());
+    *response.status_mut() = StatusCode::OK;
+    let headers = response.headers_mut();
+    headers.reserve(6);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(GRPC_STATUS, integer(refusal.kind().grpc_code().into()));
+    headers.insert(GRPC_MESSAGE, percent_encoded(refusal.detail()));
+    if let Some(wait) = refusal.retry_after() {
+        let millis = wait.as_nanos().div_ceil(1_000_000);
+        // A gRPC client reads it as i32; what does not fit means "never".
+        let millis = u64::try_from(millis)
+            .unwrap_or(u64::MAX)
+            .min(i32::MAX as u64);
+        headers.insert(GRPC_RETRY_PUSHBACK, integer(millis));
+    }
+    response
+}
+
+/// `grpc-message`, percent-encoded as the gRPC specification asks: printable
+/// ASCII but `%` stays as it is.
+fn percent_encoded(message: &str) -> HeaderValue {
+    use fmt::Write;
+
+    let mut encoded = String::with_capacity(message.len());
+    for byte in message.bytes() {
+        match byte {
+            b' '..=b'~' if byte != b'%' => encoded.push(char::from(byte)),
+            _ => write!(encoded, "%{byte:02X}").expect("a string takes all"),
+        }
+    }
+    HeaderValue::try_from(encoded).expect("only printable ASCII is left")
+}
+
+/// A whole number as a header value. Below 1000 it costs no allocation.
+#[must_use]
+pub fn integer(number: u64) -> HeaderValue {
+    /// "000", "001", … "999".
+    static SMALL: [[u8; 3]; 1000] = {
+        let mut table = [[b'0'; 3]; 1000];
+        let mut n = 0;
+        while n < 1000 {
+            #[expect(clippy::cast_possible_truncation)]
+            let digits = [(n / 100) as u8, (n / 10 % 10) as u8, (n % 10) as u8];
+            table[n] = [b'0' + digits[0], b'0' + digits[1], b'0' + digits[2]];
+            n += 1;
+        }
+        table
+    };
+
+    match usize::try_from(number) {
+        Ok(n) if n < SMALL.len() => {
+            let skip = usize::from(n < 100) + usize::from(n < 10);
+            let digits = std::str::from_utf8(&SMALL[n][skip..]).expect("digits are ASCII");
+            HeaderValue::from_static(digits)
+        }
+        _ => {
+            let mut buffer = itoa::Buffer::new();
+            HeaderValue::from_str(buffer.format(number)).expect("digits are a valid value")
+        }
+    }
+}
+
+/// A [`Responder`] shared by the clones of a layer.
+#[derive(Clone)]
+pub struct SharedResponder(Arc<dyn Responder>);
+
+impl SharedResponder {
+    /// Shares `responder`.
+    pub fn new(responder: impl Responder) -> Self {
+        Self(Arc::new(responder))
+    }
+
+    /// The response for `refusal` of `request`.
+    #[must_use]
+    pub fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes> {
+        self.0.respond(refusal, request)
+    }
+}
+
+impl Default for SharedResponder {
+    fn default() -> Self {
+        Self::new(ProblemResponder)
+    }
+}
+
+impl fmt::Debug for SharedResponder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SharedResponder")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http::Request;
+
+    use super::*;
+    use crate::RefusalKind;
+
+    fn respond(refusal: &Refusal, content_type: &str) -> Response<Bytes> {
+        let request = Request::builder()
+            .header(CONTENT_TYPE, content_type)
+            .body(())
+            .unwrap();
+        ProblemResponder.respond(refusal, Head::from(&request))
+    }
+
+    #[test]
+    fn http_gets_a_problem_document() {
+        let refusal =
+            Refusal::new(RefusalKind::RateLimited).with_retry_after(Duration::from_millis(2100));
+        let response = respond(&refusal, "text/plain");
+        assert_eq!(response.status(), 429);
+        assert_eq!(response.headers()["retry-after"], "3");
+        assert_eq!(
+            response.headers()["content-type"],
+            "application/problem+json"
+        );
+        let problem: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
+        assert_eq!(problem["status"], 429);
+        assert_eq!(problem["reason"], "rate_limited");
+    }
+
+    #[test]
+    fn details_and_members_are_escaped() {
+        let refusal = Refusal::new(RefusalKind::Unauthenticated)
+            .with_detail("say \"please\"\n")
+            .with_reason("timestamp_too_old")
+            .with_status(StatusCode::FORBIDDEN)
+            .with_member("hint", serde_json::json!(["a", 1]));
+        let response = respond(&refusal, "text/plain");
+        assert_eq!(response.status(), 403);
+        let problem: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
+        assert_eq!(problem["detail"], "say \"please\"\n");
+        assert_eq!(problem["reason"], "timestamp_too_old");
+        assert_eq!(problem["title"], "Forbidden");
+        assert_eq!(problem["hint"][1], 1);
+    }
+
+    #[test]
+    fn grpc_gets_trailers_only() {
+        let refusal = Refusal::new(RefusalKind::RateLimited)
+            .with_retry_after(Duration::from_micros(1500))
+            .with_detail("100 % used, né");
+        let response = respond(&refusal, "application/grpc+proto");
+        assert_eq!(response.status(), 200);
+        assert!(response.body().is_empty());
+        let headers = response.headers();
+        assert_eq!(headers["grpc-status"], "8");
+        assert_eq!(headers["grpc-message"], "100 %25 used, n%C3%A9");
+        assert_eq!(headers["grpc-retry-pushback-ms"], "2");
+        assert!(!headers.contains_key("retry-after"));
+    }
+
+    #[test]
+    fn numbers_read_as_they_are() {
+        for number in [0, 7, 10, 42, 99, 100, 999, 1000, 1_790_000_000, u64::MAX] {
+            assert_eq!(integer(number), number.to_string().as_str());
+        }
+    }
+}
