@@ -1,1 +1,9 @@
-//! x
+#![doc = include_str!("../README.md")]
+
+mod error;
+mod gcra;
+mod quota;
+
+pub use error::ConfigError;
+pub use gcra::Gcra;
+pub use quota::Quota;
