@@ -1,9 +1,9 @@
 //! What can be wrong with a configuration.
 
-use std::{error::Error, fmt};
+use std::{borrow::Cow, error::Error, fmt};
 
 /// A configuration that makes no sense, found by `build()`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConfigError {
     /// A quota of no requests.
@@ -21,9 +21,9 @@ pub enum ConfigError {
     /// More limits than one layer decides together.
     TooManyLimits,
     /// Two limits of one name.
-    DuplicateName(&'static str),
+    DuplicateName(Cow<'static, str>),
     /// A limit's name that a header cannot carry.
-    BadName(&'static str),
+    BadName(Cow<'static, str>),
     /// Room for no key.
     ZeroKeys,
     /// A fixed cost of more than the burst: nothing would ever pass.

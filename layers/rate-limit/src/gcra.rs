@@ -241,6 +241,23 @@ impl Gcra {
         self.minus(debt, spent_then).nanos_up()
     }
 
+    /// Nanoseconds that the whole burst takes to come back, rounded up.
+    #[inline]
+    pub(crate) fn window(&self) -> u64 {
+        self.tolerance.nanos_up()
+    }
+
+    /// Nanoseconds until `cost`, which may be above the burst, has been let
+    /// through in turns: how long the last of a queue waits.
+    #[cfg(feature = "wait")]
+    pub(crate) fn wait_behind(&self, tat: Tat, now: u64, cost: u64) -> u64 {
+        let debt = self.debt(tat, now).nanos_up();
+        let cost = u128::from(cost) * u128::from(self.numerator);
+        let cost = cost.div_ceil(u128::from(self.denominator));
+        let ahead = u128::from(debt) + cost;
+        u64::try_from(ahead.saturating_sub(self.tolerance.nanos.into())).unwrap_or(u64::MAX)
+    }
+
     /// The state after giving `cost` back. Never below `now`: what has come
     /// back by itself is not given back twice.
     pub(crate) fn refund(&self, tat: Tat, now: u64, cost: u32) -> Tat {

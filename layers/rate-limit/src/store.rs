@@ -1,0 +1,428 @@
+//! Where the arrival times are kept: one table of 16-byte cells a limit.
+
+use std::borrow::Cow;
+
+use buttress_core::{
+    clock::Instant,
+    keyed::{Entry, Full, Guard, KeyId, KeyedMap},
+};
+
+use crate::gcra::{Gcra, Ruling, Tat};
+
+/// Bits of a packed arrival time; the key's id has the rest.
+const TAT_BITS: u32 = 80;
+
+/// A key's whole state: 48 bits of its id, 80 of its arrival time.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cell(u128);
+
+impl Cell {
+    fn new(id: KeyId, tat: Tat) -> Self {
+        Self((u128::from(id.slot_bits()) << TAT_BITS) | tat.pack())
+    }
+
+    fn tat(self) -> Tat {
+        Tat::unpack(self.0)
+    }
+}
+
+impl Entry for Cell {
+    type Shared = Terms;
+
+    #[inline]
+    fn slot_bits(&self) -> u64 {
+        (self.0 >> TAT_BITS) as u64
+    }
+
+    #[inline]
+    fn is_spent(&self, now: Instant) -> bool {
+        !self.tat().is_after(now.as_nanos())
+    }
+
+    #[inline]
+    fn debt(&self) -> u64 {
+        self.tat().nanos_up()
+    }
+}
+
+/// What each shard of a table knows, under the lock that a decision takes
+/// anyway: reading the quota costs nothing, and replacing it no request waits
+/// for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    gcra: Gcra,
+    /// The latest time a decision was taken at. A thread that read the clock
+    /// and was then suspended must not turn it back.
+    latest: u64,
+}
+
+/// How a key stands with its limit after a decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Standing {
+    /// Index of the limit.
+    pub(crate) limit: usize,
+    /// The burst.
+    pub(crate) burst: u32,
+    pub(crate) remaining: u32,
+    /// Nanoseconds until the quota is whole, rounded up.
+    pub(crate) until_full: u64,
+    /// Nanoseconds until one more fits, rounded up.
+    pub(crate) until_more: u64,
+    /// Nanoseconds that the whole burst takes, rounded up.
+    pub(crate) window: u64,
+}
+
+impl Standing {
+    fn of(limit: usize, gcra: &Gcra, tat: Tat, now: u64, detail: Detail) -> Self {
+        Self {
+            limit,
+            burst: gcra.burst(),
+            remaining: gcra.remaining(tat, now),
+            until_full: gcra.until_full(tat, now),
+            // Only the draft's fields ask for it.
+            until_more: if detail == Detail::All {
+                gcra.until_more(tat, now)
+            } else {
+                0
+            },
+            window: gcra.window(),
+        }
+    }
+
+    /// Whether a client should rather be shown `self` than `other`.
+    pub(crate) fn is_tighter_than(&self, other: &Self) -> bool {
+        (self.remaining, other.until_full) < (other.remaining, self.until_full)
+    }
+}
+
+/// How much a decision is to tell of how the key stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Detail {
+    /// Nothing: no division is paid for.
+    None,
+    /// The tightest limit.
+    Tightest,
+    /// Every limit.
+    All,
+}
+
+/// What one request asks of one limit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ask {
+    /// Index of the limit.
+    pub(crate) limit: usize,
+    pub(crate) id: KeyId,
+    pub(crate) cost: u32,
+    /// The quota of this key, where it is not the limit's own.
+    pub(crate) quota: Option<Gcra>,
+}
+
+/// What the store says of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Pass,
+    /// It may pass in `wait` nanoseconds, as far as `limit` tells.
+    Wait { limit: usize, wait: u64 },
+    /// It costs more than `limit` can ever hold.
+    Never { limit: usize },
+    /// There is no room to remember its key in `limit`.
+    NoRoom { limit: usize },
+}
+
+/// One limit's keys.
+#[derive(Debug)]
+pub(crate) struct Table {
+    pub(crate) name: Cow<'static, str>,
+    map: KeyedMap<Cell>,
+}
+
+/// A key's shard, locked for a decision.
+struct Held<'a> {
+    guard: Guard<'a, Cell>,
+    tat: Tat,
+    now: u64,
+}
+
+impl Table {
+    pub(crate) fn new(
+        name: Cow<'static, str>,
+        gcra: Gcra,
+        config: buttress_core::keyed::Config,
+    ) -> Self {
+        let terms = Terms { gcra, latest: 0 };
+        Self {
+            name,
+            map: KeyedMap::new(config, terms),
+        }
+    }
+
+    pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
+        self.map.id(key)
+    }
+
+    pub(crate) fn map(&self) -> &KeyedMap<Cell> {
+        &self.map
+    }
+
+    #[inline]
+    fn hold(&self, id: KeyId, now: Instant) -> Held<'_> {
+        let mut guard = self.map.lock(id);
+        let terms = guard.shared_mut();
+        let now = terms.latest.max(now.as_nanos());
+        terms.latest = now;
+        let tat = guard.get().map_or(Tat::default(), |cell| cell.tat());
+        Held { guard, tat, now }
+    }
+
+    /// The quota, as it stands.
+    pub(crate) fn gcra(&self, id: KeyId) -> Gcra {
+        self.map.lock(id).shared().gcra
+    }
+
+    /// How a key stands, charging nothing.
+    pub(crate) fn peek(&self, ask: &Ask, now: Instant) -> Standing {
+        let held = self.hold(ask.id, now);
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        Standing::of(ask.limit, &gcra, held.tat, held.now, Detail::All)
+    }
+
+    /// Nanoseconds until `cost` fits behind `ahead` that wait before it.
+    #[cfg(feature = "wait")]
+    pub(crate) fn wait_behind(&self, ask: &Ask, ahead: u64, now: Instant) -> u64 {
+        let held = self.hold(ask.id, now);
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        gcra.wait_behind(held.tat, held.now, ahead + u64::from(ask.cost))
+    }
+
+    /// Gives a charge back.
+    pub(crate) fn refund(&self, ask: &Ask, now: Instant) {
+        let mut held = self.hold(ask.id, now);
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        let tat = gcra.refund(held.tat, held.now, ask.cost);
+        if !tat.is_after(held.now) {
+            held.guard.remove();
+        } else if let Some(cell) = held.guard.get_mut() {
+            *cell = Cell::new(ask.id, tat);
+        }
+    }
+
+    /// Forgets a key: its quota is whole again.
+    pub(crate) fn reset(&self, id: KeyId) -> bool {
+        self.map.lock(id).remove().is_some()
+    }
+
+    /// Replaces the quota. Every key keeps the number of requests that it has
+    /// spent, at most the new burst.
+    pub(crate) fn replace(&self, gcra: Gcra, now: Instant) {
+        self.map.update_shards(|terms, cells| {
+            let old = terms.gcra;
+            let now = terms.latest.max(now.as_nanos());
+            terms.gcra = gcra;
+            for cell in cells {
+                let tat = gcra.convert(cell.tat(), &old, now);
+                let id = u128::from(cell.slot_bits()) << TAT_BITS;
+                *cell = Cell(id | tat.pack());
+            }
+        });
+    }
+}
+
+impl Held<'_> {
+    /// Stores the charge of `ask`.
+    #[inline]
+    fn commit(&mut self, ask: &Ask, tat: Tat) -> Result<bool, Full> {
+        if ask.cost == 0 {
+            return Ok(false);
+        }
+        let cell = Cell::new(ask.id, tat);
+        if let Some(stored) = self.guard.get_mut() {
+            *stored = cell;
+            return Ok(false);
+        }
+        let evicted = self.guard.insert(Instant::from_nanos(self.now), cell)?;
+        Ok(evicted.is_some())
+    }
+
+    fn heal(&mut self, ask: &Ask, tat: Option<Tat>) {
+        if let (Some(tat), Some(cell)) = (tat, self.guard.get_mut()) {
+            *cell = Cell::new(ask.id, tat);
+        }
+    }
+}
+
+/// The most limits that are decided together.
+pub(crate) const MAX_LIMITS: usize = 8;
+
+/// What came of a decision.
+#[derive(Debug)]
+pub(crate) struct Decision {
+    pub(crate) verdict: Verdict,
+    /// The tightest limit, or the one that refused, if it was asked for.
+    pub(crate) tightest: Option<Standing>,
+    /// Every limit, if it was asked for.
+    pub(crate) all: Vec<Standing>,
+    /// Limits that forgot a key in debt to make room, as bits.
+    pub(crate) evicted: u8,
+}
+
+/// Decides one limit.
+#[inline]
+pub(crate) fn decide_one(table: &Table, ask: &Ask, now: Instant, detail: Detail) -> Decision {
+    let mut held = table.hold(ask.id, now);
+    let (now, before) = (held.now, held.tat);
+    let gcra = match &ask.quota {
+        Some(gcra) => gcra,
+        None => &held.guard.shared().gcra,
+    };
+    let ruling = gcra.decide(before, now, ask.cost);
+    // Copied only where it is needed once the lock is gone.
+    let gcra = (detail != Detail::None).then_some(*gcra);
+    let mut decision = Decision {
+        verdict: Verdict::Pass,
+        tightest: None,
+        all: Vec::new(),
+        evicted: 0,
+    };
+    let mut after = before;
+    match ruling {
+        Ruling::Pass { tat } => match held.commit(ask, tat) {
+            Ok(evicted) => {
+                after = tat;
+                decision.evicted = u8::from(evicted);
+            }
+            Err(Full) => decision.verdict = Verdict::NoRoom { limit: ask.limit },
+        },
+        Ruling::Wait { wait, heal } => {
+            held.heal(ask, heal);
+            after = heal.unwrap_or(before);
+            decision.verdict = Verdict::Wait {
+                limit: ask.limit,
+                wait,
+            };
+        }
+        Ruling::Never => decision.verdict = Verdict::Never { limit: ask.limit },
+    }
+    drop(held);
+    if let Some(gcra) = gcra {
+        let standing = Standing::of(ask.limit, &gcra, after, now, detail);
+        decision.tightest = Some(standing);
+        if detail == Detail::All {
+            decision.all.push(standing);
+        }
+    }
+    decision
+}
+
+/// Decides several limits, all or none: each is locked, in the order of the
+/// limits, until all have ruled. A thread holds at most one shard of a table,
+/// and tables always in one order, so no two can wait for each other.
+pub(crate) fn decide_all(
+    tables: &[Table],
+    asks: &[Ask],
+    now: Instant,
+    detail: Detail,
+) -> Decision {
+    let mut held: [Option<Held<'_>>; MAX_LIMITS] = [const { None }; MAX_LIMITS];
+    let mut arrivals = [Tat::default(); MAX_LIMITS];
+    let mut verdict = Verdict::Pass;
+    for (index, ask) in asks.iter().enumerate() {
+        let key = held[index].insert(tables[ask.limit].hold(ask.id, now));
+        let gcra = match &ask.quota {
+            Some(gcra) => gcra,
+            None => &key.guard.shared().gcra,
+        };
+        let limit = ask.limit;
+        match gcra.decide(key.tat, key.now, ask.cost) {
+            Ruling::Pass { tat } => arrivals[index] = tat,
+            Ruling::Wait { wait, heal } => {
+                key.heal(ask, heal);
+                key.tat = heal.unwrap_or(key.tat);
+                verdict = match verdict {
+                    Verdict::Pass => Verdict::Wait { limit, wait },
+                    // Only when the longest wait is over do all let in.
+                    Verdict::Wait { wait: longest, .. } if wait > longest => {
+                        Verdict::Wait { limit, wait }
+                    }
+                    other => other,
+                };
+            }
+            Ruling::Never => {
+                if !matches!(verdict, Verdict::Never { .. }) {
+                    verdict = Verdict::Never { limit };
+                }
+            }
+        }
+    }
+
+    let mut evicted = 0;
+    if verdict == Verdict::Pass {
+        for (index, ask) in asks.iter().enumerate() {
+            let key = held[index].as_mut().expect("locked above");
+            match key.commit(ask, arrivals[index]) {
+                Ok(true) => evicted |= 1 << ask.limit,
+                Ok(false) => {}
+                Err(Full) => {
+                    verdict = Verdict::NoRoom { limit: ask.limit };
+                    // All or none: nobody has seen the charges made so far.
+                    for (ask, held) in asks[..index].iter().zip(&mut held) {
+                        held.as_mut().expect("locked above").undo(ask);
+                    }
+                    break;
+                }
+            }
+        }
+        if verdict == Verdict::Pass {
+            for (key, arrival) in held.iter_mut().flatten().zip(arrivals) {
+                key.tat = arrival;
+            }
+        }
+    }
+
+    let mut decision = Decision {
+        verdict,
+        tightest: None,
+        all: Vec::new(),
+        evicted,
+    };
+    if detail == Detail::None {
+        return decision;
+    }
+    // The numbers need divisions: they are worked out without the locks.
+    let mut states = [const { None }; MAX_LIMITS];
+    for ((held, ask), state) in held.iter().flatten().zip(asks).zip(&mut states) {
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        *state = Some((gcra, held.tat, held.now));
+    }
+    drop(held);
+    for ((gcra, tat, now), ask) in states.iter().flatten().zip(asks) {
+        let standing = Standing::of(ask.limit, gcra, *tat, *now, detail);
+        if detail == Detail::All {
+            decision.all.push(standing);
+        }
+        let shown = match verdict {
+            // A refusal is told in the terms of the limit that refused.
+            Verdict::Wait { limit, .. } | Verdict::Never { limit } | Verdict::NoRoom { limit } => {
+                limit == ask.limit
+            }
+            Verdict::Pass => decision
+                .tightest
+                .is_none_or(|tightest| standing.is_tighter_than(&tightest)),
+        };
+        if shown {
+            decision.tightest = Some(standing);
+        }
+    }
+    decision
+}
+
+impl Held<'_> {
+    /// Takes a charge back that was made under this very lock.
+    #[cold]
+    fn undo(&mut self, ask: &Ask) {
+        if self.tat == Tat::default() {
+            self.guard.remove();
+        } else if let Some(cell) = self.guard.get_mut() {
+            *cell = Cell::new(ask.id, self.tat);
+        }
+    }
+}
