@@ -76,6 +76,13 @@ pub trait View: 'static {
 pub trait Sees<Req>: View {
     /// Looks at `request`.
     fn see(request: &Req) -> Self::Ref<'_>;
+
+    /// What is attached to `request`, where it is of a kind that can have
+    /// things attached.
+    fn extensions(request: &Req) -> Option<&Extensions> {
+        let _ = request;
+        None
+    }
 }
 
 /// HTTP requests, seen as a [`Head`].
@@ -89,6 +96,10 @@ impl View for Http {
 impl<B> Sees<Request<B>> for Http {
     fn see(request: &Request<B>) -> Head<'_> {
         Head::from(request)
+    }
+
+    fn extensions(request: &Request<B>) -> Option<&Extensions> {
+        Some(request.extensions())
     }
 }
 

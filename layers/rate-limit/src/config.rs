@@ -151,7 +151,7 @@ impl<V: View> Limit<V> {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let (free, gold) = (Quota::per_minute(10).check()?, Quota::per_minute(600).check()?);
     /// let limit = Limit::new(Quota::per_minute(10))
-    ///     .key(key::header("x-api-key")?)
+    ///     .key(key::header("x-api-key"))
     ///     .quota_by(move |head: Head<'_>| match head.headers.get("x-tier") {
     ///         Some(tier) if tier == "gold" => gold,
     ///         _ => free,
@@ -409,8 +409,11 @@ impl<V: View, M> RateLimitBuilder<V, M> {
     pub fn build(self) -> Result<RateLimitLayer<V, M>, ConfigError> {
         Ok(RateLimitLayer::new(self.shared()?))
     }
+}
 
-    /// The same as a layer that waits for its turn in place of refusing.
+#[cfg(feature = "wait")]
+impl<V: View> RateLimitBuilder<V, Errors> {
+    /// Builds a layer that waits for its turn in place of refusing.
     ///
     /// A request waits at most `longest`, behind at most `room` that wait
     /// already; see [`WaitLayer`](crate::WaitLayer).
@@ -418,12 +421,11 @@ impl<V: View, M> RateLimitBuilder<V, M> {
     /// # Errors
     ///
     /// As [`build`](Self::build), and where `longest` or `room` is zero.
-    #[cfg(feature = "wait")]
     pub fn build_waiting(
         self,
         longest: std::time::Duration,
         room: usize,
-    ) -> Result<crate::WaitLayer<V, M>, ConfigError> {
+    ) -> Result<crate::WaitLayer<V>, ConfigError> {
         if longest.is_zero() || room == 0 {
             return Err(ConfigError::NothingWaits);
         }

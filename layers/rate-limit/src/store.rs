@@ -1,10 +1,14 @@
 //! Where the arrival times are kept: one table of 16-byte cells a limit.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    num::NonZeroUsize,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use buttress_core::{
     clock::Instant,
-    keyed::{Entry, Full, Guard, KeyId, KeyedMap},
+    keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, WhenFull},
 };
 
 use crate::gcra::{Gcra, Ruling, Tat};
@@ -134,6 +138,7 @@ pub(crate) enum Verdict {
 pub(crate) struct Table {
     pub(crate) name: Cow<'static, str>,
     map: KeyedMap<Cell>,
+    evictions: AtomicU64,
 }
 
 /// A key's shard, locked for a decision.
@@ -147,13 +152,25 @@ impl Table {
     pub(crate) fn new(
         name: Cow<'static, str>,
         gcra: Gcra,
-        config: buttress_core::keyed::Config,
+        max_keys: NonZeroUsize,
+        when_full: WhenFull,
     ) -> Self {
         let terms = Terms { gcra, latest: 0 };
         Self {
             name,
-            map: KeyedMap::new(config, terms),
+            map: KeyedMap::new(Config::new(max_keys).when_full(when_full), terms),
+            evictions: AtomicU64::new(0),
         }
+    }
+
+    /// Counts a key forgotten in debt; how many there were.
+    pub(crate) fn count_eviction(&self) -> u64 {
+        self.evictions.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Keys forgotten in debt.
+    pub(crate) fn evictions(&self) -> u64 {
+        self.evictions.load(Ordering::Relaxed)
     }
 
     pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
@@ -172,11 +189,6 @@ impl Table {
         terms.latest = now;
         let tat = guard.get().map_or(Tat::default(), |cell| cell.tat());
         Held { guard, tat, now }
-    }
-
-    /// The quota, as it stands.
-    pub(crate) fn gcra(&self, id: KeyId) -> Gcra {
-        self.map.lock(id).shared().gcra
     }
 
     /// How a key stands, charging nothing.
@@ -206,9 +218,11 @@ impl Table {
         }
     }
 
-    /// Forgets a key: its quota is whole again.
-    pub(crate) fn reset(&self, id: KeyId) -> bool {
-        self.map.lock(id).remove().is_some()
+    /// Makes a key's quota whole. Whether it was not.
+    pub(crate) fn reset(&self, id: KeyId, now: Instant) -> bool {
+        let mut held = self.hold(id, now);
+        held.guard.remove();
+        held.tat.is_after(held.now)
     }
 
     /// Replaces the quota. Every key keeps the number of requests that it has
@@ -230,17 +244,19 @@ impl Table {
 impl Held<'_> {
     /// Stores the charge of `ask`.
     #[inline]
-    fn commit(&mut self, ask: &Ask, tat: Tat) -> Result<bool, Full> {
+    fn commit(&mut self, ask: &Ask, tat: Tat) -> Result<Stored, Full> {
         if ask.cost == 0 {
-            return Ok(false);
+            return Ok(Stored::Updated);
         }
         let cell = Cell::new(ask.id, tat);
         if let Some(stored) = self.guard.get_mut() {
             *stored = cell;
-            return Ok(false);
+            return Ok(Stored::Updated);
         }
-        let evicted = self.guard.insert(Instant::from_nanos(self.now), cell)?;
-        Ok(evicted.is_some())
+        match self.guard.insert(Instant::from_nanos(self.now), cell)? {
+            None => Ok(Stored::Added),
+            Some(_) => Ok(Stored::Evicting),
+        }
     }
 
     fn heal(&mut self, ask: &Ask, tat: Option<Tat>) {
@@ -261,8 +277,42 @@ pub(crate) struct Decision {
     pub(crate) tightest: Option<Standing>,
     /// Every limit, if it was asked for.
     pub(crate) all: Vec<Standing>,
-    /// Limits that forgot a key in debt to make room, as bits.
-    pub(crate) evicted: u8,
+    /// What became of the tables.
+    pub(crate) changes: Changes,
+}
+
+/// Which limits have a key more, and which of them forgot one in debt for it.
+/// A bit for each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    added: u8,
+    evicted: u8,
+}
+
+impl Changes {
+    fn note(&mut self, limit: usize, stored: Stored) {
+        self.added |= u8::from(stored != Stored::Updated) << limit;
+        self.evicted |= u8::from(stored == Stored::Evicting) << limit;
+    }
+
+    pub(crate) fn added(self, limit: usize) -> bool {
+        self.added & (1 << limit) != 0
+    }
+
+    pub(crate) fn evicted(self, limit: usize) -> bool {
+        self.evicted & (1 << limit) != 0
+    }
+}
+
+/// How a charge was stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stored {
+    /// The key was there.
+    Updated,
+    /// The key was added.
+    Added,
+    /// The key was added, and another forgotten in debt.
+    Evicting,
 }
 
 /// Decides one limit.
@@ -281,14 +331,14 @@ pub(crate) fn decide_one(table: &Table, ask: &Ask, now: Instant, detail: Detail)
         verdict: Verdict::Pass,
         tightest: None,
         all: Vec::new(),
-        evicted: 0,
+        changes: Changes::default(),
     };
     let mut after = before;
     match ruling {
         Ruling::Pass { tat } => match held.commit(ask, tat) {
-            Ok(evicted) => {
+            Ok(stored) => {
                 after = tat;
-                decision.evicted = u8::from(evicted);
+                decision.changes.note(ask.limit, stored);
             }
             Err(Full) => decision.verdict = Verdict::NoRoom { limit: ask.limit },
         },
@@ -318,14 +368,14 @@ pub(crate) fn decide_one(table: &Table, ask: &Ask, now: Instant, detail: Detail)
 /// and tables always in one order, so no two can wait for each other.
 pub(crate) fn decide_all(
     tables: &[Table],
-    asks: &[Ask],
+    asks: &[Option<Ask>],
     now: Instant,
     detail: Detail,
 ) -> Decision {
     let mut held: [Option<Held<'_>>; MAX_LIMITS] = [const { None }; MAX_LIMITS];
     let mut arrivals = [Tat::default(); MAX_LIMITS];
     let mut verdict = Verdict::Pass;
-    for (index, ask) in asks.iter().enumerate() {
+    for (index, ask) in asks.iter().flatten().enumerate() {
         let key = held[index].insert(tables[ask.limit].hold(ask.id, now));
         let gcra = match &ask.quota {
             Some(gcra) => gcra,
@@ -354,17 +404,16 @@ pub(crate) fn decide_all(
         }
     }
 
-    let mut evicted = 0;
+    let mut changes = Changes::default();
     if verdict == Verdict::Pass {
-        for (index, ask) in asks.iter().enumerate() {
+        for (index, ask) in asks.iter().flatten().enumerate() {
             let key = held[index].as_mut().expect("locked above");
             match key.commit(ask, arrivals[index]) {
-                Ok(true) => evicted |= 1 << ask.limit,
-                Ok(false) => {}
+                Ok(stored) => changes.note(ask.limit, stored),
                 Err(Full) => {
                     verdict = Verdict::NoRoom { limit: ask.limit };
                     // All or none: nobody has seen the charges made so far.
-                    for (ask, held) in asks[..index].iter().zip(&mut held) {
+                    for (ask, held) in asks[..index].iter().flatten().zip(&mut held) {
                         held.as_mut().expect("locked above").undo(ask);
                     }
                     break;
@@ -382,19 +431,19 @@ pub(crate) fn decide_all(
         verdict,
         tightest: None,
         all: Vec::new(),
-        evicted,
+        changes,
     };
     if detail == Detail::None {
         return decision;
     }
     // The numbers need divisions: they are worked out without the locks.
     let mut states = [const { None }; MAX_LIMITS];
-    for ((held, ask), state) in held.iter().flatten().zip(asks).zip(&mut states) {
+    for ((held, ask), state) in held.iter().flatten().zip(asks.iter().flatten()).zip(&mut states) {
         let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
         *state = Some((gcra, held.tat, held.now));
     }
     drop(held);
-    for ((gcra, tat, now), ask) in states.iter().flatten().zip(asks) {
+    for ((gcra, tat, now), ask) in states.iter().flatten().zip(asks.iter().flatten()) {
         let standing = Standing::of(ask.limit, gcra, *tat, *now, detail);
         if detail == Detail::All {
             decision.all.push(standing);
