@@ -375,6 +375,21 @@ impl<T: Entry> KeyedMap<T> {
         }
     }
 
+    /// Changes what is shared and every entry, spent ones not yet swept too,
+    /// shard by shard under its lock: a change of settings that the entries
+    /// have to be converted for. `change` must be short, leave the map alone
+    /// and the entries' ids as they are.
+    pub fn change_all(
+        &self,
+        mut change: impl FnMut(&mut T::Shared, &mut dyn Iterator<Item = &mut T>),
+    ) {
+        for (index, shard) in self.shards.iter().enumerate() {
+            let mut shard = shard.lock();
+            shard.change_all(&mut change);
+            self.publish(index, &shard);
+        }
+    }
+
     /// Shows every entry to `visit`, spent ones not yet swept too, shard by
     /// shard under its lock: `visit` must be short and leave the map alone.
     pub fn for_each(&self, mut visit: impl FnMut(&T)) {
@@ -540,6 +555,12 @@ impl<T: Entry> Guard<'_, T> {
     #[inline]
     pub fn shared(&self) -> &T::Shared {
         &self.shard.shared
+    }
+
+    /// The shard's copy of what is shared, for what a shard notes for itself.
+    #[inline]
+    pub fn shared_mut(&mut self) -> &mut T::Shared {
+        &mut self.shard.shared
     }
 
     /// The key's entry, perhaps spent.

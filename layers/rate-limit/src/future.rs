@@ -14,7 +14,6 @@ use http::{HeaderMap, Response, StatusCode};
 use pin_project_lite::pin_project;
 
 use crate::{
-    HeaderFormat,
     headers::{self, Draft, XRateLimit},
     layer::{Respond, Shared},
     store::Ask,
@@ -32,7 +31,13 @@ pub(crate) struct After {
 pub(crate) struct More {
     pub(crate) draft: Option<Draft>,
     pub(crate) expose: Option<Arc<Shared<Http, Respond>>>,
-    refund: Option<(Arc<Shared<Http, Respond>>, Vec<Option<Ask>>)>,
+    refund: Option<Charged>,
+}
+
+/// What a request was charged, and to whom it goes back.
+struct Charged {
+    shared: Arc<Shared<Http, Respond>>,
+    asks: Vec<Option<Ask>>,
 }
 
 impl After {
@@ -41,7 +46,7 @@ impl After {
     }
 
     pub(crate) fn refund(&mut self, shared: Arc<Shared<Http, Respond>>, asks: Vec<Option<Ask>>) {
-        self.more().refund = Some((shared, asks));
+        self.more().refund = Some(Charged { shared, asks });
     }
 
     #[inline]
@@ -57,8 +62,8 @@ impl After {
 }
 
 impl More {
-    fn apply(mut self: Box<Self>, status: StatusCode, headers: &mut HeaderMap, x: &mut Option<XRateLimit>) {
-        if let Some((shared, asks)) = self.refund.take() {
+    fn apply(mut self, status: StatusCode, headers: &mut HeaderMap, x: &mut Option<XRateLimit>) {
+        if let Some(Charged { shared, asks }) = self.refund.take() {
             let Shared { limiter, mode } = &*shared;
             let refund = mode.refund.as_ref().expect("set where charges are kept");
             if refund(status, headers) {

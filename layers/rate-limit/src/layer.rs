@@ -2,11 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use buttress_core::{
-    Any, Http, View,
-    clock::SharedWallClock,
-    respond::SharedResponder,
-};
+use buttress_core::{Any, Http, View, clock::SharedWallClock, respond::SharedResponder};
 use http::{HeaderMap, StatusCode};
 use tower_layer::Layer;
 

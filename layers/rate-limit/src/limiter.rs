@@ -4,8 +4,7 @@
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
 use buttress_core::{
-    Refusal, RefusalKind, View,
-    clock,
+    Refusal, RefusalKind, View, clock,
     key::{ExtractKey, Key, SharedKey},
 };
 
@@ -81,8 +80,7 @@ impl<V: View> Limiter<V> {
         if let [rule] = &*self.rules {
             return match self.ask(0, rule, request) {
                 Ok(Some(ask)) => {
-                    let decision =
-                        store::decide_one(&self.tables[0], &ask, clock::now(), detail);
+                    let decision = store::decide_one(&self.tables[0], &ask, clock::now(), detail);
                     self.conclude(decision)
                 }
                 Ok(None) => self.bypassed(),
@@ -122,7 +120,11 @@ impl<V: View> Limiter<V> {
         if self.bypasses(request) {
             return Err(Admission::Bypass);
         }
-        let asks = self.rules.iter().enumerate().map(|(index, rule)| self.ask(index, rule, request));
+        let asks = self
+            .rules
+            .iter()
+            .enumerate()
+            .map(|(index, rule)| self.ask(index, rule, request));
         // `Ok(None)` is a limit that does not apply.
         asks.filter(|ask| !matches!(ask, Ok(None)))
             .collect::<Result<_, _>>()
@@ -210,7 +212,10 @@ impl<V: View> Limiter<V> {
         Ok(Some(Ask {
             limit,
             id: self.tables[limit].id(&key),
-            cost: rule.cost_by.as_ref().map_or(rule.cost, |cost| cost(request)),
+            cost: rule
+                .cost_by
+                .as_ref()
+                .map_or(rule.cost, |cost| cost(request)),
             quota: rule.quota_by.as_ref().map(|quota| quota(request)),
         }))
     }
@@ -284,7 +289,8 @@ impl<V: View> Limiter<V> {
 
     fn tell_refusal(&self, limit: usize, refusal: &Refusal) {
         let table = &self.tables[limit];
-        self.metrics.refusal(&self.name, table, refusal.kind().reason());
+        self.metrics
+            .refusal(&self.name, table, refusal.kind().reason());
         tracing::debug!(
             name = &*self.name,
             limit = &*table.name,

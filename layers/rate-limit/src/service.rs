@@ -13,7 +13,7 @@ use tower_service::Service;
 
 use crate::{
     HeaderFormat,
-    future::{After, ErrorFuture, ResponseFuture, Told},
+    future::{After, ErrorFuture, ResponseFuture},
     headers::{Draft, XRateLimit},
     layer::{Errors, Respond, Shared},
     limiter::Admission,
@@ -157,7 +157,10 @@ impl<S> RateLimit<S, Http, Respond> {
 
     fn info(&self, tightest: &Standing) -> RateLimitInfo {
         RateLimitInfo {
-            name: self.shared.limiter.tables()[tightest.limit].name.clone().into_owned(),
+            name: self.shared.limiter.tables()[tightest.limit]
+                .name
+                .clone()
+                .into_owned(),
             limit: tightest.burst,
             remaining: tightest.remaining,
             reset_after: Duration::from_nanos(tightest.until_full),

@@ -8,7 +8,7 @@ use std::{
 
 use buttress_core::{
     clock::Instant,
-    keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, WhenFull},
+    keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, SlotId, WhenFull},
 };
 
 use crate::gcra::{Gcra, Ruling, Tat};
@@ -22,7 +22,7 @@ pub(crate) struct Cell(u128);
 
 impl Cell {
     fn new(id: KeyId, tat: Tat) -> Self {
-        Self((u128::from(id.slot_bits()) << TAT_BITS) | tat.pack())
+        Self((u128::from(id.slot().get()) << TAT_BITS) | tat.pack())
     }
 
     fn tat(self) -> Tat {
@@ -34,18 +34,13 @@ impl Entry for Cell {
     type Shared = Terms;
 
     #[inline]
-    fn slot_bits(&self) -> u64 {
-        (self.0 >> TAT_BITS) as u64
+    fn id(&self) -> Option<SlotId> {
+        SlotId::new((self.0 >> TAT_BITS) as u64)
     }
 
     #[inline]
-    fn is_spent(&self, now: Instant) -> bool {
-        !self.tat().is_after(now.as_nanos())
-    }
-
-    #[inline]
-    fn debt(&self) -> u64 {
-        self.tat().nanos_up()
+    fn spent_at(&self) -> Instant {
+        Instant::from_nanos(self.tat().nanos_up())
     }
 }
 
@@ -126,11 +121,18 @@ pub(crate) struct Ask {
 pub(crate) enum Verdict {
     Pass,
     /// It may pass in `wait` nanoseconds, as far as `limit` tells.
-    Wait { limit: usize, wait: u64 },
+    Wait {
+        limit: usize,
+        wait: u64,
+    },
     /// It costs more than `limit` can ever hold.
-    Never { limit: usize },
+    Never {
+        limit: usize,
+    },
     /// There is no room to remember its key in `limit`.
-    NoRoom { limit: usize },
+    NoRoom {
+        limit: usize,
+    },
 }
 
 /// One limit's keys.
@@ -156,9 +158,13 @@ impl Table {
         when_full: WhenFull,
     ) -> Self {
         let terms = Terms { gcra, latest: 0 };
+        let config = Config {
+            max_keys,
+            when_full,
+        };
         Self {
             name,
-            map: KeyedMap::new(Config::new(max_keys).when_full(when_full), terms),
+            map: KeyedMap::new(config, terms),
             evictions: AtomicU64::new(0),
         }
     }
@@ -211,11 +217,7 @@ impl Table {
         let mut held = self.hold(ask.id, now);
         let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
         let tat = gcra.refund(held.tat, held.now, ask.cost);
-        if !tat.is_after(held.now) {
-            held.guard.remove();
-        } else if let Some(cell) = held.guard.get_mut() {
-            *cell = Cell::new(ask.id, tat);
-        }
+        held.put_back(ask, tat);
     }
 
     /// Makes a key's quota whole. Whether it was not.
@@ -228,14 +230,13 @@ impl Table {
     /// Replaces the quota. Every key keeps the number of requests that it has
     /// spent, at most the new burst.
     pub(crate) fn replace(&self, gcra: Gcra, now: Instant) {
-        self.map.update_shards(|terms, cells| {
+        self.map.change_all(|terms, cells| {
             let old = terms.gcra;
             let now = terms.latest.max(now.as_nanos());
             terms.gcra = gcra;
             for cell in cells {
                 let tat = gcra.convert(cell.tat(), &old, now);
-                let id = u128::from(cell.slot_bits()) << TAT_BITS;
-                *cell = Cell(id | tat.pack());
+                *cell = Cell((cell.0 >> TAT_BITS << TAT_BITS) | tat.pack());
             }
         });
     }
@@ -260,8 +261,21 @@ impl Held<'_> {
     }
 
     fn heal(&mut self, ask: &Ask, tat: Option<Tat>) {
-        if let (Some(tat), Some(cell)) = (tat, self.guard.get_mut()) {
-            *cell = Cell::new(ask.id, tat);
+        if let Some(tat) = tat {
+            self.put_back(ask, tat);
+        }
+    }
+
+    /// Sets a key that is there to an earlier time; one that is not there has
+    /// nothing to be given back.
+    fn put_back(&mut self, ask: &Ask, tat: Tat) {
+        if !tat.is_after(self.now) {
+            self.guard.remove();
+        } else if self.guard.get().is_some() {
+            // Through `insert`, for the table must know that it may be spent
+            // earlier; what is there is replaced, so there is room.
+            let cell = Cell::new(ask.id, tat);
+            let _ = self.guard.insert(Instant::from_nanos(self.now), cell);
         }
     }
 }
@@ -438,7 +452,12 @@ pub(crate) fn decide_all(
     }
     // The numbers need divisions: they are worked out without the locks.
     let mut states = [const { None }; MAX_LIMITS];
-    for ((held, ask), state) in held.iter().flatten().zip(asks.iter().flatten()).zip(&mut states) {
+    for ((held, ask), state) in held
+        .iter()
+        .flatten()
+        .zip(asks.iter().flatten())
+        .zip(&mut states)
+    {
         let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
         *state = Some((gcra, held.tat, held.now));
     }
@@ -468,10 +487,6 @@ impl Held<'_> {
     /// Takes a charge back that was made under this very lock.
     #[cold]
     fn undo(&mut self, ask: &Ask) {
-        if self.tat == Tat::default() {
-            self.guard.remove();
-        } else if let Some(cell) = self.guard.get_mut() {
-            *cell = Cell::new(ask.id, self.tat);
-        }
+        self.put_back(ask, self.tat);
     }
 }

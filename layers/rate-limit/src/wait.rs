@@ -164,7 +164,11 @@ impl<V: View> Waiting<V> {
             Err(Admission::Refuse(refusal, ..)) => return Entry::Refuse(refusal),
             Err(_) => return Entry::Pass,
         };
-        let id: LineId = asks.iter().flatten().map(|ask| (ask.limit, ask.id)).collect();
+        let id: LineId = asks
+            .iter()
+            .flatten()
+            .map(|ask| (ask.limit, ask.id))
+            .collect();
         let now = clock::now();
         let longest = deadline.map_or(this.longest, |deadline| {
             deadline.remaining(now).min(this.longest)
@@ -187,7 +191,9 @@ impl<V: View> Waiting<V> {
                 return Entry::Pass;
             }
         }
-        let wait = this.limiter.wait_behind(&asks, ahead.unwrap_or_default(), now);
+        let wait = this
+            .limiter
+            .wait_behind(&asks, ahead.unwrap_or_default(), now);
         let refuse = |kind| {
             let refusal = Refusal::new(kind).with_retry_after(wait);
             this.limiter.count_refusal(&refusal, &asks);
@@ -218,7 +224,9 @@ impl<V: View> Waiting<V> {
             id,
             costs,
         };
-        Entry::Wait(Box::pin(Arc::clone(this).turn(asks, place, front, now, longest)))
+        Entry::Wait(Box::pin(
+            Arc::clone(this).turn(asks, place, front, now, longest),
+        ))
     }
 
     /// Waits for the front of the line, then for the quota.

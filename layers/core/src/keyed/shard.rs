@@ -222,6 +222,20 @@ impl<T: Entry> Shard<T> {
         }
     }
 
+    /// Lets `change` change what is shared and every entry, and begins a new
+    /// pass: nothing that was known of them need be so any more.
+    pub(super) fn change_all(
+        &mut self,
+        change: &mut impl FnMut(&mut T::Shared, &mut dyn Iterator<Item = &mut T>),
+    ) {
+        let mut entries = self.slots.iter_mut().filter(|slot| slot.id().is_some());
+        change(&mut self.shared, &mut entries);
+        let first = self.entries().map(Entry::spent_at).min();
+        self.least = first.unwrap_or(NEVER);
+        self.pass_least = NEVER;
+        self.cursor = 0;
+    }
+
     fn shrink(&mut self) {
         if self.slots.len() > MIN_SLOTS && self.len < self.slots.len() / 4 {
             self.resize(self.len);
