@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "tower")]
 mod ext;
 
 /// GCRA rate limiting with `X-RateLimit` headers: the crate
@@ -16,4 +17,5 @@ pub use buttress_core::{
     Any, BoxError, Head, Http, ProblemResponder, Refusal, RefusalKind, Responder, Sees, View, body,
     classify, clock, deadline, health, key, keyed, refusal, request, respond,
 };
+#[cfg(feature = "tower")]
 pub use ext::ServiceBuilderExt;

@@ -545,6 +545,7 @@ pub struct Guard<'a, T: Entry> {
 
 impl<T: Entry> Guard<'_, T> {
     /// The key that was locked.
+    #[must_use]
     #[inline]
     pub fn id(&self) -> KeyId {
         self.id
