@@ -36,8 +36,10 @@ pub enum WhenFull {
 /// that the key is made of is not there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum MissingKey {
-    /// All such requests share one key. The default: leaving a header out
-    /// gains nobody a quota of their own.
+    /// All such requests share one key, [`Key::global`]. The default: leaving
+    /// a header out gains nobody a quota of their own.
+    ///
+    /// [`Key::global`]: buttress_core::key::Key::global
     #[default]
     Share,
     /// Refused, 400.

@@ -225,9 +225,8 @@ impl<V: View> Limiter<V> {
         let limit = &*self.tables[limit].name;
         tracing::debug!(name = &*self.name, limit, policy = ?rule.missing, "request without a key");
         match rule.missing {
-            // No other key of this limit has this text: it is not one that an
-            // extractor makes of a request.
-            MissingKey::Share => Ok(Some(Key::from_bytes(b"buttress: no key"))),
+            // Nothing that a client can say makes this key.
+            MissingKey::Share => Ok(Some(Key::global())),
             MissingKey::Skip => Ok(None),
             MissingKey::Refuse => Err(Refusal::new(RefusalKind::BadRequest)
                 .with_detail("the request lacks what it is counted by")

@@ -288,9 +288,7 @@ const fn roomy(slots: usize) -> usize {
 /// (Lemire's fast range), so that their number need not be a power of two.
 #[inline]
 const fn home(id: SlotId, slots: usize) -> usize {
-    // Less than `slots`.
-    let home = ((id.get() as u128 * slots as u128) >> SlotId::BITS) as usize;
-    home
+    ((id.get() as u128 * slots as u128) >> SlotId::BITS) as usize
 }
 
 #[inline]
