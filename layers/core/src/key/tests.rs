@@ -73,8 +73,8 @@ mod keys {
             .into();
             assert_eq!(keys.len(), 12, "{}", value.len());
         }
-        // A value that looks like another's digest has another tag.
-        let digest = Key::from(long.as_str());
+        // A value that is another's digest has another tag.
+        let digest = Key::from_bytes(long.as_bytes());
         assert_ne!(Key::from_bytes(&digest.as_bytes()[1..]), digest);
     }
 
@@ -131,14 +131,37 @@ mod keys {
     }
 
     fn nasty_bytes() -> impl Strategy<Value = Vec<u8>> {
-        // Short ones of few letters, so that equal concatenations are found,
-        // and ones around the limits.
+        // Short ones of few letters, the tag of bytes among them, so that
+        // equal concatenations are found, and ones around the limits.
         prop_oneof![
-            8 => proptest::collection::vec(0_u8..4, 0..6),
+            8 => proptest::collection::vec(2_u8..6, 0..6),
             1 => proptest::collection::vec(any::<u8>(), 30..45),
             1 => proptest::collection::vec(any::<u8>(), 120..136),
             1 => proptest::collection::vec(any::<u8>(), 1000..1050),
         ]
+    }
+
+    #[test]
+    fn parts_cannot_imitate_the_border_between_them() {
+        let tag = Key::from_bytes(b"").as_bytes()[0];
+        let pair = |a: &[u8], b: &[u8]| Key::composite([Key::from_bytes(a), Key::from_bytes(b)]);
+        assert_ne!(pair(&[7, tag, 8], &[9]), pair(&[7], &[8, tag, 9]));
+        for length in 0..=255 {
+            let border = [length, tag, 8];
+            assert_ne!(
+                pair(&[&[7], &border[..]].concat(), &[9]),
+                pair(&[7], &[8, length, tag, 9]),
+                "{length}"
+            );
+        }
+        // Lengths of one and of two bytes.
+        for length in [126, 127, 128, 129, 255, 256] {
+            assert_ne!(
+                pair(&vec![1; length], &[1]),
+                pair(&vec![1; length - 1], &[1, 1]),
+                "{length}"
+            );
+        }
     }
 
     proptest! {
