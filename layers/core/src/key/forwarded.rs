@@ -121,6 +121,9 @@ fn forwarded_for(element: &[u8]) -> Option<IpAddr> {
         } else {
             let end = value.iter().position(|byte| *byte == b';');
             let (value, after) = value.split_at(end.unwrap_or(value.len()));
+            if value.contains(&b'"') {
+                return None;
+            }
             (Some(value.trim_ascii()), after)
         };
         if name.eq_ignore_ascii_case(b"for") {
