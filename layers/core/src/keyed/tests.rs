@@ -121,7 +121,7 @@ proptest! {
         let id = |key: u16| {
             let key = u64::from(key);
             let home = (key % homes) * (u64::from(u16::MAX) / homes);
-            KeyId::from_hash(home << 48 | (key + 1) << 16 | key % 61)
+            KeyId::from_hash((home << 48) | ((key + 1) << 16) | (key % 61))
         };
         let mut model: HashMap<KeyId, Known> = HashMap::new();
         let mut now = 1_000u64;
