@@ -181,6 +181,14 @@ impl<V: View> Limiter<V> {
         Duration::from_nanos(waits.max().unwrap_or(0))
     }
 
+    /// Whether one of `asks` costs more than its limit can ever hold.
+    #[cfg(feature = "wait")]
+    pub(crate) fn never_fits(&self, asks: &[Option<Ask>]) -> bool {
+        asks.iter()
+            .flatten()
+            .any(|ask| ask.cost > self.tables[ask.limit].burst(ask))
+    }
+
     /// Counts a refusal that was decided by whoever waits.
     #[cfg(feature = "wait")]
     pub(crate) fn count_refusal(&self, refusal: &Refusal, asks: &[Option<Ask>]) {

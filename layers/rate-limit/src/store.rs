@@ -197,6 +197,14 @@ impl Table {
         Held { guard, tat, now }
     }
 
+    /// The most that fits at once.
+    #[cfg(feature = "wait")]
+    pub(crate) fn burst(&self, ask: &Ask) -> u32 {
+        let gcra = ask.quota;
+        gcra.unwrap_or_else(|| self.map.lock(ask.id).shared().gcra)
+            .burst()
+    }
+
     /// How a key stands, charging nothing.
     pub(crate) fn peek(&self, ask: &Ask, now: Instant) -> Standing {
         let held = self.hold(ask.id, now);
