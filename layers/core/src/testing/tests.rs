@@ -281,10 +281,16 @@ struct Bad<S> {
 enum How {
     /// Calls a clone that was never polled.
     CallsTheClone,
+    /// The same, and before there is a future.
+    CallsTheCloneAtOnce,
     /// Says that it is ready, whatever the inner service says.
     NeverAsks,
     /// Forgets that the inner service was pending, and wakes nobody.
     Sleeps,
+    /// Looks again a few times, and then sleeps.
+    DozesOff(u8),
+    /// Keeps in mind that it was ready, and its clones do so, too.
+    Remembers(bool),
     /// Gets a second instance ready, and keeps it.
     Hoards,
     /// Lets the call go on in a task of its own, whoever has left.
@@ -311,6 +317,21 @@ where
                 let mut unheard = Context::from_waker(std::task::Waker::noop());
                 self.inner.poll_ready(&mut unheard)
             }
+            How::DozesOff(looks) => {
+                let mut unheard = Context::from_waker(std::task::Waker::noop());
+                let poll = self.inner.poll_ready(&mut unheard);
+                if poll.is_pending() && looks > 0 {
+                    self.how = How::DozesOff(looks - 1);
+                    cx.waker().wake_by_ref();
+                }
+                poll
+            }
+            How::Remembers(true) => Poll::Ready(Ok(())),
+            How::Remembers(false) => {
+                std::task::ready!(self.inner.poll_ready(cx))?;
+                self.how = How::Remembers(true);
+                Poll::Ready(Ok(()))
+            }
             How::Hoards => {
                 if self.spare.is_none() {
                     self.spare = Some(self.inner.clone());
@@ -328,6 +349,11 @@ where
             How::CallsTheClone => {
                 let mut clone = self.inner.clone();
                 Box::pin(async move { clone.call(request).await })
+            }
+            How::CallsTheCloneAtOnce => Box::pin(self.inner.clone().call(request)),
+            How::Remembers(_) => {
+                self.how = How::Remembers(false);
+                Box::pin(self.inner.call(request))
             }
             How::Detaches => {
                 let task = tokio::spawn(self.inner.call(request));
@@ -354,8 +380,11 @@ fn bad(how: How) -> impl Layer<Echo, Service = Bad<Echo>> + Send + Sync + 'stati
 async fn the_probe_finds_out_bad_layers() {
     for (how, expected) in [
         (How::CallsTheClone, "not polled ready"),
+        (How::CallsTheCloneAtOnce, "not polled ready"),
         (How::NeverAsks, "not polled ready"),
         (How::Sleeps, "never came"),
+        (How::Remembers(false), "not polled ready"),
+        (How::DozesOff(5), "nothing woke its task"),
         (How::Hoards, "polled ready and not called"),
         (How::Detaches, "still in flight"),
     ] {
@@ -371,7 +400,7 @@ async fn the_probe_hears_of_panics_that_a_task_swallowed() {
     let buffered = layer_fn(|inner: Echo| {
         ServiceBuilder::new()
             .layer(BufferLayer::new(4))
-            .layer(bad(How::CallsTheClone))
+            .layer(bad(How::CallsTheCloneAtOnce))
             .service(inner)
     });
     let text = complaint(probe(), buffered).await;
