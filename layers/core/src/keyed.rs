@@ -312,12 +312,20 @@ impl<T: Entry> KeyedMap<T> {
 
     /// An empty map that knows its keys by `secret`.
     #[must_use]
-    #[expect(clippy::needless_pass_by_value)] // kept, up to the last copy
     pub fn with_secret(config: Config, shared: T::Shared, secret: Secret) -> Self {
         let max_keys = config.max_keys.get();
         let large = (max_keys / SHARD_KEYS).clamp(1, MAX_SHARDS);
         let small = (max_keys / SMALL_SHARD_KEYS).clamp(1, SMALL_SHARDS);
-        let shards = large.max(small).next_power_of_two();
+        Self::with_shards(
+            large.max(small).next_power_of_two(),
+            config,
+            &shared,
+            secret,
+        )
+    }
+
+    fn with_shards(shards: usize, config: Config, shared: &T::Shared, secret: Secret) -> Self {
+        let max_keys = config.max_keys.get();
         let room = if shards == 1 {
             max_keys
         } else {
