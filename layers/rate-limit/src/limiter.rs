@@ -198,7 +198,6 @@ impl<V: View> Limiter<V> {
         self.count(metrics::Result::Refused);
     }
 
-    #[cfg(feature = "wait")]
     pub(crate) fn is_shadow(&self) -> bool {
         self.shadow
     }
