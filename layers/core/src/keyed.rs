@@ -314,6 +314,7 @@ impl<T: Entry> KeyedMap<T> {
 
     /// An empty map that knows its keys by `secret`.
     #[must_use]
+    #[expect(clippy::needless_pass_by_value)] // the map's own, as in `new`
     pub fn with_secret(config: Config, shared: T::Shared, secret: Secret) -> Self {
         let max_keys = config.max_keys.get();
         let large = (max_keys / SHARD_KEYS).clamp(1, MAX_SHARDS);
