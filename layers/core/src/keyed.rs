@@ -74,7 +74,9 @@
 //! - If a spent entry exists, its shard's bound has passed. So when no bound
 //!   has passed, every entry is live and there are `max_keys` of them: only
 //!   then a live one is given up, and no debtor is ever lost while live
-//!   debtors are fewer than `max_keys`.
+//!   debtors are fewer than `max_keys`. (Above two million keys, 2048 bounds
+//!   are read and not all: there a live one may go while the only spent ones
+//!   are in shards not asked.)
 //! - A bound that is too early (its entry was updated) costs one look through
 //!   that shard, after which it is exact.
 //!
