@@ -28,7 +28,7 @@ use tower_service::Service;
 use crate::{
     Handle,
     layer::{Errors, Shared},
-    limiter::{Admission, Limiter},
+    limiter::{Admission, Behind, Limiter},
     store::{Ask, Verdict},
 };
 
@@ -53,7 +53,9 @@ use crate::{
 /// future, holding the inner service that was polled ready for them; where
 /// that is a permit of a concurrency limit, it is held while they wait, so put
 /// such limits further in only with that in mind. Dropping the future leaves
-/// the line, charges nothing, and lets the next one move up.
+/// the line, charges nothing, and lets the next one move up. A request comes
+/// when its response future is first polled: futures that were made and are
+/// not polled have no place before those that are.
 ///
 /// Made by [`RateLimitBuilder::build_waiting`](crate::RateLimitBuilder::build_waiting).
 /// Needs a tokio runtime with timers, whose resolution (1 ms) is how late a
@@ -180,30 +182,28 @@ impl<V: View> Waiting<V> {
         let ahead = state.lines.get(&id).map(|line| &*line.ahead);
         if ahead.is_none() {
             let decision = this.limiter.decide(&asks);
-            if !matches!(decision.verdict, Verdict::Wait { .. }) {
+            let waits = matches!(decision.verdict, Verdict::Wait { .. });
+            if !waits || this.limiter.is_shadow() {
+                drop(state);
                 return match this.limiter.conclude(decision) {
                     Admission::Refuse(refusal, ..) => Entry::Refuse(refusal),
                     _ => Entry::Pass,
                 };
             }
-            if this.limiter.is_shadow() {
-                this.limiter.conclude(decision);
-                return Entry::Pass;
-            }
         }
-        let wait = this
+        let behind = this
             .limiter
             .wait_behind(&asks, ahead.unwrap_or_default(), now);
-        let refuse = |kind| {
-            let refusal = Refusal::new(kind).with_retry_after(wait);
-            this.limiter.count_refusal(&refusal, &asks);
-            Entry::Refuse(refusal)
+        let kind = match behind.wait {
+            // It would hold up the line, only to be refused at its end.
+            None => Some(RefusalKind::NeverFits),
+            _ if state.waiting >= this.room => Some(RefusalKind::Overloaded),
+            Some(wait) if wait > longest => Some(RefusalKind::RateLimited),
+            Some(_) => None,
         };
-        if state.waiting >= this.room {
-            return refuse(RefusalKind::Overloaded);
-        }
-        if wait > longest {
-            return refuse(RefusalKind::RateLimited);
+        if let Some(kind) = kind {
+            drop(state);
+            return Entry::Refuse(this.refusal(kind, behind));
         }
 
         let costs: Box<[u32]> = asks.iter().flatten().map(|ask| ask.cost).collect();
@@ -243,8 +243,8 @@ impl<V: View> Waiting<V> {
         let _front = match timeout(longest, front.acquire()).await {
             Ok(permit) => permit.expect("the line's semaphore is never closed"),
             Err(_) => {
-                let wait = self.limiter.wait_behind(&asks, &[], clock::now());
-                return Err(self.too_late(wait, &asks));
+                let behind = self.limiter.wait_behind(&asks, &[], clock::now());
+                return Err(self.refusal(RefusalKind::RateLimited, behind));
             }
         };
         // Left before the front is free again: whoever comes then finds the
@@ -252,7 +252,7 @@ impl<V: View> Waiting<V> {
         let _place = place;
         loop {
             let decision = self.limiter.decide(&asks);
-            let Verdict::Wait { wait, .. } = decision.verdict else {
+            let Verdict::Wait { limit, wait } = decision.verdict else {
                 return match self.limiter.conclude(decision) {
                     Admission::Refuse(refusal, ..) => Err(refusal),
                     _ => Ok(()),
@@ -260,15 +260,17 @@ impl<V: View> Waiting<V> {
             };
             let wait = Duration::from_nanos(wait);
             if (clock::now() - start).saturating_add(wait) > longest {
-                return Err(self.too_late(wait, &asks));
+                let wait = Some(wait);
+                return Err(self.refusal(RefusalKind::RateLimited, Behind { limit, wait }));
             }
             sleep(wait).await;
         }
     }
 
-    fn too_late(&self, wait: Duration, asks: &[Option<Ask>]) -> Refusal {
-        let refusal = Refusal::new(RefusalKind::RateLimited).with_retry_after(wait);
-        self.limiter.count_refusal(&refusal, asks);
+    /// Counts and tells of it: not to be called while the lines are locked.
+    fn refusal(&self, kind: RefusalKind, behind: Behind) -> Refusal {
+        let refusal = Refusal::new(kind).with_retry_after(behind.wait);
+        self.limiter.count_refusal(&refusal, behind.limit);
         refusal
     }
 }
@@ -388,9 +390,14 @@ where
             Entry::Pass => State::Calling {
                 future: self.inner.call(request),
             },
-            Entry::Refuse(refusal) => State::Refused {
-                refusal: Some(refusal),
-            },
+            Entry::Refuse(refusal) => {
+                // What was promised is not used: given back here, and not
+                // when this instance happens to be called again.
+                self.inner = self.inner.clone();
+                State::Refused {
+                    refusal: Some(refusal),
+                }
+            }
             Entry::Wait(turn) => {
                 // Only the polled instance was promised ready: it goes with
                 // the request, and the clone will be polled afresh.
