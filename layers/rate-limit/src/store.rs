@@ -494,3 +494,6 @@ impl Held<'_> {
         self.put_back(ask, self.tat);
     }
 }
+
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;
