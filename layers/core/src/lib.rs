@@ -18,7 +18,7 @@ pub mod testing;
 pub mod tower_errors;
 
 pub use refusal::{Refusal, RefusalKind};
-pub use request::{Any, Head, Http, View};
+pub use request::{Any, Head, Http, Sees, View};
 pub use respond::{ProblemResponder, Responder};
 
 /// The error type of a service that any error may leave.

@@ -72,12 +72,35 @@ pub trait View: 'static {
     type Ref<'a>: Copy;
 }
 
+/// A view that can be had of requests of type `Req`.
+pub trait Sees<Req>: View {
+    /// Looks at `request`.
+    fn see(request: &Req) -> Self::Ref<'_>;
+
+    /// What is attached to `request`, where it is of a kind that can have
+    /// things attached.
+    fn extensions(request: &Req) -> Option<&Extensions> {
+        let _ = request;
+        None
+    }
+}
+
 /// HTTP requests, seen as a [`Head`].
 #[derive(Clone, Copy, Debug)]
 pub enum Http {}
 
 impl View for Http {
     type Ref<'a> = Head<'a>;
+}
+
+impl<B> Sees<Request<B>> for Http {
+    fn see(request: &Request<B>) -> Head<'_> {
+        Head::from(request)
+    }
+
+    fn extensions(request: &Request<B>) -> Option<&Extensions> {
+        Some(request.extensions())
+    }
 }
 
 /// Requests of any one type, seen as they are.
@@ -91,6 +114,12 @@ impl<Req> fmt::Debug for Any<Req> {
 
 impl<Req: 'static> View for Any<Req> {
     type Ref<'a> = &'a Req;
+}
+
+impl<Req: 'static> Sees<Req> for Any<Req> {
+    fn see(request: &Req) -> &Req {
+        request
+    }
 }
 
 #[cfg(test)]

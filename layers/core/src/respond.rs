@@ -20,12 +20,16 @@
 //! takes(teapot);
 //! ```
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, LazyLock},
+};
 
 use bytes::Bytes;
 use http::{
-    HeaderName, HeaderValue, Response, StatusCode,
+    HeaderName, HeaderValue, Method, Request, Response, StatusCode,
     header::{CONTENT_TYPE, RETRY_AFTER},
+    request::Parts,
 };
 
 use crate::{Head, Refusal};
@@ -44,6 +48,18 @@ pub const GRPC_RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-
 pub trait Responder: Send + Sync + 'static {
     /// The response for `refusal` of `request`.
     fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes>;
+
+    /// What to keep of a request that may yet be refused after it was given
+    /// away: what [`respond`](Self::respond) will then be shown.
+    ///
+    /// Only layers that refuse so late ask for it (one that turns the inner
+    /// service's errors into responses, say), and they ask for every request.
+    /// Default: a copy of the whole head, extensions included. A responder that
+    /// looks at less says so here, with [`KeptHead::protocol`], and costs
+    /// nothing.
+    fn keep(&self, request: Head<'_>) -> KeptHead {
+        KeptHead::whole(request)
+    }
 }
 
 impl<F> Responder for F
@@ -69,6 +85,67 @@ impl Responder for ProblemResponder {
             grpc(refusal)
         } else {
             problem(refusal)
+        }
+    }
+
+    /// Whether it was gRPC, which is all it asks.
+    fn keep(&self, request: Head<'_>) -> KeptHead {
+        KeptHead::protocol(request)
+    }
+}
+
+/// What a [`Responder`] keeps of a request: see [`Responder::keep`].
+#[derive(Clone, Debug)]
+pub struct KeptHead(Kept);
+
+#[derive(Clone, Debug)]
+enum Kept {
+    Http,
+    Grpc,
+    Whole(Box<Parts>),
+}
+
+impl KeptHead {
+    /// Only whether the request was gRPC. No allocation; the head that comes
+    /// of it has no other header.
+    #[must_use]
+    pub fn protocol(request: Head<'_>) -> Self {
+        Self(if request.is_grpc() {
+            Kept::Grpc
+        } else {
+            Kept::Http
+        })
+    }
+
+    /// A copy of the whole head: several allocations.
+    #[must_use]
+    pub fn whole(request: Head<'_>) -> Self {
+        let (mut parts, ()) = Request::new(()).into_parts();
+        parts.method = request.method.clone();
+        parts.uri = request.uri.clone();
+        parts.version = request.version;
+        parts.headers = request.headers.clone();
+        parts.extensions = request.extensions.clone();
+        Self(Kept::Whole(Box::new(parts)))
+    }
+
+    /// What was kept, as a head. Of [`protocol`](Self::protocol): a GET, or
+    /// a gRPC POST, of `/`.
+    #[must_use]
+    pub fn head(&self) -> Head<'_> {
+        static HTTP: LazyLock<Request<()>> = LazyLock::new(Request::default);
+        static GRPC: LazyLock<Request<()>> = LazyLock::new(|| {
+            let mut request = Request::default();
+            *request.method_mut() = Method::POST;
+            let grpc = HeaderValue::from_static("application/grpc");
+            request.headers_mut().insert(CONTENT_TYPE, grpc);
+            request
+        });
+
+        match &self.0 {
+            Kept::Http => Head::from(&*HTTP),
+            Kept::Grpc => Head::from(&*GRPC),
+            Kept::Whole(parts) => Head::from(&**parts),
         }
     }
 }
@@ -196,6 +273,13 @@ impl SharedResponder {
     pub fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes> {
         self.0.respond(refusal, request)
     }
+
+    /// What to keep of a request that may yet be refused after it was given
+    /// away: see [`Responder::keep`].
+    #[must_use]
+    pub fn keep(&self, request: Head<'_>) -> KeptHead {
+        self.0.keep(request)
+    }
 }
 
 impl Default for SharedResponder {
@@ -213,8 +297,6 @@ impl fmt::Debug for SharedResponder {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
-
-    use http::Request;
 
     use super::*;
     use crate::RefusalKind;
@@ -272,6 +354,28 @@ mod tests {
         assert_eq!(headers["grpc-message"], "100 %25 used, n%C3%A9");
         assert_eq!(headers["grpc-retry-pushback-ms"], "2");
         assert!(!headers.contains_key("retry-after"));
+    }
+
+    #[test]
+    fn a_head_is_kept_whole_or_as_its_protocol() {
+        let request = Request::put("/a?b")
+            .header("content-type", "application/grpc+proto")
+            .header("x-tenant", "acme")
+            .extension(7_u8)
+            .body(())
+            .unwrap();
+        let kept = SharedResponder::default().keep(Head::from(&request));
+        assert!(kept.head().is_grpc());
+        assert_eq!(kept.head().headers.len(), 1);
+        let kept = ProblemResponder.keep(Head::from(&Request::new(())));
+        assert!(!kept.head().is_grpc());
+
+        let closure = |_: &Refusal, _: Head<'_>| Response::new(Bytes::new());
+        let kept = SharedResponder::new(closure).keep(Head::from(&request));
+        let head = kept.head();
+        assert_eq!((head.method, head.uri), (request.method(), request.uri()));
+        assert_eq!(head.headers, request.headers());
+        assert_eq!(head.extensions.get(), Some(&7_u8));
     }
 
     #[test]

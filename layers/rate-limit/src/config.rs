@@ -1,0 +1,453 @@
+//! Settings, checked once by `build()`.
+
+use std::{borrow::Cow, fmt, num::NonZeroUsize, sync::Arc};
+
+use buttress_core::{
+    Any, Head, Http, Responder, View,
+    clock::{SharedWallClock, WallClock},
+    key::{ExtractKey, Global, SharedKey},
+    keyed,
+    respond::SharedResponder,
+};
+use http::{HeaderMap, StatusCode};
+
+use crate::{
+    ConfigError, Gcra, HeaderFormat, Quota, RateLimitLayer,
+    layer::{Errors, Respond, Shared},
+    limiter::{Callback, Limiter, Rule},
+    store::{MAX_LIMITS, Table},
+};
+
+/// How many keys a limit remembers unless told otherwise.
+const DEFAULT_MAX_KEYS: usize = 1_000_000;
+
+/// What happens when a new key comes and `max_keys` others are in debt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum WhenFull {
+    /// One of the least indebted keys (of a sample) is forgotten, and has a
+    /// whole quota again. Counted in a metric. The default.
+    #[default]
+    Evict,
+    /// The new key's request is refused, 503, until there is room.
+    Refuse,
+}
+
+/// What happens to a request that has no key: the header or the peer's address
+/// that the key is made of is not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum MissingKey {
+    /// All such requests share one key. The default: leaving a header out
+    /// gains nobody a quota of their own.
+    #[default]
+    Share,
+    /// Refused, 400.
+    Refuse,
+    /// This limit does not apply to them.
+    Skip,
+}
+
+/// One limit: a quota for each key, what the key is, and what a request costs.
+///
+/// Defaults: named `default`, one key for all ([`Global`]), cost 1, a million
+/// keys.
+pub struct Limit<V: View = Http> {
+    name: Cow<'static, str>,
+    quota: Quota,
+    quota_by: Option<Callback<V, Gcra>>,
+    key: SharedKey<V>,
+    cost: u32,
+    cost_by: Option<Callback<V, u32>>,
+    missing: MissingKey,
+    max_keys: usize,
+    when_full: WhenFull,
+}
+
+impl Limit<Http> {
+    /// A limit on HTTP requests.
+    #[must_use]
+    pub fn new(quota: Quota) -> Self {
+        Self::on(quota)
+    }
+}
+
+impl<Req: 'static> Limit<Any<Req>> {
+    /// A limit on requests of any type, which key, cost and quota callbacks
+    /// are shown as they are.
+    #[must_use]
+    pub fn any(quota: Quota) -> Self {
+        Self::on(quota)
+    }
+}
+
+impl<V: View> Limit<V> {
+    fn on(quota: Quota) -> Self {
+        Self {
+            name: Cow::Borrowed("default"),
+            quota,
+            quota_by: None,
+            key: SharedKey::new(Global),
+            cost: 1,
+            cost_by: None,
+            missing: MissingKey::default(),
+            max_keys: DEFAULT_MAX_KEYS,
+            when_full: WhenFull::default(),
+        }
+    }
+
+    /// Names the limit: for the draft's headers, metrics, events and the
+    /// handle. 1 to 64 printable ASCII characters, one name for each limit of
+    /// a layer.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// What shares a quota. See [`buttress_core::key`].
+    #[must_use]
+    pub fn key(mut self, key: impl ExtractKey<V>) -> Self {
+        self.key = SharedKey::new(key);
+        self
+    }
+
+    /// What happens to a request without a key.
+    #[must_use]
+    pub fn missing_key(mut self, missing: MissingKey) -> Self {
+        self.missing = missing;
+        self
+    }
+
+    /// What every request costs. Default 1; 0 passes always and charges
+    /// nothing.
+    #[must_use]
+    pub fn cost(mut self, cost: u32) -> Self {
+        self.cost = cost;
+        self
+    }
+
+    /// What this request costs, by a closure; in place of the fixed cost. A
+    /// cost above the burst is refused for good: 403, no `Retry-After`.
+    #[must_use]
+    pub fn cost_by<F>(mut self, cost: F) -> Self
+    where
+        F: for<'a> Fn(V::Ref<'a>) -> u32 + Send + Sync + 'static,
+    {
+        self.cost_by = Some(Arc::new(cost));
+        self
+    }
+
+    /// The quota of this request's key, by a closure: tiers. It returns
+    /// [checked](Quota::check) quotas, made beforehand; what it reads to
+    /// choose may change while it serves.
+    ///
+    /// A key is expected to have one quota at a time. When it changes, what
+    /// the key has spent stays spent, as the time that it takes to come back
+    /// under the old quota, at most a whole burst of the new one.
+    ///
+    /// ```
+    /// use buttress_core::{Head, key};
+    /// use buttress_rate_limit::{Limit, Quota};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let (free, gold) = (Quota::per_minute(10).check()?, Quota::per_minute(600).check()?);
+    /// let limit = Limit::new(Quota::per_minute(10))
+    ///     .key(key::header("x-api-key"))
+    ///     .quota_by(move |head: Head<'_>| match head.headers.get("x-tier") {
+    ///         Some(tier) if tier == "gold" => gold,
+    ///         _ => free,
+    ///     });
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn quota_by<F>(mut self, quota: F) -> Self
+    where
+        F: for<'a> Fn(V::Ref<'a>) -> Gcra + Send + Sync + 'static,
+    {
+        self.quota_by = Some(Arc::new(quota));
+        self
+    }
+
+    /// The most keys that are remembered in debt: a hard ceiling. Default
+    /// 1,000,000, which take 16 to 24 MB when they are all there and next to
+    /// nothing before.
+    ///
+    /// As long as fewer keys than this are in debt, none is forgotten in
+    /// debt.
+    #[must_use]
+    pub fn max_keys(mut self, max_keys: usize) -> Self {
+        self.max_keys = max_keys;
+        self
+    }
+
+    /// What happens when the ceiling is reached.
+    #[must_use]
+    pub fn when_full(mut self, when_full: WhenFull) -> Self {
+        self.when_full = when_full;
+        self
+    }
+
+    fn build(self) -> Result<(Rule<V>, Table), ConfigError> {
+        let printable = self.name.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+        if !printable || self.name.is_empty() || self.name.len() > 64 {
+            return Err(ConfigError::BadName(self.name));
+        }
+        let gcra = self.quota.check()?;
+        if self.cost_by.is_none() && self.quota_by.is_none() && self.cost > gcra.burst() {
+            return Err(ConfigError::CostAboveBurst);
+        }
+        let max_keys = NonZeroUsize::new(self.max_keys).ok_or(ConfigError::ZeroKeys)?;
+        let when_full = match self.when_full {
+            WhenFull::Evict => keyed::WhenFull::Evict,
+            WhenFull::Refuse => keyed::WhenFull::Refuse,
+        };
+        let table = Table::new(self.name, gcra, max_keys, when_full);
+        let rule = Rule {
+            key: self.key,
+            cost: self.cost,
+            cost_by: self.cost_by,
+            quota_by: self.quota_by,
+            missing: self.missing,
+        };
+        Ok((rule, table))
+    }
+}
+
+impl<V: View> fmt::Debug for Limit<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Limit")
+            .field("name", &self.name)
+            .field("quota", &self.quota)
+            .field("cost", &self.cost)
+            .field("missing", &self.missing)
+            .field("max_keys", &self.max_keys)
+            .field("when_full", &self.when_full)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Builds a [`RateLimitLayer`] (or a [`WaitLayer`](crate::WaitLayer)).
+#[must_use = "nothing is limited before `build()`"]
+pub struct RateLimitBuilder<V: View = Http, M = Respond> {
+    name: Cow<'static, str>,
+    limits: Vec<Limit<V>>,
+    bypass: Option<Callback<V, bool>>,
+    shadow: bool,
+    mode: M,
+}
+
+impl RateLimitBuilder<Http, Respond> {
+    pub(crate) fn respond() -> Self {
+        Self::with(Respond::default())
+    }
+
+    /// Which headers are sent. Default: [`HeaderFormat::XRateLimit`]. None for
+    /// an empty list; `Retry-After` is sent on refusals in any case.
+    ///
+    /// They stand on every response that a decision was made for, whatever
+    /// its status, and on no other: not on what is bypassed, and not in
+    /// shadow mode.
+    pub fn headers(mut self, formats: impl IntoIterator<Item = HeaderFormat>) -> Self {
+        self.mode.formats.clear();
+        for format in formats {
+            if !self.mode.formats.contains(&format) {
+                self.mode.formats.push(format);
+            }
+        }
+        self
+    }
+
+    /// Lets scripts of other origins read the headers, by
+    /// `Access-Control-Expose-Headers`. Default: no. Costs allocations.
+    pub fn expose_headers(mut self, expose: bool) -> Self {
+        self.mode.expose = expose;
+        self
+    }
+
+    /// Makes refusals into responses. Default:
+    /// [`ProblemResponder`](buttress_core::ProblemResponder). The rate limit's
+    /// headers are added to what it returns.
+    pub fn responder(mut self, responder: impl Responder) -> Self {
+        self.mode.responder = SharedResponder::new(responder);
+        self
+    }
+
+    /// Gives handlers a [`RateLimitInfo`](crate::RateLimitInfo) as a request
+    /// extension. Default: no, since extensions allocate.
+    pub fn info(mut self, info: bool) -> Self {
+        self.mode.info = info;
+        self
+    }
+
+    /// Gives the charge back when the closure says so of the response: where
+    /// only failures count, say.
+    ///
+    /// A request whose response is never seen (the inner service failed, or
+    /// the client went away) stays charged.
+    ///
+    /// ```
+    /// use buttress_core::key::ClientIp;
+    /// use buttress_rate_limit::{Limit, Quota, RateLimitLayer};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// // Five failed logins a minute.
+    /// let logins = RateLimitLayer::builder()
+    ///     .limit(Limit::new(Quota::per_minute(5)).key(ClientIp::new()))
+    ///     .refund_if(|status, _headers| status.is_success())
+    ///     .build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn refund_if<F>(mut self, refund: F) -> Self
+    where
+        F: Fn(StatusCode, &HeaderMap) -> bool + Send + Sync + 'static,
+    {
+        self.mode.refund = Some(Arc::new(refund));
+        self
+    }
+
+    /// The clock that Reset is told by. Default: the system's. No decision
+    /// depends on it.
+    pub fn wall_clock(mut self, clock: impl WallClock) -> Self {
+        self.mode.wall_clock = SharedWallClock::new(clock);
+        self
+    }
+
+    /// Refuses with errors in place of responses, for clients: the service's
+    /// error becomes [`BoxError`](buttress_core::BoxError), and a refusal is
+    /// found in it by `downcast_ref::<Refusal>()`. What was set for responses
+    /// is dropped.
+    pub fn errors(self) -> RateLimitBuilder<Http, Errors> {
+        RateLimitBuilder {
+            name: self.name,
+            limits: self.limits,
+            bypass: self.bypass,
+            shadow: self.shadow,
+            mode: Errors::default(),
+        }
+    }
+}
+
+impl<Req: 'static> RateLimitBuilder<Any<Req>, Errors> {
+    pub(crate) fn any() -> Self {
+        Self::with(Errors::default())
+    }
+}
+
+impl<V: View, M> RateLimitBuilder<V, M> {
+    fn with(mode: M) -> Self {
+        Self {
+            name: Cow::Borrowed("default"),
+            limits: Vec::new(),
+            bypass: None,
+            shadow: false,
+            mode,
+        }
+    }
+
+    /// Names the layer: the label `name` of metrics and events. Default
+    /// `default`.
+    pub fn name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Adds a limit. Several are decided together: a request is charged to all
+    /// or to none, at most 8.
+    pub fn limit(mut self, limit: Limit<V>) -> Self {
+        self.limits.push(limit);
+        self
+    }
+
+    /// Lets requests by that the closure says so of: neither charged nor
+    /// given headers.
+    pub fn bypass<F>(mut self, bypass: F) -> Self
+    where
+        F: for<'a> Fn(V::Ref<'a>) -> bool + Send + Sync + 'static,
+    {
+        self.bypass = Some(Arc::new(bypass));
+        self
+    }
+
+    /// Shadow mode: decides, charges and counts, but lets everything pass and
+    /// sends no headers. For trying a quota on real traffic. Default: no.
+    pub fn shadow(mut self, shadow: bool) -> Self {
+        self.shadow = shadow;
+        self
+    }
+
+    pub(crate) fn shared(self) -> Result<Shared<V, M>, ConfigError> {
+        if self.limits.is_empty() {
+            return Err(ConfigError::NoLimit);
+        }
+        if self.limits.len() > MAX_LIMITS {
+            return Err(ConfigError::TooManyLimits);
+        }
+        let mut rules = Vec::with_capacity(self.limits.len());
+        let mut tables: Vec<Table> = Vec::with_capacity(self.limits.len());
+        for limit in self.limits {
+            let (rule, table) = limit.build()?;
+            if tables.iter().any(|other| other.name == table.name) {
+                return Err(ConfigError::DuplicateName(table.name));
+            }
+            rules.push(rule);
+            tables.push(table);
+        }
+        let limiter = Limiter::new(self.name, rules, tables, self.bypass, self.shadow);
+        Ok(Shared {
+            limiter,
+            mode: self.mode,
+        })
+    }
+
+    /// Checks the settings and makes the state that all clones of the layer
+    /// share.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the settings: see [`ConfigError`].
+    pub fn build(self) -> Result<RateLimitLayer<V, M>, ConfigError> {
+        Ok(RateLimitLayer::new(self.shared()?))
+    }
+}
+
+#[cfg(feature = "wait")]
+impl<V: View> RateLimitBuilder<V, Errors> {
+    /// Builds a layer that waits for its turn in place of refusing.
+    ///
+    /// A request waits at most `longest`, behind at most `room` that wait
+    /// already; see [`WaitLayer`](crate::WaitLayer).
+    ///
+    /// # Errors
+    ///
+    /// As [`build`](Self::build), and where `longest` or `room` is zero.
+    pub fn build_waiting(
+        self,
+        longest: std::time::Duration,
+        room: usize,
+    ) -> Result<crate::WaitLayer<V>, ConfigError> {
+        if longest.is_zero() || room == 0 {
+            return Err(ConfigError::NothingWaits);
+        }
+        Ok(crate::WaitLayer::new(self.shared()?, longest, room))
+    }
+}
+
+impl<V: View, M> fmt::Debug for RateLimitBuilder<V, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RateLimitBuilder")
+            .field("name", &self.name)
+            .field("limits", &self.limits)
+            .field("shadow", &self.shadow)
+            .finish_non_exhaustive()
+    }
+}
+
+/// So that the compiler can say it where the layer is built, not where it is
+/// used: what a server stack asks of a layer.
+const _: fn() = || {
+    fn fits<T: Clone + Send + Sync + 'static>() {}
+    fits::<RateLimitLayer>();
+    fits::<RateLimitLayer<Any<std::cell::Cell<u8>>, Errors>>();
+    let _ = |head: Head<'_>| head.is_grpc();
+};

@@ -1,0 +1,195 @@
+//! Looking at a limiter and changing it while it serves.
+
+use std::{error::Error, fmt, sync::Arc, time::Duration};
+
+use buttress_core::{clock, key::Key};
+
+use crate::{
+    ConfigError, Quota,
+    store::{Ask, Table},
+};
+
+/// A handle on the state of a layer: what a key has left, and the means to
+/// reset it or to replace a quota. Cheap to clone.
+///
+/// Limits are named as in [`Limit::name`](crate::Limit::name).
+///
+/// ```
+/// use buttress_core::key::Key;
+/// use buttress_rate_limit::{Limit, Quota, RateLimitLayer};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let layer = RateLimitLayer::builder()
+///     .limit(Limit::new(Quota::per_second(10)).name("all"))
+///     .build()?;
+/// let handle = layer.handle();
+/// assert_eq!(handle.usage("all", &Key::global())?.remaining, 10);
+/// handle.set_quota("all", Quota::per_second(20))?;
+/// assert_eq!(handle.usage("all", &Key::global())?.limit, 20);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Handle {
+    tables: Arc<[Table]>,
+}
+
+/// How a key stands with a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// How many may come at once: the burst.
+    pub limit: u32,
+    /// How many of them are left.
+    pub remaining: u32,
+    /// In how long all of them are back; zero when they are.
+    pub reset_after: Duration,
+    /// In how long one more fits than does now; zero when all are back.
+    pub next_after: Duration,
+}
+
+/// What can be wrong with a handle's call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HandleError {
+    /// The layer has no limit of this name.
+    UnknownLimit(String),
+    /// The quota makes no sense.
+    Quota(ConfigError),
+}
+
+impl fmt::Display for HandleError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UnknownLimit(name) => write!(f, "there is no limit named {name:?}"),
+            Self::Quota(_) => f.write_str("the quota cannot replace the limit's"),
+        }
+    }
+}
+
+impl Error for HandleError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::UnknownLimit(_) => None,
+            Self::Quota(error) => Some(error),
+        }
+    }
+}
+
+impl Handle {
+    pub(crate) fn new(tables: Arc<[Table]>) -> Self {
+        Self { tables }
+    }
+
+    /// The names of the limits.
+    pub fn limits(&self) -> impl Iterator<Item = &str> {
+        self.tables.iter().map(|table| &*table.name)
+    }
+
+    fn table(&self, limit: &str) -> Result<(usize, &Table), HandleError> {
+        self.tables
+            .iter()
+            .enumerate()
+            .find(|(_, table)| table.name == limit)
+            .ok_or_else(|| HandleError::UnknownLimit(limit.to_owned()))
+    }
+
+    /// How `key` stands with a limit, under the limit's own quota (not one
+    /// that [`quota_by`](crate::Limit::quota_by) chose). Charges nothing, and
+    /// a key that was not there still is not.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit.
+    pub fn usage(&self, limit: &str, key: &Key) -> Result<Usage, HandleError> {
+        let (index, table) = self.table(limit)?;
+        let ask = Ask {
+            limit: index,
+            id: table.id(key),
+            cost: 0,
+            quota: None,
+        };
+        let standing = table.peek(&ask, clock::now());
+        Ok(Usage {
+            limit: standing.burst,
+            remaining: standing.remaining,
+            reset_after: Duration::from_nanos(standing.until_full),
+            next_after: Duration::from_nanos(standing.until_more),
+        })
+    }
+
+    /// Gives `cost` back to `key`, as far as it has not come back by itself.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit.
+    pub fn refund(&self, limit: &str, key: &Key, cost: u32) -> Result<(), HandleError> {
+        let (index, table) = self.table(limit)?;
+        let ask = Ask {
+            limit: index,
+            id: table.id(key),
+            cost,
+            quota: None,
+        };
+        table.refund(&ask, clock::now());
+        Ok(())
+    }
+
+    /// Makes the quota of `key` whole. Whether anything was spent of it.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit.
+    pub fn reset(&self, limit: &str, key: &Key) -> Result<bool, HandleError> {
+        let (_, table) = self.table(limit)?;
+        Ok(table.reset(table.id(key), clock::now()))
+    }
+
+    /// Makes the quotas of all keys of a limit whole.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit.
+    pub fn reset_all(&self, limit: &str) -> Result<(), HandleError> {
+        self.table(limit)?.1.map().clear();
+        Ok(())
+    }
+
+    /// Replaces the quota of a limit. Every key keeps the number of requests
+    /// it has spent, at most the new burst: with 60 of 100 spent, 140 of 200
+    /// are left, or none of 20.
+    ///
+    /// Takes effect shard by shard: while it runs (some milliseconds for a
+    /// million keys) requests are decided by the old quota or the new one,
+    /// and none waits for more than a shard.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit, or the quota makes no sense.
+    pub fn set_quota(&self, limit: &str, quota: Quota) -> Result<(), HandleError> {
+        let (_, table) = self.table(limit)?;
+        let gcra = quota.check().map_err(HandleError::Quota)?;
+        table.replace(gcra, clock::now());
+        Ok(())
+    }
+
+    /// How many keys of a limit are in debt now. Walks the table, a shard at
+    /// a time.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit.
+    pub fn keys(&self, limit: &str) -> Result<usize, HandleError> {
+        Ok(self.table(limit)?.1.map().live(clock::now()))
+    }
+
+    /// How many keys of a limit were forgotten in debt, because `max_keys`
+    /// others were.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit.
+    pub fn evicted(&self, limit: &str) -> Result<u64, HandleError> {
+        Ok(self.table(limit)?.1.evictions())
+    }
+}

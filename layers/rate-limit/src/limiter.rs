@@ -1,0 +1,351 @@
+//! From a request to a decision: bypass, keys, costs, quotas, and then the
+//! store; and what is counted and told of it.
+
+use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
+
+use buttress_core::{
+    Refusal, RefusalKind, View, clock,
+    key::{ExtractKey, Key, SharedKey},
+};
+
+use crate::{
+    Gcra, MissingKey,
+    metrics::{self, Metrics},
+    store::{self, Ask, Changes, Decision, Detail, MAX_LIMITS, Standing, Table, Verdict},
+};
+
+/// A user's rule over a request.
+pub(crate) type Callback<V, T> = Arc<dyn for<'a> Fn(<V as View>::Ref<'a>) -> T + Send + Sync>;
+
+/// What a limit reads off a request.
+pub(crate) struct Rule<V: View> {
+    pub(crate) key: SharedKey<V>,
+    pub(crate) cost: u32,
+    pub(crate) cost_by: Option<Callback<V, u32>>,
+    pub(crate) quota_by: Option<Callback<V, Gcra>>,
+    pub(crate) missing: MissingKey,
+}
+
+/// The state and the rules of a layer.
+pub(crate) struct Limiter<V: View> {
+    name: Cow<'static, str>,
+    rules: Box<[Rule<V>]>,
+    tables: Arc<[Table]>,
+    bypass: Option<Callback<V, bool>>,
+    shadow: bool,
+    metrics: Metrics,
+}
+
+/// What is to be done with a request.
+pub(crate) enum Admission {
+    /// No decision was made.
+    Bypass,
+    /// It passes, and was charged.
+    Pass(Decision),
+    /// It passes, although it should not: shadow mode.
+    Shadow,
+    /// It does not pass.
+    Refuse(Refusal, Option<Standing>, Vec<Standing>),
+}
+
+impl<V: View> Limiter<V> {
+    pub(crate) fn new(
+        name: Cow<'static, str>,
+        rules: Vec<Rule<V>>,
+        tables: Vec<Table>,
+        bypass: Option<Callback<V, bool>>,
+        shadow: bool,
+    ) -> Self {
+        Self {
+            name,
+            rules: rules.into(),
+            tables: tables.into(),
+            bypass,
+            shadow,
+            metrics: Metrics::default(),
+        }
+    }
+
+    pub(crate) fn tables(&self) -> &Arc<[Table]> {
+        &self.tables
+    }
+
+    /// Decides on a request.
+    #[inline]
+    pub(crate) fn admit(&self, request: V::Ref<'_>, detail: Detail) -> Admission {
+        if self.bypasses(request) {
+            return Admission::Bypass;
+        }
+        // The common case keeps clear of the arrays of the other.
+        if let [rule] = &*self.rules {
+            return match self.ask(0, rule, request) {
+                Ok(Some(ask)) => {
+                    let decision = store::decide_one(&self.tables[0], &ask, clock::now(), detail);
+                    self.conclude(decision)
+                }
+                Ok(None) => self.bypassed(),
+                Err(refusal) => self.conclude_without(refusal),
+            };
+        }
+        let mut asks = [None; MAX_LIMITS];
+        let mut len = 0;
+        for (index, rule) in self.rules.iter().enumerate() {
+            match self.ask(index, rule, request) {
+                Ok(Some(ask)) => {
+                    asks[len] = Some(ask);
+                    len += 1;
+                }
+                Ok(None) => {}
+                Err(refusal) => return self.conclude_without(refusal),
+            }
+        }
+        self.admit_asks(&asks[..len], detail)
+    }
+
+    /// The same, and what was asked is told: for those who give charges back.
+    pub(crate) fn admit_and_tell(
+        &self,
+        request: V::Ref<'_>,
+        detail: Detail,
+    ) -> (Admission, Vec<Option<Ask>>) {
+        match self.read(request) {
+            Ok(asks) => (self.admit_asks(&asks, detail), asks),
+            Err(admission) => (admission, Vec::new()),
+        }
+    }
+
+    /// What a request asks of the limits, or what becomes of one that asks
+    /// nothing.
+    pub(crate) fn read(&self, request: V::Ref<'_>) -> Result<Vec<Option<Ask>>, Admission> {
+        if self.bypasses(request) {
+            return Err(Admission::Bypass);
+        }
+        let asks = self
+            .rules
+            .iter()
+            .enumerate()
+            .map(|(index, rule)| self.ask(index, rule, request));
+        // `Ok(None)` is a limit that does not apply.
+        asks.filter(|ask| !matches!(ask, Ok(None)))
+            .collect::<Result<_, _>>()
+            .map_err(|refusal| self.conclude_without(refusal))
+    }
+
+    pub(crate) fn admit_asks(&self, asks: &[Option<Ask>], detail: Detail) -> Admission {
+        if asks.is_empty() {
+            return self.bypassed();
+        }
+        let decision = store::decide_all(&self.tables, asks, clock::now(), detail);
+        self.conclude(decision)
+    }
+
+    /// Gives the charges back, and tells how the key stands then: the tightest
+    /// limit, and all of them.
+    pub(crate) fn refund(&self, asks: &[Option<Ask>]) -> (Option<Standing>, Vec<Standing>) {
+        let now = clock::now();
+        let mut tightest: Option<Standing> = None;
+        let mut all = Vec::with_capacity(asks.len());
+        for ask in asks.iter().flatten() {
+            let table = &self.tables[ask.limit];
+            table.refund(ask, now);
+            let standing = table.peek(ask, now);
+            all.push(standing);
+            if tightest.is_none_or(|tightest| standing.is_tighter_than(&tightest)) {
+                tightest = Some(standing);
+            }
+        }
+        (tightest, all)
+    }
+
+    /// Decides, and neither counts nor tells of it.
+    #[cfg(feature = "wait")]
+    pub(crate) fn decide(&self, asks: &[Option<Ask>]) -> Decision {
+        store::decide_all(&self.tables, asks, clock::now(), Detail::None)
+    }
+
+    /// How long until all of `asks` fit behind what costs `ahead`, in the
+    /// order of the asks.
+    #[cfg(feature = "wait")]
+    pub(crate) fn wait_behind(
+        &self,
+        asks: &[Option<Ask>],
+        ahead: &[u64],
+        now: clock::Instant,
+    ) -> Duration {
+        let ahead = ahead.iter().copied().chain(std::iter::repeat(0));
+        let waits = asks
+            .iter()
+            .flatten()
+            .zip(ahead)
+            .map(|(ask, ahead)| self.tables[ask.limit].wait_behind(ask, ahead, now));
+        Duration::from_nanos(waits.max().unwrap_or(0))
+    }
+
+    /// Counts a refusal that was decided by whoever waits.
+    #[cfg(feature = "wait")]
+    pub(crate) fn count_refusal(&self, refusal: &Refusal, asks: &[Option<Ask>]) {
+        if let Some(ask) = asks.iter().flatten().next() {
+            self.tell_refusal(ask.limit, refusal);
+        }
+        self.count(metrics::Result::Refused);
+    }
+
+    #[cfg(feature = "wait")]
+    pub(crate) fn is_shadow(&self) -> bool {
+        self.shadow
+    }
+
+    #[inline]
+    fn ask(
+        &self,
+        limit: usize,
+        rule: &Rule<V>,
+        request: V::Ref<'_>,
+    ) -> Result<Option<Ask>, Refusal> {
+        let key = match rule.key.extract(request) {
+            Some(key) => key,
+            None => match self.without_key(limit, rule)? {
+                Some(key) => key,
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(Ask {
+            limit,
+            id: self.tables[limit].id(&key),
+            cost: rule
+                .cost_by
+                .as_ref()
+                .map_or(rule.cost, |cost| cost(request)),
+            quota: rule.quota_by.as_ref().map(|quota| quota(request)),
+        }))
+    }
+
+    #[cold]
+    fn without_key(&self, limit: usize, rule: &Rule<V>) -> Result<Option<Key>, Refusal> {
+        let limit = &*self.tables[limit].name;
+        tracing::debug!(name = &*self.name, limit, policy = ?rule.missing, "request without a key");
+        match rule.missing {
+            // No other key of this limit has this text: it is not one that an
+            // extractor makes of a request.
+            MissingKey::Share => Ok(Some(Key::from_bytes(b"buttress: no key"))),
+            MissingKey::Skip => Ok(None),
+            MissingKey::Refuse => Err(Refusal::new(RefusalKind::BadRequest)
+                .with_detail("the request lacks what it is counted by")
+                .with_reason("missing_key")),
+        }
+    }
+
+    #[inline]
+    fn bypasses(&self, request: V::Ref<'_>) -> bool {
+        let bypasses = self.bypass.as_ref().is_some_and(|bypass| bypass(request));
+        if bypasses {
+            self.count(metrics::Result::Bypassed);
+        }
+        bypasses
+    }
+
+    fn bypassed(&self) -> Admission {
+        self.count(metrics::Result::Bypassed);
+        Admission::Bypass
+    }
+
+    /// Counts and tells of a decision.
+    #[inline]
+    pub(crate) fn conclude(&self, decision: Decision) -> Admission {
+        if decision.changes != Changes::default() {
+            self.tell_changes(decision.changes);
+        }
+        if decision.verdict == Verdict::Pass {
+            self.count(metrics::Result::Allowed);
+            return Admission::Pass(decision);
+        }
+        self.refuse(decision)
+    }
+
+    #[cold]
+    fn refuse(&self, decision: Decision) -> Admission {
+        let (limit, refusal) = match decision.verdict {
+            Verdict::Pass => unreachable!("only refusals come here"),
+            Verdict::Wait { limit, wait } => (
+                limit,
+                Refusal::new(RefusalKind::RateLimited).with_retry_after(Duration::from_nanos(wait)),
+            ),
+            Verdict::Never { limit } => (limit, Refusal::new(RefusalKind::NeverFits)),
+            Verdict::NoRoom { limit } => (
+                limit,
+                Refusal::new(RefusalKind::Overloaded)
+                    .with_detail("too many clients are being limited at once")
+                    .with_retry_after(Duration::from_secs(1)),
+            ),
+        };
+        self.tell_refusal(limit, &refusal);
+        if self.shadow {
+            self.count(metrics::Result::Shadowed);
+            return Admission::Shadow;
+        }
+        self.count(metrics::Result::Refused);
+        Admission::Refuse(refusal, decision.tightest, decision.all)
+    }
+
+    fn tell_refusal(&self, limit: usize, refusal: &Refusal) {
+        let table = &self.tables[limit];
+        self.metrics
+            .refusal(&self.name, table, refusal.kind().reason());
+        tracing::debug!(
+            name = &*self.name,
+            limit = &*table.name,
+            reason = refusal.reason(),
+            retry_after = ?refusal.retry_after(),
+            shadow = self.shadow,
+            "request over its rate limit"
+        );
+    }
+
+    /// A refusal that no decision stands behind: the request has no key.
+    #[cold]
+    fn conclude_without(&self, refusal: Refusal) -> Admission {
+        if self.shadow {
+            self.count(metrics::Result::Shadowed);
+            return Admission::Shadow;
+        }
+        self.count(metrics::Result::Refused);
+        Admission::Refuse(refusal, None, Vec::new())
+    }
+
+    #[cold]
+    fn tell_changes(&self, changes: Changes) {
+        for (limit, table) in self.tables.iter().enumerate() {
+            if changes.added(limit) {
+                self.metrics.keys(&self.name, &self.tables, limit);
+            }
+            if changes.evicted(limit) {
+                self.metrics.evicted(&self.name, &self.tables, limit);
+                let evicted = table.count_eviction();
+                // Each may happen once a request: say so at 1, 2, 4, 8, …
+                if evicted.is_power_of_two() {
+                    tracing::warn!(
+                        name = &*self.name,
+                        limit = &*table.name,
+                        evicted,
+                        "max_keys reached: a key was forgotten in debt"
+                    );
+                }
+            }
+        }
+    }
+
+    #[inline]
+    fn count(&self, result: metrics::Result) {
+        self.metrics.request(&self.name, &self.tables, result);
+    }
+}
+
+impl<V: View> fmt::Debug for Limiter<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Limiter")
+            .field("name", &self.name)
+            .field("tables", &self.tables)
+            .field("shadow", &self.shadow)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,191 @@
+//! The service: asks the limiter, and calls the inner service or does not.
+
+use std::{
+    fmt,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use buttress_core::{BoxError, Head, Http, Sees, View, body::ResponseBody};
+use http::{Request, Response};
+use tower_service::Service;
+
+use crate::{
+    HeaderFormat,
+    future::{After, ErrorFuture, ResponseFuture},
+    headers::{Draft, XRateLimit},
+    layer::{Errors, Respond, Shared},
+    limiter::Admission,
+    store::{Detail, Standing},
+};
+
+/// The service of a [`RateLimitLayer`](crate::RateLimitLayer).
+///
+/// Readiness is the inner service's: what is refused is refused in `call`. The
+/// decision is taken in `call`, too, and stays taken: a future that is dropped
+/// later has been charged.
+pub struct RateLimit<S, V: View = Http, M = Respond> {
+    inner: S,
+    shared: Arc<Shared<V, M>>,
+}
+
+impl<S, V: View, M> RateLimit<S, V, M> {
+    pub(crate) fn new(inner: S, shared: Arc<Shared<V, M>>) -> Self {
+        Self { inner, shared }
+    }
+
+    /// The inner service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// The inner service.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// The inner service.
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
+}
+
+impl<S: Clone, V: View, M> Clone for RateLimit<S, V, M> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            shared: Arc::clone(&self.shared),
+        }
+    }
+}
+
+impl<S: fmt::Debug, V: View, M> fmt::Debug for RateLimit<S, V, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RateLimit")
+            .field("inner", &self.inner)
+            .field("limiter", &self.shared.limiter)
+            .finish()
+    }
+}
+
+/// How a request stands with the tightest of its limits: a request extension
+/// for handlers, where [`info`](crate::RateLimitBuilder::info) is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RateLimitInfo {
+    /// The name of the limit.
+    pub name: String,
+    /// How many may come at once.
+    pub limit: u32,
+    /// How many of them are left, this request charged.
+    pub remaining: u32,
+    /// In how long all of them are back.
+    pub reset_after: Duration,
+}
+
+impl<S, B, R> Service<Request<B>> for RateLimit<S, Http, Respond>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+{
+    type Response = Response<ResponseBody<R>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let Shared { limiter, mode } = &*self.shared;
+        let head = Head::from(&request);
+        let detail = mode.detail();
+        let (admission, asks) = if mode.refund.is_some() {
+            limiter.admit_and_tell(head, detail)
+        } else {
+            (limiter.admit(head, detail), Vec::new())
+        };
+        match admission {
+            Admission::Bypass | Admission::Shadow => {
+                ResponseFuture::calling(self.inner.call(request), After::default())
+            }
+            Admission::Pass(decision) => {
+                if let (true, Some(tightest)) = (mode.info, &decision.tightest) {
+                    let info = self.info(tightest);
+                    request.extensions_mut().insert(info);
+                }
+                let mut after = self.after(decision.tightest.as_ref(), &decision.all);
+                if mode.refund.is_some() {
+                    after.refund(Arc::clone(&self.shared), asks);
+                }
+                ResponseFuture::calling(self.inner.call(request), after)
+            }
+            Admission::Refuse(refusal, tightest, all) => {
+                let response = mode.responder.respond(&refusal, head);
+                let after = self.after(tightest.as_ref(), &all);
+                ResponseFuture::refused(response, after)
+            }
+        }
+    }
+}
+
+impl<S> RateLimit<S, Http, Respond> {
+    /// What is to be done with the response.
+    #[inline]
+    fn after(&self, tightest: Option<&Standing>, all: &[Standing]) -> After {
+        let Shared { limiter, mode } = &*self.shared;
+        let Some(tightest) = tightest else {
+            return After::default();
+        };
+        let mut after = After::default();
+        for format in &mode.formats {
+            match format {
+                HeaderFormat::XRateLimit => {
+                    after.x = Some(XRateLimit::new(tightest, mode.wall_clock.unix_now()));
+                }
+                HeaderFormat::Draft11 => {
+                    after.more().draft = Some(Draft::new(limiter.tables(), all));
+                }
+            }
+        }
+        if mode.expose && !mode.formats.is_empty() {
+            after.more().expose = Some(Arc::clone(&self.shared));
+        }
+        after
+    }
+
+    fn info(&self, tightest: &Standing) -> RateLimitInfo {
+        RateLimitInfo {
+            name: self.shared.limiter.tables()[tightest.limit]
+                .name
+                .clone()
+                .into_owned(),
+            limit: tightest.burst,
+            remaining: tightest.remaining,
+            reset_after: Duration::from_nanos(tightest.until_full),
+        }
+    }
+}
+
+impl<S, V, Req> Service<Req> for RateLimit<S, V, Errors>
+where
+    V: Sees<Req>,
+    S: Service<Req, Error: Into<BoxError>>,
+{
+    type Response = S::Response;
+    type Error = BoxError;
+    type Future = ErrorFuture<S::Future>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        match self.shared.limiter.admit(V::see(&request), Detail::None) {
+            Admission::Refuse(refusal, ..) => ErrorFuture::refused(refusal),
+            _ => ErrorFuture::calling(self.inner.call(request)),
+        }
+    }
+}

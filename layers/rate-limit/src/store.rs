@@ -1,0 +1,492 @@
+//! Where the arrival times are kept: one table of 16-byte cells a limit.
+
+use std::{
+    borrow::Cow,
+    num::NonZeroUsize,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use buttress_core::{
+    clock::Instant,
+    keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, SlotId, WhenFull},
+};
+
+use crate::gcra::{Gcra, Ruling, Tat};
+
+/// Bits of a packed arrival time; the key's id has the rest.
+const TAT_BITS: u32 = 80;
+
+/// A key's whole state: 48 bits of its id, 80 of its arrival time.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cell(u128);
+
+impl Cell {
+    fn new(id: KeyId, tat: Tat) -> Self {
+        Self((u128::from(id.slot().get()) << TAT_BITS) | tat.pack())
+    }
+
+    fn tat(self) -> Tat {
+        Tat::unpack(self.0)
+    }
+}
+
+impl Entry for Cell {
+    type Shared = Terms;
+
+    #[inline]
+    fn id(&self) -> Option<SlotId> {
+        SlotId::new((self.0 >> TAT_BITS) as u64)
+    }
+
+    #[inline]
+    fn spent_at(&self) -> Instant {
+        Instant::from_nanos(self.tat().nanos_up())
+    }
+}
+
+/// What each shard of a table knows, under the lock that a decision takes
+/// anyway: reading the quota costs nothing, and replacing it no request waits
+/// for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    gcra: Gcra,
+    /// The latest time a decision was taken at. A thread that read the clock
+    /// and was then suspended must not turn it back.
+    latest: u64,
+}
+
+/// How a key stands with its limit after a decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Standing {
+    /// Index of the limit.
+    pub(crate) limit: usize,
+    /// The burst.
+    pub(crate) burst: u32,
+    pub(crate) remaining: u32,
+    /// Nanoseconds until the quota is whole, rounded up.
+    pub(crate) until_full: u64,
+    /// Nanoseconds until one more fits, rounded up.
+    pub(crate) until_more: u64,
+    /// Nanoseconds that the whole burst takes, rounded up.
+    pub(crate) window: u64,
+}
+
+impl Standing {
+    fn of(limit: usize, gcra: &Gcra, tat: Tat, now: u64, detail: Detail) -> Self {
+        Self {
+            limit,
+            burst: gcra.burst(),
+            remaining: gcra.remaining(tat, now),
+            until_full: gcra.until_full(tat, now),
+            // Only the draft's fields ask for it.
+            until_more: if detail == Detail::All {
+                gcra.until_more(tat, now)
+            } else {
+                0
+            },
+            window: gcra.window(),
+        }
+    }
+
+    /// Whether a client should rather be shown `self` than `other`.
+    pub(crate) fn is_tighter_than(&self, other: &Self) -> bool {
+        (self.remaining, other.until_full) < (other.remaining, self.until_full)
+    }
+}
+
+/// How much a decision is to tell of how the key stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Detail {
+    /// Nothing: no division is paid for.
+    None,
+    /// The tightest limit.
+    Tightest,
+    /// Every limit.
+    All,
+}
+
+/// What one request asks of one limit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ask {
+    /// Index of the limit.
+    pub(crate) limit: usize,
+    pub(crate) id: KeyId,
+    pub(crate) cost: u32,
+    /// The quota of this key, where it is not the limit's own.
+    pub(crate) quota: Option<Gcra>,
+}
+
+/// What the store says of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Pass,
+    /// It may pass in `wait` nanoseconds, as far as `limit` tells.
+    Wait {
+        limit: usize,
+        wait: u64,
+    },
+    /// It costs more than `limit` can ever hold.
+    Never {
+        limit: usize,
+    },
+    /// There is no room to remember its key in `limit`.
+    NoRoom {
+        limit: usize,
+    },
+}
+
+/// One limit's keys.
+#[derive(Debug)]
+pub(crate) struct Table {
+    pub(crate) name: Cow<'static, str>,
+    map: KeyedMap<Cell>,
+    evictions: AtomicU64,
+}
+
+/// A key's shard, locked for a decision.
+struct Held<'a> {
+    guard: Guard<'a, Cell>,
+    tat: Tat,
+    now: u64,
+}
+
+impl Table {
+    pub(crate) fn new(
+        name: Cow<'static, str>,
+        gcra: Gcra,
+        max_keys: NonZeroUsize,
+        when_full: WhenFull,
+    ) -> Self {
+        let terms = Terms { gcra, latest: 0 };
+        let config = Config {
+            max_keys,
+            when_full,
+        };
+        Self {
+            name,
+            map: KeyedMap::new(config, terms),
+            evictions: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts a key forgotten in debt; how many there were.
+    pub(crate) fn count_eviction(&self) -> u64 {
+        self.evictions.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Keys forgotten in debt.
+    pub(crate) fn evictions(&self) -> u64 {
+        self.evictions.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
+        self.map.id(key)
+    }
+
+    pub(crate) fn map(&self) -> &KeyedMap<Cell> {
+        &self.map
+    }
+
+    #[inline]
+    fn hold(&self, id: KeyId, now: Instant) -> Held<'_> {
+        let mut guard = self.map.lock(id);
+        let terms = guard.shared_mut();
+        let now = terms.latest.max(now.as_nanos());
+        terms.latest = now;
+        let tat = guard.get().map_or(Tat::default(), |cell| cell.tat());
+        Held { guard, tat, now }
+    }
+
+    /// How a key stands, charging nothing.
+    pub(crate) fn peek(&self, ask: &Ask, now: Instant) -> Standing {
+        let held = self.hold(ask.id, now);
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        Standing::of(ask.limit, &gcra, held.tat, held.now, Detail::All)
+    }
+
+    /// Nanoseconds until `cost` fits behind `ahead` that wait before it.
+    #[cfg(feature = "wait")]
+    pub(crate) fn wait_behind(&self, ask: &Ask, ahead: u64, now: Instant) -> u64 {
+        let held = self.hold(ask.id, now);
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        gcra.wait_behind(held.tat, held.now, ahead + u64::from(ask.cost))
+    }
+
+    /// Gives a charge back.
+    pub(crate) fn refund(&self, ask: &Ask, now: Instant) {
+        let mut held = self.hold(ask.id, now);
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        let tat = gcra.refund(held.tat, held.now, ask.cost);
+        held.put_back(ask, tat);
+    }
+
+    /// Makes a key's quota whole. Whether it was not.
+    pub(crate) fn reset(&self, id: KeyId, now: Instant) -> bool {
+        let mut held = self.hold(id, now);
+        held.guard.remove();
+        held.tat.is_after(held.now)
+    }
+
+    /// Replaces the quota. Every key keeps the number of requests that it has
+    /// spent, at most the new burst.
+    pub(crate) fn replace(&self, gcra: Gcra, now: Instant) {
+        self.map.change_all(|terms, cells| {
+            let old = terms.gcra;
+            let now = terms.latest.max(now.as_nanos());
+            terms.gcra = gcra;
+            for cell in cells {
+                let tat = gcra.convert(cell.tat(), &old, now);
+                *cell = Cell((cell.0 >> TAT_BITS << TAT_BITS) | tat.pack());
+            }
+        });
+    }
+}
+
+impl Held<'_> {
+    /// Stores the charge of `ask`.
+    #[inline]
+    fn commit(&mut self, ask: &Ask, tat: Tat) -> Result<Stored, Full> {
+        if ask.cost == 0 {
+            return Ok(Stored::Updated);
+        }
+        let cell = Cell::new(ask.id, tat);
+        if let Some(stored) = self.guard.get_mut() {
+            *stored = cell;
+            return Ok(Stored::Updated);
+        }
+        match self.guard.insert(Instant::from_nanos(self.now), cell)? {
+            None => Ok(Stored::Added),
+            Some(_) => Ok(Stored::Evicting),
+        }
+    }
+
+    fn heal(&mut self, ask: &Ask, tat: Option<Tat>) {
+        if let Some(tat) = tat {
+            self.put_back(ask, tat);
+        }
+    }
+
+    /// Sets a key that is there to an earlier time; one that is not there has
+    /// nothing to be given back.
+    fn put_back(&mut self, ask: &Ask, tat: Tat) {
+        if !tat.is_after(self.now) {
+            self.guard.remove();
+        } else if self.guard.get().is_some() {
+            // Through `insert`, for the table must know that it may be spent
+            // earlier; what is there is replaced, so there is room.
+            let cell = Cell::new(ask.id, tat);
+            let _ = self.guard.insert(Instant::from_nanos(self.now), cell);
+        }
+    }
+}
+
+/// The most limits that are decided together.
+pub(crate) const MAX_LIMITS: usize = 8;
+
+/// What came of a decision.
+#[derive(Debug)]
+pub(crate) struct Decision {
+    pub(crate) verdict: Verdict,
+    /// The tightest limit, or the one that refused, if it was asked for.
+    pub(crate) tightest: Option<Standing>,
+    /// Every limit, if it was asked for.
+    pub(crate) all: Vec<Standing>,
+    /// What became of the tables.
+    pub(crate) changes: Changes,
+}
+
+/// Which limits have a key more, and which of them forgot one in debt for it.
+/// A bit for each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    added: u8,
+    evicted: u8,
+}
+
+impl Changes {
+    fn note(&mut self, limit: usize, stored: Stored) {
+        self.added |= u8::from(stored != Stored::Updated) << limit;
+        self.evicted |= u8::from(stored == Stored::Evicting) << limit;
+    }
+
+    pub(crate) fn added(self, limit: usize) -> bool {
+        self.added & (1 << limit) != 0
+    }
+
+    pub(crate) fn evicted(self, limit: usize) -> bool {
+        self.evicted & (1 << limit) != 0
+    }
+}
+
+/// How a charge was stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stored {
+    /// The key was there.
+    Updated,
+    /// The key was added.
+    Added,
+    /// The key was added, and another forgotten in debt.
+    Evicting,
+}
+
+/// Decides one limit.
+#[inline]
+pub(crate) fn decide_one(table: &Table, ask: &Ask, now: Instant, detail: Detail) -> Decision {
+    let mut held = table.hold(ask.id, now);
+    let (now, before) = (held.now, held.tat);
+    let gcra = match &ask.quota {
+        Some(gcra) => gcra,
+        None => &held.guard.shared().gcra,
+    };
+    let ruling = gcra.decide(before, now, ask.cost);
+    // Copied only where it is needed once the lock is gone.
+    let gcra = (detail != Detail::None).then_some(*gcra);
+    let mut decision = Decision {
+        verdict: Verdict::Pass,
+        tightest: None,
+        all: Vec::new(),
+        changes: Changes::default(),
+    };
+    let mut after = before;
+    match ruling {
+        Ruling::Pass { tat } => match held.commit(ask, tat) {
+            Ok(stored) => {
+                after = tat;
+                decision.changes.note(ask.limit, stored);
+            }
+            Err(Full) => decision.verdict = Verdict::NoRoom { limit: ask.limit },
+        },
+        Ruling::Wait { wait, heal } => {
+            held.heal(ask, heal);
+            after = heal.unwrap_or(before);
+            decision.verdict = Verdict::Wait {
+                limit: ask.limit,
+                wait,
+            };
+        }
+        Ruling::Never => decision.verdict = Verdict::Never { limit: ask.limit },
+    }
+    drop(held);
+    if let Some(gcra) = gcra {
+        let standing = Standing::of(ask.limit, &gcra, after, now, detail);
+        decision.tightest = Some(standing);
+        if detail == Detail::All {
+            decision.all.push(standing);
+        }
+    }
+    decision
+}
+
+/// Decides several limits, all or none: each is locked, in the order of the
+/// limits, until all have ruled. A thread holds at most one shard of a table,
+/// and tables always in one order, so no two can wait for each other.
+pub(crate) fn decide_all(
+    tables: &[Table],
+    asks: &[Option<Ask>],
+    now: Instant,
+    detail: Detail,
+) -> Decision {
+    let mut held: [Option<Held<'_>>; MAX_LIMITS] = [const { None }; MAX_LIMITS];
+    let mut arrivals = [Tat::default(); MAX_LIMITS];
+    let mut verdict = Verdict::Pass;
+    for (index, ask) in asks.iter().flatten().enumerate() {
+        let key = held[index].insert(tables[ask.limit].hold(ask.id, now));
+        let gcra = match &ask.quota {
+            Some(gcra) => gcra,
+            None => &key.guard.shared().gcra,
+        };
+        let limit = ask.limit;
+        match gcra.decide(key.tat, key.now, ask.cost) {
+            Ruling::Pass { tat } => arrivals[index] = tat,
+            Ruling::Wait { wait, heal } => {
+                key.heal(ask, heal);
+                key.tat = heal.unwrap_or(key.tat);
+                verdict = match verdict {
+                    Verdict::Pass => Verdict::Wait { limit, wait },
+                    // Only when the longest wait is over do all let in.
+                    Verdict::Wait { wait: longest, .. } if wait > longest => {
+                        Verdict::Wait { limit, wait }
+                    }
+                    other => other,
+                };
+            }
+            Ruling::Never => {
+                if !matches!(verdict, Verdict::Never { .. }) {
+                    verdict = Verdict::Never { limit };
+                }
+            }
+        }
+    }
+
+    let mut changes = Changes::default();
+    if verdict == Verdict::Pass {
+        for (index, ask) in asks.iter().flatten().enumerate() {
+            let key = held[index].as_mut().expect("locked above");
+            match key.commit(ask, arrivals[index]) {
+                Ok(stored) => changes.note(ask.limit, stored),
+                Err(Full) => {
+                    verdict = Verdict::NoRoom { limit: ask.limit };
+                    // All or none: nobody has seen the charges made so far.
+                    for (ask, held) in asks[..index].iter().flatten().zip(&mut held) {
+                        held.as_mut().expect("locked above").undo(ask);
+                    }
+                    break;
+                }
+            }
+        }
+        if verdict == Verdict::Pass {
+            for (key, arrival) in held.iter_mut().flatten().zip(arrivals) {
+                key.tat = arrival;
+            }
+        }
+    }
+
+    let mut decision = Decision {
+        verdict,
+        tightest: None,
+        all: Vec::new(),
+        changes,
+    };
+    if detail == Detail::None {
+        return decision;
+    }
+    // The numbers need divisions: they are worked out without the locks.
+    let mut states = [const { None }; MAX_LIMITS];
+    for ((held, ask), state) in held
+        .iter()
+        .flatten()
+        .zip(asks.iter().flatten())
+        .zip(&mut states)
+    {
+        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        *state = Some((gcra, held.tat, held.now));
+    }
+    drop(held);
+    for ((gcra, tat, now), ask) in states.iter().flatten().zip(asks.iter().flatten()) {
+        let standing = Standing::of(ask.limit, gcra, *tat, *now, detail);
+        if detail == Detail::All {
+            decision.all.push(standing);
+        }
+        let shown = match verdict {
+            // A refusal is told in the terms of the limit that refused.
+            Verdict::Wait { limit, .. } | Verdict::Never { limit } | Verdict::NoRoom { limit } => {
+                limit == ask.limit
+            }
+            Verdict::Pass => decision
+                .tightest
+                .is_none_or(|tightest| standing.is_tighter_than(&tightest)),
+        };
+        if shown {
+            decision.tightest = Some(standing);
+        }
+    }
+    decision
+}
+
+impl Held<'_> {
+    /// Takes a charge back that was made under this very lock.
+    #[cold]
+    fn undo(&mut self, ask: &Ask) {
+        self.put_back(ask, self.tat);
+    }
+}

@@ -1,0 +1,55 @@
+//! The layers as methods of `tower::ServiceBuilder`.
+
+/// Adds the layers as methods to `tower::ServiceBuilder`.
+///
+/// ```
+/// # #[cfg(feature = "rate-limit")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use buttress::{
+///     ServiceBuilderExt,
+///     rate_limit::{Limit, Quota, RateLimitLayer},
+/// };
+/// use tower::{ServiceBuilder, service_fn};
+///
+/// let limit = RateLimitLayer::builder()
+///     .limit(Limit::new(Quota::per_second(5)))
+///     .build()?;
+/// let service = ServiceBuilder::new()
+///     .buttress_rate_limit(limit)
+///     .service(service_fn(async |_: http::Request<String>| {
+///         Ok::<_, std::convert::Infallible>(http::Response::new(String::new()))
+///     }));
+/// # let _ = service;
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "rate-limit"))]
+/// # fn main() {}
+/// ```
+pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
+    /// Limits the rate of requests: see
+    /// [`RateLimitLayer`](crate::rate_limit::RateLimitLayer).
+    ///
+    /// Not called `rate_limit`, since `ServiceBuilder` has a method of that
+    /// name.
+    #[cfg(feature = "rate-limit")]
+    fn buttress_rate_limit<V: crate::View, M>(
+        self,
+        layer: crate::rate_limit::RateLimitLayer<V, M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>>;
+}
+
+impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
+    #[cfg(feature = "rate-limit")]
+    fn buttress_rate_limit<V: crate::View, M>(
+        self,
+        layer: crate::rate_limit::RateLimitLayer<V, M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>> {
+        self.layer(layer)
+    }
+}
+
+mod sealed {
+    #[expect(unreachable_pub, reason = "a seal has to be public to seal")]
+    pub trait Sealed<L> {}
+    impl<L> Sealed<L> for tower::ServiceBuilder<L> {}
+}
