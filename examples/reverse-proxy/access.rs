@@ -10,7 +10,7 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 
-use buttress_core::{
+use buttress::{
     body::{BodyEnd, BodyGuard},
     clock::{self, Instant},
 };
@@ -48,7 +48,10 @@ impl Facts {
     }
 
     pub(crate) fn take_tunnel(&self) -> Option<Tunnel> {
-        self.tunnel.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.tunnel
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 }
 
@@ -130,15 +133,16 @@ pub(crate) struct Meters {
 
 impl Meters {
     pub(crate) fn new(route: &str) -> Arc<Self> {
-        metrics::describe_counter!(names::REQUESTS, "Requests answered, by route and class of status");
+        metrics::describe_counter!(
+            names::REQUESTS,
+            "Requests answered, by route and class of status"
+        );
         metrics::describe_histogram!(
             names::DURATION,
             Unit::Seconds,
             "From a request's head to its response's end"
         );
-        let counter = |class: &'static str| {
-            metrics::counter!(names::REQUESTS, "route" => route.to_owned(), "class" => class)
-        };
+        let counter = |class: &'static str| metrics::counter!(names::REQUESTS, "route" => route.to_owned(), "class" => class);
         Arc::new(Self {
             by_class: ["1xx", "2xx", "3xx", "4xx", "5xx"].map(counter),
             duration: metrics::histogram!(names::DURATION, "route" => route.to_owned()),

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use buttress_core::{Head, ProblemResponder, Refusal, RefusalKind, Responder};
+use buttress::{Head, ProblemResponder, Refusal, RefusalKind, Responder};
 use bytes::Bytes;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode,
@@ -23,7 +23,10 @@ pub(crate) struct Admin {
 
 impl Admin {
     /// Answers a request.
-    #[expect(clippy::needless_pass_by_value, reason = "it is the handler that serve wants")]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "it is the handler that serve wants"
+    )]
     pub(crate) fn answer(
         &self,
         request: Request<Incoming>,
@@ -55,7 +58,10 @@ impl Admin {
             "/health/live" => ("application/json", "{\"live\":true}".to_owned()),
             "/metrics" => {
                 self.proxy.gauge();
-                ("text/plain; version=0.0.4; charset=utf-8", self.metrics.render())
+                (
+                    "text/plain; version=0.0.4; charset=utf-8",
+                    self.metrics.render(),
+                )
             }
             "/" => ("text/html; charset=utf-8", PAGE.to_owned()),
             _ => return Err(refuse(RefusalKind::NoRoute.into())),

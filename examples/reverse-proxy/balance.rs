@@ -47,7 +47,8 @@ mod tests {
     use super::*;
 
     fn three() -> Balance {
-        let endpoint = |port: u16| Endpoint::new(&format!("h2c://127.0.0.1:{port}").parse().unwrap());
+        let endpoint =
+            |port: u16| Endpoint::new(&format!("h2c://127.0.0.1:{port}").parse().unwrap());
         Balance::new([1, 2, 3].map(endpoint))
     }
 
@@ -60,7 +61,12 @@ mod tests {
             assert!((95..=105).contains(&endpoint.in_flight()), "{endpoint:?}");
         }
         drop(held);
-        assert!(balance.endpoints().iter().all(|endpoint| endpoint.in_flight() == 0));
+        assert!(
+            balance
+                .endpoints()
+                .iter()
+                .all(|endpoint| endpoint.in_flight() == 0)
+        );
     }
 
     #[test]

@@ -244,8 +244,8 @@ impl Body for Outgoing {
     fn is_end_stream(&self) -> bool {
         self.source.as_ref().is_none_or(|source| {
             let inner = source.lock();
-            let replayed = inner.kept.len() <= self.next
-                && (self.trailed || inner.kept_trailers.is_none());
+            let replayed =
+                inner.kept.len() <= self.next && (self.trailed || inner.kept_trailers.is_none());
             replayed && inner.body.is_end_stream()
         })
     }

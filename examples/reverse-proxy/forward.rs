@@ -12,7 +12,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use buttress_core::{
+use buttress::{
     Head, Refusal, RefusalKind,
     body::{BodyEnd, BodyGuard, GuardedBody},
     key::{ClientIp, PeerAddr},
@@ -78,8 +78,7 @@ impl Forward {
             .filter(|_| endpoint.protocol == Protocol::Http1)
             .map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
         let (mut head, body) = request.into_parts();
-        let source = (!body.is_end_stream())
-            .then(|| Source::new(body, self.limits.max_body.0));
+        let source = (!body.is_end_stream()).then(|| Source::new(body, self.limits.max_body.0));
         let mut outgoing = match &source {
             Some(source) => source.attempt().expect("nothing is lost yet"),
             None => Outgoing::empty(),
@@ -87,7 +86,12 @@ impl Forward {
         let exact = outgoing.size_hint().exact();
         let mut hold = None;
         let waits = source.is_some() && headers::expects_continue(&head.headers);
-        self.prepare(&mut head, &endpoint, upgrade.as_ref().map(|(name, _)| name), exact)?;
+        self.prepare(
+            &mut head,
+            &endpoint,
+            upgrade.as_ref().map(|(name, _)| name),
+            exact,
+        )?;
         if waits && endpoint.protocol == Protocol::Http1 {
             hold = Some(hold_back(&mut head, &mut outgoing));
         }
@@ -116,7 +120,9 @@ impl Forward {
         headers::strip_hop_by_hop(response.headers_mut());
         if switched {
             let (Some((_, client)), Some(protocol)) = (upgrade, protocol) else {
-                let _ = facts.error.set("101 to a request that asked for none".to_owned());
+                let _ = facts
+                    .error
+                    .set("101 to a request that asked for none".to_owned());
                 return Err(RefusalKind::BadGateway.into());
             };
             response.headers_mut().insert(UPGRADE, protocol);
@@ -124,10 +130,18 @@ impl Forward {
                 .headers_mut()
                 .insert(CONNECTION, HeaderValue::from_static("upgrade"));
             let upstream = hyper::upgrade::on(&mut response);
-            facts.set_tunnel(Tunnel { client, upstream, in_flight });
+            facts.set_tunnel(Tunnel {
+                client,
+                upstream,
+                in_flight,
+            });
             return Ok(response.map(|body| GuardedBody::new(body, Ending(None))));
         }
-        let ending = Ending(Some(Held { connection, in_flight, hold }));
+        let ending = Ending(Some(Held {
+            connection,
+            in_flight,
+            hold,
+        }));
         Ok(response.map(|body| GuardedBody::new(body, ending)))
     }
 
@@ -156,10 +170,12 @@ impl Forward {
         exact: Option<u64>,
     ) -> Result<(), Refusal> {
         let authority = headers::authority(head)?;
-        let peer = head.extensions.get().map_or(
-            IpAddr::from([0, 0, 0, 0]),
-            |PeerAddr(address)| address.ip().to_canonical(),
-        );
+        let peer = head
+            .extensions
+            .get()
+            .map_or(IpAddr::from([0, 0, 0, 0]), |PeerAddr(address)| {
+                address.ip().to_canonical()
+            });
         let client = self.client_ip.address(Head::from(&*head)).unwrap_or(peer);
         let trailers = headers::accepts_trailers(&head.headers);
 
@@ -191,7 +207,8 @@ impl Forward {
             },
         );
         if trailers {
-            head.headers.insert(TE, HeaderValue::from_static("trailers"));
+            head.headers
+                .insert(TE, HeaderValue::from_static("trailers"));
         }
         match endpoint.protocol {
             Protocol::Http1 => {
@@ -203,7 +220,8 @@ impl Forward {
                     (None, false) => None,
                 };
                 if let Some(connection) = connection {
-                    head.headers.insert(CONNECTION, HeaderValue::from_static(connection));
+                    head.headers
+                        .insert(CONNECTION, HeaderValue::from_static(connection));
                 }
                 if let Some(protocol) = upgrade {
                     head.headers.insert(UPGRADE, protocol.clone());
@@ -234,7 +252,9 @@ fn host(authority: &Authority) -> HeaderValue {
 
 /// Refuses a target longer than allowed.
 pub(crate) fn too_long(uri: &Uri, limits: &Limits) -> Result<(), Refusal> {
-    let length = uri.path_and_query().map_or(0, |target| target.as_str().len());
+    let length = uri
+        .path_and_query()
+        .map_or(0, |target| target.as_str().len());
     if length > limits.max_path.in_memory() {
         return Err(RefusalKind::UriTooLong.into());
     }
@@ -288,12 +308,18 @@ async fn send(
     );
     let mut fresh = false;
     loop {
-        let mut connection = endpoint.connection(fresh).await.map_err(SendError::Connect)?;
+        let mut connection = endpoint
+            .connection(fresh)
+            .await
+            .map_err(SendError::Connect)?;
         facts.attempts.fetch_add(1, Ordering::Relaxed);
         let reused = connection.age() == Age::Reused && !fresh;
         let spare = (reused && repeatable).then(|| head.clone());
         // A first attempt on a fresh connection is the only one: keep nothing.
-        if !reused && !fresh && let Some(source) = source {
+        if !reused
+            && !fresh
+            && let Some(source) = source
+        {
             source.settle();
         }
         let mut failed = match connection.send(Request::from_parts(head, body)).await {
@@ -377,7 +403,12 @@ pub(crate) struct Ending(Option<Held>);
 
 impl BodyGuard for Ending {
     fn ended(self, end: BodyEnd<'_>, _: u64) {
-        let Some(Held { connection, in_flight, hold }) = self.0 else {
+        let Some(Held {
+            connection,
+            in_flight,
+            hold,
+        }) = self.0
+        else {
             return;
         };
         if let Some(hold) = hold {
@@ -400,12 +431,17 @@ pub(crate) struct Tunnel {
 impl Tunnel {
     /// Carries bytes both ways until both sides have ended.
     pub(crate) async fn run(self, mut line: Line) {
-        let Self { client, upstream, in_flight } = self;
+        let Self {
+            client,
+            upstream,
+            in_flight,
+        } = self;
         let Ok((client, upstream)) = tokio::try_join!(client, upstream) else {
             return;
         };
         let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
-        if let Ok((_, to_client)) = tokio::io::copy_bidirectional(&mut client, &mut upstream).await {
+        if let Ok((_, to_client)) = tokio::io::copy_bidirectional(&mut client, &mut upstream).await
+        {
             line.add_bytes(to_client);
         }
         drop(in_flight);

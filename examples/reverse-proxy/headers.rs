@@ -4,7 +4,7 @@
 
 use std::{net::IpAddr, sync::LazyLock};
 
-use buttress_core::{Refusal, RefusalKind};
+use buttress::{Refusal, RefusalKind};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Version,
     header::{
@@ -26,7 +26,8 @@ const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// The name that we sign `Via` with: of this process alone, since two proxies
 /// in a row are no loop.
-static PSEUDONYM: LazyLock<String> = LazyLock::new(|| format!("buttress-{:08x}", fastrand::u32(..)));
+static PSEUDONYM: LazyLock<String> =
+    LazyLock::new(|| format!("buttress-{:08x}", fastrand::u32(..)));
 
 /// The comma-separated members of all lines of a field, in order.
 fn members<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
@@ -252,7 +253,10 @@ pub(crate) fn trace(headers: &mut HeaderMap) {
         // A state without its parent would be taken for the new one's.
         headers.remove(TRACESTATE);
         let (trace, span) = (fastrand::u128(1..), fastrand::u64(1..));
-        headers.insert(TRACEPARENT, value(format!("00-{trace:032x}-{span:016x}-01")));
+        headers.insert(
+            TRACEPARENT,
+            value(format!("00-{trace:032x}-{span:016x}-01")),
+        );
     }
 }
 
@@ -284,7 +288,11 @@ fn is_traceparent(value: &HeaderValue) -> bool {
 pub(crate) fn join_cookies(headers: &mut HeaderMap) {
     let mut lines = headers.get_all(COOKIE).iter();
     if lines.next().is_some() && lines.next().is_some() {
-        let lines: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+        let lines: Vec<_> = headers
+            .get_all(COOKIE)
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .collect();
         let joined = HeaderValue::from_bytes(&lines.join(&b"; "[..])).expect("made of values");
         headers.insert(COOKIE, joined);
     }
@@ -298,7 +306,10 @@ pub(crate) fn accepts_trailers(headers: &HeaderMap) -> bool {
 
 /// The path without a route's prefix.
 pub(crate) fn strip_prefix(target: &PathAndQuery, prefix: &str) -> PathAndQuery {
-    let rest = target.as_str().strip_prefix(prefix).unwrap_or(target.as_str());
+    let rest = target
+        .as_str()
+        .strip_prefix(prefix)
+        .unwrap_or(target.as_str());
     let rest = if rest.starts_with('/') {
         rest.to_owned()
     } else {
@@ -353,12 +364,27 @@ mod tests {
     #[test]
     fn paths_that_climb_are_seen_through_their_encodings() {
         for path in [
-            "/a/../b", "/a/..", "/./a", "/a/%2e%2e/b", "/a/.%2E/b", "/a/..%2fb", "/a%2f..%2fb",
-            "/a/..\\b", "/a/..%5Cb", "/a%00",
+            "/a/../b",
+            "/a/..",
+            "/./a",
+            "/a/%2e%2e/b",
+            "/a/.%2E/b",
+            "/a/..%2fb",
+            "/a%2f..%2fb",
+            "/a/..\\b",
+            "/a/..%5Cb",
+            "/a%00",
         ] {
             assert!(path_can_climb(path), "{path}");
         }
-        for path in ["/", "/a/.well-known/b", "/a/...", "/a..b/c", "/group%2Fproject", "/100%25"] {
+        for path in [
+            "/",
+            "/a/.well-known/b",
+            "/a/...",
+            "/a..b/c",
+            "/group%2Fproject",
+            "/100%25",
+        ] {
             assert!(!path_can_climb(path), "{path}");
         }
     }
@@ -384,7 +410,12 @@ mod tests {
         forward(&mut headers, &origin(true));
         assert_eq!(headers["x-forwarded-for"], "1.2.3.4, 10.0.0.2, 10.0.0.1");
         assert_eq!(headers["x-forwarded-proto"], "https");
-        assert!(headers["via"].to_str().unwrap().starts_with("1.1 edge, 1.1 buttress-"));
+        assert!(
+            headers["via"]
+                .to_str()
+                .unwrap()
+                .starts_with("1.1 edge, 1.1 buttress-")
+        );
         assert!(headers.contains_key("forwarded"));
         assert!(has_passed_here(&headers));
 
@@ -392,7 +423,12 @@ mod tests {
         forward(&mut headers, &origin(false));
         assert_eq!(headers["x-forwarded-for"], "10.0.0.1");
         assert_eq!(headers["x-forwarded-proto"], "http");
-        assert!(headers["via"].to_str().unwrap().starts_with("1.1 buttress-"));
+        assert!(
+            headers["via"]
+                .to_str()
+                .unwrap()
+                .starts_with("1.1 buttress-")
+        );
         assert!(!headers.contains_key("forwarded"));
 
         let mut headers = map(&[("forwarded", "for=1.2.3.4")]);
@@ -426,7 +462,9 @@ mod tests {
     #[test]
     fn a_prefix_is_taken_off_whole() {
         let strip = |target: &str, prefix| {
-            strip_prefix(&target.parse().unwrap(), prefix).as_str().to_owned()
+            strip_prefix(&target.parse().unwrap(), prefix)
+                .as_str()
+                .to_owned()
         };
         assert_eq!(strip("/orders/1?a=b", "/orders"), "/1?a=b");
         assert_eq!(strip("/orders", "/orders"), "/");

@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::{
+use buttress::{
     BoxError,
     clock::{self, Instant},
 };
@@ -52,7 +52,14 @@ impl Stop {
     pub(crate) fn new() -> (Self, watch::Sender<bool>, mpsc::Receiver<()>) {
         let (tell, told) = watch::channel(false);
         let (alive, gone) = mpsc::channel(1);
-        (Self { told, _alive: alive }, tell, gone)
+        (
+            Self {
+                told,
+                _alive: alive,
+            },
+            tell,
+            gone,
+        )
     }
 
     async fn wait(&mut self) {
@@ -63,8 +70,12 @@ impl Stop {
 
 /// Serves what `listener` accepts until told to stop; requests in flight then
 /// go on in tasks of their own.
-pub(crate) async fn serve<H, F, B>(listener: TcpListener, limits: Arc<Limits>, mut stop: Stop, handler: H)
-where
+pub(crate) async fn serve<H, F, B>(
+    listener: TcpListener,
+    limits: Arc<Limits>,
+    mut stop: Stop,
+    handler: H,
+) where
     H: Fn(Request<Incoming>, SocketAddr, Busy) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: Body<Data = Bytes> + Send + 'static,
@@ -75,7 +86,10 @@ where
     loop {
         let accepted = async {
             // First the slot: at the limit, nothing more is accepted.
-            let slot = Arc::clone(&slots).acquire_owned().await.expect("never closed");
+            let slot = Arc::clone(&slots)
+                .acquire_owned()
+                .await
+                .expect("never closed");
             (listener.accept().await, slot)
         };
         let (accepted, slot) = tokio::select! {
@@ -85,7 +99,13 @@ where
         match accepted {
             Ok((stream, peer)) => {
                 let socket = Socket::new(stream, slot, stop.clone());
-                tokio::spawn(connection(socket, peer, limits.clone(), stop.clone(), handler.clone()));
+                tokio::spawn(connection(
+                    socket,
+                    peer,
+                    limits.clone(),
+                    stop.clone(),
+                    handler.clone(),
+                ));
             }
             Err(error) => {
                 // Out of descriptors, mostly: it passes when others close.
@@ -115,7 +135,8 @@ async fn connection<H, F, B>(
         async move { Ok::<_, Infallible>(response.await) }
     });
     let builder = builder(&limits);
-    let mut connection = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
+    let mut connection =
+        pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
     let (mut stopping, mut leaving) = (false, false);
     loop {
         tokio::select! {
@@ -146,7 +167,10 @@ async fn connection<H, F, B>(
 fn builder(limits: &Limits) -> auto::Builder<TokioExecutor> {
     // The parser's own limits, which answer without a body, stand above ours,
     // which answer with a problem document.
-    let head = limits.max_headers.in_memory().saturating_add(limits.max_path.in_memory());
+    let head = limits
+        .max_headers
+        .in_memory()
+        .saturating_add(limits.max_path.in_memory());
     let room = head.saturating_add(64 << 10);
     let list = u32::try_from(room.saturating_mul(2)).unwrap_or(u32::MAX);
     let mut builder = auto::Builder::new(TokioExecutor::new());
@@ -280,7 +304,12 @@ impl Socket {
             http2: AtomicBool::new(false),
             since: AtomicU64::new(clock::now().as_nanos()),
         });
-        Self { stream, pulse, _slot: slot, _stop: stop }
+        Self {
+            stream,
+            pulse,
+            _slot: slot,
+            _stop: stop,
+        }
     }
 }
 
@@ -301,7 +330,11 @@ impl AsyncRead for Socket {
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let wrote = ready!(Pin::new(&mut self.stream).poll_write(cx, buf));
         self.pulse.wrote();
         Poll::Ready(wrote)

@@ -10,8 +10,15 @@
 mod scalar;
 mod show;
 
-use std::{collections::HashMap, fmt, net::SocketAddr, path::Path, str::FromStr};
+use std::{
+    collections::HashMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    str::FromStr,
+};
 
+use buttress::rate_limit::Quota;
 use config::{Config, ConfigError, File, FileFormat};
 use http::HeaderName;
 use ipnet::IpNet;
@@ -110,6 +117,12 @@ pub(crate) struct RateLimit {
     pub(crate) mode: Mode,
 }
 
+impl RateLimit {
+    pub(crate) fn quota(&self) -> Quota {
+        Quota::new(self.limit.0, self.period.0).burst(self.burst.unwrap_or(self.limit).0)
+    }
+}
+
 const fn one_second() -> Span {
     Span::secs(1)
 }
@@ -122,7 +135,17 @@ const fn one_million() -> Count {
     Count(1_000_000)
 }
 
-from_scalar!(Address, Network, Prefix, Host, Upstream, Key, LimitHeaders, Mode, LogFormat);
+from_scalar!(
+    Address,
+    Network,
+    Prefix,
+    Host,
+    Upstream,
+    Key,
+    LimitHeaders,
+    Mode,
+    LogFormat
+);
 
 /// An address to listen on; port 0 lets the system choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,10 +169,10 @@ impl FromStr for Network {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        text.parse()
-            .or_else(|_| text.parse().map(IpNet::from))
+        text.parse::<IpNet>()
+            .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
             .map(Self)
-            .map_err(|_: std::net::AddrParseError| {
+            .map_err(|_| {
                 format!("expected a network such as 10.0.0.0/8 or one address, got `{text}`")
             })
     }
@@ -237,7 +260,10 @@ impl FromStr for Upstream {
             None if authority.ends_with(':') => return Err(expected()),
             None => format!("{authority}:80"),
         };
-        Ok(Self { protocol, authority })
+        Ok(Self {
+            protocol,
+            authority,
+        })
     }
 }
 
@@ -265,7 +291,8 @@ impl FromStr for Key {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || format!("expected client_ip, global, header:NAME or cookie:NAME, got `{text}`");
+        let expected =
+            || format!("expected client_ip, global, header:NAME or cookie:NAME, got `{text}`");
         match text.split_once(':') {
             None if text == "client_ip" => Ok(Self::ClientIp),
             None if text == "global" => Ok(Self::Global),
@@ -344,6 +371,14 @@ impl FromStr for Mode {
     }
 }
 
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Strict => f.write_str("strict"),
+        }
+    }
+}
+
 /// Keys of the whole design whose layers do not exist so far. They are unknown
 /// like any other, but an operator should not search for a typing error.
 const NOT_YET: &[&str] = &[
@@ -383,8 +418,9 @@ impl Settings {
     /// Reads a file. What several settings must be together is not checked
     /// yet: flags may still change them.
     pub(crate) fn read(file: &Path) -> Result<Self, Nonsense> {
-        let text = std::fs::read_to_string(file)
-            .map_err(|error| Nonsense::at(file.display(), "", format!("cannot be read: {error}")))?;
+        let text = std::fs::read_to_string(file).map_err(|error| {
+            Nonsense::at(file.display(), "", format!("cannot be read: {error}"))
+        })?;
         Config::builder()
             .add_source(File::from_str(&text, FileFormat::Yaml))
             .build()
@@ -401,7 +437,10 @@ impl Settings {
         if !self.admin.0.ip().is_loopback() && self.admin_token.is_none() {
             return nonsense(
                 "admin_token",
-                format!("expected a token, because admin ({}) is not a loopback address", self.admin.0),
+                format!(
+                    "expected a token, because admin ({}) is not a loopback address",
+                    self.admin.0
+                ),
             );
         }
         if self.routes.is_empty() {
@@ -414,13 +453,21 @@ impl Settings {
             if route.upstream.is_empty() {
                 return nonsense(&at("upstream"), "expected at least one URL".to_owned());
             }
+            if let Some(Err(error)) = route.rate_limit.as_ref().map(|rule| rule.quota().check()) {
+                return nonsense(&at("rate_limit"), error.to_string());
+            }
             if let Some(first) = names.insert(&route.name.0, index) {
-                let expected = format!("expected a name of its own, but routes[{first}] is `{}`, too", route.name.0);
+                let expected = format!(
+                    "expected a name of its own, but routes[{first}] is `{}`, too",
+                    route.name.0
+                );
                 return nonsense(&at("name"), expected);
             }
             let host = route.host.as_ref().map(|host| &host.0);
             if let Some(first) = places.insert((host, &route.path.0), index) {
-                let expected = format!("expected a host and path of its own, but routes[{first}] has the same");
+                let expected = format!(
+                    "expected a host and path of its own, but routes[{first}] has the same"
+                );
                 return nonsense(&at("path"), expected);
             }
         }
@@ -434,10 +481,19 @@ fn explain(error: ConfigError) -> (String, String) {
         ConfigError::At { error, key, .. } => {
             let (inner, expected) = explain(*error);
             let outer = key.unwrap_or_default();
-            let dot = if outer.is_empty() || inner.is_empty() { "" } else { "." };
+            let dot = if outer.is_empty() || inner.is_empty() {
+                ""
+            } else {
+                "."
+            };
             (format!("{outer}{dot}{inner}"), expected)
         }
-        ConfigError::Type { unexpected, expected, key, .. } => (
+        ConfigError::Type {
+            unexpected,
+            expected,
+            key,
+            ..
+        } => (
             key.unwrap_or_default(),
             format!("expected {expected}, got {unexpected}"),
         ),
@@ -461,4 +517,3 @@ fn explain(error: ConfigError) -> (String, String) {
         }
     }
 }
-

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::clock::{self, Instant};
+use buttress::clock::{self, Instant};
 use http::{Request, Response};
 use hyper::{
     body::Incoming,
@@ -107,7 +107,11 @@ impl Endpoint {
                 Ok(Connection::Http1(sender, Age::Fresh))
             }
             Protocol::H2c => {
-                let current = || lock(&self.shared).clone().filter(|sender| !sender.is_closed());
+                let current = || {
+                    lock(&self.shared)
+                        .clone()
+                        .filter(|sender| !sender.is_closed())
+                };
                 if !fresh && let Some(sender) = current() {
                     return Ok(Connection::H2c(sender, Age::Reused));
                 }

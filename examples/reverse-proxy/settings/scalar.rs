@@ -124,7 +124,12 @@ impl fmt::Display for Span {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Size(pub(crate) u64);
 
-const SIZES: &[(&str, u64)] = &[("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+const SIZES: &[(&str, u64)] = &[
+    ("B", 1),
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+];
 
 impl Size {
     /// As the length of something in memory.
@@ -162,7 +167,10 @@ impl FromStr for Count {
             .filter(|&count| count > 0)
             .map(Self)
             .ok_or_else(|| {
-                format!("expected a whole number from 1 to {}, got `{text}`", u32::MAX)
+                format!(
+                    "expected a whole number from 1 to {}, got `{text}`",
+                    u32::MAX
+                )
             })
     }
 }

@@ -1,10 +1,12 @@
 //! The effective settings as YAML, for `--check`: a file that says the same.
 
+use std::fmt::Display;
+
 use yaml_rust2::{Yaml, YamlEmitter, yaml::Hash};
 
 use super::{RateLimit, Route, Settings};
 
-fn text(value: impl ToString) -> Yaml {
+fn text(value: impl Display) -> Yaml {
     Yaml::String(value.to_string())
 }
 
@@ -12,7 +14,7 @@ fn number(value: u32) -> Yaml {
     Yaml::Integer(value.into())
 }
 
-fn list<T: ToString>(values: &[T]) -> Yaml {
+fn list<T: Display>(values: &[T]) -> Yaml {
     Yaml::Array(values.iter().map(text).collect())
 }
 
@@ -37,7 +39,10 @@ impl Settings {
             ("admin", Some(text(self.admin.0))),
             ("log_format", self.log_format.map(text)),
             ("trusted_proxies", Some(list(&networks))),
-            ("admin_token", self.admin_token.as_ref().map(|_| text("***"))),
+            (
+                "admin_token",
+                self.admin_token.as_ref().map(|_| text("***")),
+            ),
             (
                 "limits",
                 Some(mapping([
@@ -49,7 +54,10 @@ impl Settings {
                     ("max_connections", Some(number(limits.max_connections.0))),
                 ])),
             ),
-            ("routes", Some(Yaml::Array(self.routes.iter().map(route).collect()))),
+            (
+                "routes",
+                Some(Yaml::Array(self.routes.iter().map(route).collect())),
+            ),
         ]);
         let mut out = String::new();
         YamlEmitter::new(&mut out)
@@ -84,6 +92,6 @@ fn rate_limit(rule: &RateLimit) -> Yaml {
         ("key", Some(text(&rule.key))),
         ("headers", Some(list(&rule.headers))),
         ("max_keys", Some(number(rule.max_keys.0))),
-        ("mode", Some(text("strict"))),
+        ("mode", Some(text(rule.mode))),
     ])
 }
