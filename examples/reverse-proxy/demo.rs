@@ -57,7 +57,7 @@ pub(crate) fn greet(listen: SocketAddr, admin: SocketAddr) -> io::Result<()> {
 A demo: five requests a second for each x-api-key or address, twenty at once. Try
 
 # How you stand: X-RateLimit-Limit, -Remaining and -Reset, on every answer.
-curl -i http://{listen}/echo?hello=world
+curl -i 'http://{listen}/echo?hello=world'
 
 # More than the burst: the last ones are 429, and their Retry-After can be trusted.
 curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' 'http://{listen}/status/200?[1-25]'

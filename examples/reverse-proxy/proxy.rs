@@ -9,7 +9,7 @@ use buttress::{
     rate_limit::{HeaderFormat, Limit, RateLimitLayer},
     tower_errors::RefuseErrorsLayer,
 };
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, Version, header::CONNECTION};
 use hyper::body::Incoming;
 use tower::{
     ServiceBuilder, ServiceExt,
@@ -127,9 +127,17 @@ impl Proxy {
                     Err(never) => match never {},
                 }
             }
-            Err(refusal) => ProblemResponder
-                .respond(&refusal, Head::from(&head))
-                .map(RouteBody::refusal),
+            Err(refusal) => {
+                let mut response = ProblemResponder.respond(&refusal, Head::from(&head));
+                if refusal.kind() != RefusalKind::NoRoute && head.version != Version::HTTP_2 {
+                    // Where a request is not understood, nobody can be sure
+                    // where the next one begins.
+                    response
+                        .headers_mut()
+                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                response.map(RouteBody::refusal)
+            }
         };
 
         response

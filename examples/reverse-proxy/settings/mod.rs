@@ -29,7 +29,7 @@ pub(crate) use scalar::{Count, Name, Secret, Size, Span};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a section of keys")]
 pub(crate) struct Settings {
     pub(crate) listen: Address,
     pub(crate) admin: Address,
@@ -56,7 +56,7 @@ impl Default for Settings {
 
 /// What one client may ask of us.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a section of keys")]
 pub(crate) struct Limits {
     pub(crate) max_body: Size,
     pub(crate) max_path: Size,
@@ -81,7 +81,7 @@ impl Default for Limits {
 
 /// Requests for one path, and where they go.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a section of keys")]
 pub(crate) struct Route {
     pub(crate) name: Name,
     pub(crate) path: Prefix,
@@ -101,7 +101,7 @@ const fn thirty_seconds() -> Span {
 
 /// How often.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a section of keys")]
 pub(crate) struct RateLimit {
     pub(crate) limit: Count,
     #[serde(default = "one_second")]
@@ -427,7 +427,7 @@ impl Settings {
             .and_then(Config::try_deserialize)
             .map_err(|error| {
                 let (path, expected) = explain(error);
-                Nonsense::at(file.display(), &path, expected)
+                Nonsense::at(file.display(), &with_dots(&path), expected)
             })
     }
 
@@ -473,6 +473,18 @@ impl Settings {
         }
         Ok(())
     }
+}
+
+/// A path as people write it: after an index `config` leaves the dot out.
+fn with_dots(path: &str) -> String {
+    let mut dotted = String::with_capacity(path.len() + 4);
+    for part in path.split_inclusive(']') {
+        if dotted.ends_with(']') && !part.starts_with(['[', '.']) {
+            dotted.push('.');
+        }
+        dotted += part;
+    }
+    dotted
 }
 
 /// The path of the key that `error` is about, and what it says of it.
