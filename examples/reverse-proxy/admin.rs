@@ -33,54 +33,51 @@ impl Admin {
         _peer: SocketAddr,
         _busy: Busy,
     ) -> Response<Full<Bytes>> {
-        let mut response = self.route(&request).unwrap_or_else(|mut response| {
-            response.headers_mut().remove("retry-after");
-            response
-        });
+        let mut response = self.route(&request);
         response
             .headers_mut()
             .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         response.map(Full::new)
     }
 
-    fn route(&self, request: &Request<Incoming>) -> Result<Response<Bytes>, Response<Bytes>> {
-        let refuse = |refusal: Refusal| ProblemResponder.respond(&refusal, Head::from(request));
+    fn route(&self, request: &Request<Incoming>) -> Response<Bytes> {
         let path = request.uri().path();
         // Probes carry no token, and learn nothing that a connection would not
         // tell them.
         if !path.starts_with("/health/") && !self.may(request) {
-            let mut response = refuse(RefusalKind::Unauthenticated.into());
             let challenge = HeaderValue::from_static("Bearer realm=\"admin\"");
+            let mut response = refuse(request, &RefusalKind::Unauthenticated.into());
             response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
-            return Err(response);
+            return response;
         }
         let (content_type, body) = match path {
-            "/health/live" => ("application/json", "{\"live\":true}".to_owned()),
+            "/health/live" => ("application/json", Bytes::from_static(b"{\"live\":true}")),
             "/metrics" => {
                 self.proxy.gauge();
-                (
-                    "text/plain; version=0.0.4; charset=utf-8",
-                    self.metrics.render(),
-                )
+                let text = self.metrics.render().into();
+                ("text/plain; version=0.0.4; charset=utf-8", text)
             }
-            "/" => ("text/html; charset=utf-8", PAGE.to_owned()),
-            _ => return Err(refuse(RefusalKind::NoRoute.into())),
+            "/" => (
+                "text/html; charset=utf-8",
+                Bytes::from_static(PAGE.as_bytes()),
+            ),
+            _ => return refuse(request, &RefusalKind::NoRoute.into()),
         };
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let refusal = Refusal::new(RefusalKind::BadRequest)
                 .with_status(StatusCode::METHOD_NOT_ALLOWED)
                 .with_detail("only GET and HEAD are understood here");
-            let mut response = refuse(refusal);
+            let mut response = refuse(request, &refusal);
             response
                 .headers_mut()
                 .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return Err(response);
+            return response;
         }
-        let mut response = Response::new(Bytes::from(body));
+        let mut response = Response::new(body);
         response
             .headers_mut()
             .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-        Ok(response)
+        response
     }
 
     fn may(&self, request: &Request<Incoming>) -> bool {
@@ -96,6 +93,10 @@ impl Admin {
             .map(|(_, token)| token.trim());
         given.is_some_and(|given| same(given.as_bytes(), token.expose().as_bytes()))
     }
+}
+
+fn refuse(request: &Request<Incoming>, refusal: &Refusal) -> Response<Bytes> {
+    ProblemResponder.respond(refusal, Head::from(request))
 }
 
 /// Whether two secrets are the same, in a time that does not tell how far

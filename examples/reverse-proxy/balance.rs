@@ -6,9 +6,9 @@
 //! Load Balancing", 2001). A request is in flight until its response body has
 //! ended, so that a slow download weighs as much as it should.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
-use crate::upstream::{Endpoint, InFlight};
+use crate::upstream::{Connection, Endpoint, InFlight};
 
 /// The endpoints of a route.
 #[derive(Clone, Debug)]
@@ -33,12 +33,36 @@ impl Balance {
         let first = fastrand::usize(..count);
         // Any other one: a step of 1 to count - 1, around the circle.
         let second = (first + fastrand::usize(1..count)) % count;
-        let (first, second) = (&self.0[first], &self.0[second]);
-        if second.in_flight() < first.in_flight() {
-            second.enter()
+        let load = |index: usize| {
+            let endpoint = &self.0[index];
+            (endpoint.rests(), endpoint.in_flight())
+        };
+        let lighter = if load(second) < load(first) {
+            second
         } else {
-            first.enter()
+            first
+        };
+        self.0[lighter].enter()
+    }
+
+    /// Picks an endpoint and connects to it. One that cannot be reached costs
+    /// the request nothing while there are others: none of it has left yet.
+    pub(crate) async fn connect(&self) -> (InFlight, io::Result<Connection>) {
+        let mut in_flight = self.pick();
+        for _ in 1..self.0.len() {
+            let connection = in_flight.endpoint().connection(None).await;
+            if connection.is_ok() {
+                return (in_flight, connection);
+            }
+            // It rests now, and two picked at random could both be resting.
+            let others = self.0.iter().filter(|endpoint| !endpoint.rests());
+            match others.min_by_key(|endpoint| endpoint.in_flight()) {
+                Some(other) => in_flight = other.enter(),
+                None => return (in_flight, connection),
+            }
         }
+        let connection = in_flight.endpoint().connection(None).await;
+        (in_flight, connection)
     }
 }
 

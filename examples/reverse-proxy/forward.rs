@@ -69,9 +69,13 @@ impl Forward {
     async fn forward(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
         self.screen(&request)?;
         let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();
-        let in_flight = self.balance.pick();
+        let (in_flight, connection) = self.balance.connect().await;
         let endpoint = Arc::clone(in_flight.endpoint());
         let _ = facts.upstream.set(Arc::clone(&endpoint.url));
+        let connection = connection.map_err(|error| {
+            let _ = facts.error.set(format!("connect: {error}"));
+            Refusal::new(RefusalKind::BadGateway)
+        })?;
 
         // A tunnel needs HTTP/1.1 on both sides.
         let upgrade = headers::upgrade(request.version(), request.headers())
@@ -96,7 +100,15 @@ impl Forward {
             hold = Some(hold_back(&mut head, &mut outgoing));
         }
 
-        let sent = send(&endpoint, head, outgoing, source.as_ref(), &facts).await;
+        let sent = send(
+            &endpoint,
+            connection,
+            head,
+            outgoing,
+            source.as_ref(),
+            &facts,
+        )
+        .await;
         let (mut response, connection) = match sent {
             Ok(answer) => answer,
             Err(error) => {
@@ -296,7 +308,8 @@ fn hold_back(head: &mut Parts, outgoing: &mut Outgoing) -> Hold {
 /// be stale: then on a fresh one, and only if nothing of it was written or it
 /// may be repeated (RFC 9110 §9.2.2, RFC 9112 §9.3.1).
 async fn send(
-    endpoint: &Arc<Endpoint>,
+    endpoint: &Endpoint,
+    mut connection: Connection,
     mut head: Parts,
     mut body: Outgoing,
     source: Option<&Source>,
@@ -306,22 +319,14 @@ async fn send(
         head.method,
         Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
     );
-    let mut fresh = false;
+    let mut reused = connection.age() == Age::Reused;
+    if !reused && let Some(source) = source {
+        // The first attempt is the only one: nothing need be kept.
+        source.settle();
+    }
     loop {
-        let mut connection = endpoint
-            .connection(fresh)
-            .await
-            .map_err(SendError::Connect)?;
         facts.attempts.fetch_add(1, Ordering::Relaxed);
-        let reused = connection.age() == Age::Reused && !fresh;
         let spare = (reused && repeatable).then(|| head.clone());
-        // A first attempt on a fresh connection is the only one: keep nothing.
-        if !reused
-            && !fresh
-            && let Some(source) = source
-        {
-            source.settle();
-        }
         let mut failed = match connection.send(Request::from_parts(head, body)).await {
             Ok(response) => return Ok((response, connection)),
             Err(failed) => failed,
@@ -331,7 +336,6 @@ async fn send(
         if !reused {
             return Err(SendError::Send(error));
         }
-        fresh = true;
         (head, body) = if let Some(request) = unwritten {
             request.into_parts()
         } else {
@@ -344,6 +348,11 @@ async fn send(
                 _ => return Err(SendError::Send(error)),
             }
         };
+        reused = false;
+        connection = endpoint
+            .connection(Some(&connection))
+            .await
+            .map_err(SendError::Connect)?;
     }
 }
 

@@ -35,9 +35,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    time::Sleep,
 };
 
 use crate::settings::Limits;
+
+/// How long a client that goes on sending is listened to after our last word.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Tells connections to stop, and who waits for them, when they have.
 #[derive(Clone)]
@@ -290,6 +294,8 @@ impl Drop for Busy {
 struct Socket {
     stream: TcpStream,
     pulse: Arc<Pulse>,
+    /// How long the end is put off; set once our side is closed.
+    lingers: Option<Pin<Box<Sleep>>>,
     _slot: OwnedSemaphorePermit,
     _stop: Stop,
 }
@@ -307,6 +313,7 @@ impl Socket {
         Self {
             stream,
             pulse,
+            lingers: None,
             _slot: slot,
             _stop: stop,
         }
@@ -358,7 +365,35 @@ impl AsyncWrite for Socket {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
+    /// Closes our side, and then reads away what still comes, for a while: a
+    /// socket that is closed over unread bytes is reset, and the reset may
+    /// overtake the answer (a 413, say) on its way to the client's program.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        let this = &mut *self;
+        if this.lingers.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+        }
+        // First the time: one who sends fast enough would never let us look.
+        if let Some(until) = &mut this.lingers
+            && until.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Ok(()));
+        }
+        let mut waste = [0; 16 << 10];
+        loop {
+            let mut waste = ReadBuf::new(&mut waste);
+            match Pin::new(&mut this.stream).poll_read(cx, &mut waste) {
+                Poll::Ready(Ok(())) if !waste.filled().is_empty() => {
+                    this.lingers
+                        .get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+                }
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                // Nothing came at all, so that nothing is cut short.
+                Poll::Pending => match &mut this.lingers {
+                    None => return Poll::Ready(Ok(())),
+                    Some(until) => return until.as_mut().poll(cx).map(Ok),
+                },
+            }
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::{
     fmt, io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -35,6 +35,10 @@ const IDLE: Duration = Duration::from_secs(4);
 /// How many idle connections are kept for a burst to come.
 const MAX_IDLE: usize = 1024;
 
+/// How long an endpoint that could not be reached is passed over. It has
+/// nothing in flight, and would otherwise look like the least loaded of all.
+const REST: Duration = Duration::from_secs(1);
+
 /// An endpoint.
 pub(crate) struct Endpoint {
     /// As it is written in the settings.
@@ -42,15 +46,24 @@ pub(crate) struct Endpoint {
     pub(crate) protocol: Protocol,
     pub(crate) authority: String,
     in_flight: AtomicUsize,
+    /// When it could not be reached, in the clock's nanoseconds; or zero.
+    unreachable: AtomicU64,
     idle: Mutex<Vec<Idle>>,
     /// HTTP/2 needs one connection; who finds none opens it, the others wait.
-    shared: Mutex<Option<http2::SendRequest<Outgoing>>>,
+    shared: Mutex<Option<Shared>>,
     opening: tokio::sync::Mutex<()>,
 }
 
 struct Idle {
     sender: http1::SendRequest<Outgoing>,
     since: Instant,
+}
+
+#[derive(Clone)]
+pub(crate) struct Shared {
+    sender: http2::SendRequest<Outgoing>,
+    /// Tells a connection from the one that came before it.
+    number: u64,
 }
 
 impl fmt::Debug for Endpoint {
@@ -72,6 +85,7 @@ impl Endpoint {
             protocol: upstream.protocol,
             authority: upstream.authority.clone(),
             in_flight: AtomicUsize::new(0),
+            unreachable: AtomicU64::new(0),
             idle: Mutex::new(Vec::new()),
             shared: Mutex::new(None),
             opening: tokio::sync::Mutex::new(()),
@@ -93,51 +107,73 @@ impl Endpoint {
         InFlight(Arc::clone(self))
     }
 
-    /// A pooled connection, or a new one; a new one in any case if `fresh`.
-    pub(crate) async fn connection(&self, fresh: bool) -> io::Result<Connection> {
+    /// Whether it could not be reached a moment ago.
+    pub(crate) fn rests(&self) -> bool {
+        match self.unreachable.load(Ordering::Relaxed) {
+            0 => false,
+            since => clock::now() - Instant::from_nanos(since) < REST,
+        }
+    }
+
+    /// A pooled connection, or a new one. Where one turned out to be stale, it
+    /// is never that one nor any other that might be.
+    pub(crate) async fn connection(&self, stale: Option<&Connection>) -> io::Result<Connection> {
         match self.protocol {
             Protocol::Http1 => {
-                if !fresh && let Some(sender) = self.pooled() {
+                if stale.is_none()
+                    && let Some(sender) = self.pooled()
+                {
                     return Ok(Connection::Http1(sender, Age::Reused));
                 }
-                let (sender, connection) = http1::handshake(TokioIo::new(self.dial().await?))
+                let (sender, connection) = http1::handshake(self.dial().await?)
                     .await
                     .map_err(io::Error::other)?;
                 tokio::spawn(connection.with_upgrades());
                 Ok(Connection::Http1(sender, Age::Fresh))
             }
             Protocol::H2c => {
-                let current = || {
-                    lock(&self.shared)
-                        .clone()
-                        .filter(|sender| !sender.is_closed())
+                let after = match stale {
+                    Some(Connection::H2c(shared, _)) => shared.number,
+                    _ => 0,
                 };
-                if !fresh && let Some(sender) = current() {
-                    return Ok(Connection::H2c(sender, Age::Reused));
+                let current = || {
+                    let shared = lock(&self.shared).clone();
+                    shared.filter(|it| it.number > after && !it.sender.is_closed())
+                };
+                if let Some(shared) = current() {
+                    return Ok(Connection::H2c(shared, Age::Reused));
                 }
                 let _one_at_a_time = self.opening.lock().await;
-                if !fresh && let Some(sender) = current() {
-                    return Ok(Connection::H2c(sender, Age::Reused));
+                if let Some(shared) = current() {
+                    return Ok(Connection::H2c(shared, Age::Reused));
                 }
                 let (sender, connection) = http2::Builder::new(TokioExecutor::new())
                     .timer(TokioTimer::new())
                     // A peer that vanished without a word is found out.
                     .keep_alive_interval(Duration::from_secs(20))
-                    .adaptive_window(true)
-                    .handshake(TokioIo::new(self.dial().await?))
+                    .handshake(self.dial().await?)
                     .await
                     .map_err(io::Error::other)?;
                 tokio::spawn(connection);
-                *lock(&self.shared) = Some(sender.clone());
-                Ok(Connection::H2c(sender, Age::Fresh))
+                let mut shared = lock(&self.shared);
+                let number = shared.as_ref().map_or(0, |shared| shared.number) + 1;
+                let opened = Shared { sender, number };
+                *shared = Some(opened.clone());
+                Ok(Connection::H2c(opened, Age::Fresh))
             }
         }
     }
 
-    async fn dial(&self) -> io::Result<TcpStream> {
-        let stream = TcpStream::connect(&self.authority).await?;
+    async fn dial(&self) -> io::Result<TokioIo<TcpStream>> {
+        let connected = TcpStream::connect(&self.authority).await;
+        let since = match connected {
+            Ok(_) => 0,
+            Err(_) => clock::now().as_nanos(),
+        };
+        self.unreachable.store(since, Ordering::Relaxed);
+        let stream = connected?;
         stream.set_nodelay(true)?;
-        Ok(stream)
+        Ok(TokioIo::new(stream))
     }
 
     /// The connection used last: the least likely to be closed meanwhile.
@@ -203,7 +239,7 @@ pub(crate) enum Age {
 /// A connection that one request may use.
 pub(crate) enum Connection {
     Http1(http1::SendRequest<Outgoing>, Age),
-    H2c(http2::SendRequest<Outgoing>, Age),
+    H2c(Shared, Age),
 }
 
 impl Connection {
@@ -219,7 +255,7 @@ impl Connection {
     ) -> Result<Response<Incoming>, TrySendError<Request<Outgoing>>> {
         match self {
             Self::Http1(sender, _) => sender.try_send_request(request).await,
-            Self::H2c(sender, _) => sender.try_send_request(request).await,
+            Self::H2c(shared, _) => shared.sender.try_send_request(request).await,
         }
     }
 

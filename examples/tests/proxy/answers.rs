@@ -299,6 +299,33 @@ async fn a_body_that_grows_past_the_limit_is_413_and_breaks_off_upstream() {
 }
 
 #[tokio::test]
+async fn a_client_that_sends_all_before_it_reads_still_gets_its_413() {
+    let upstream = Upstream::start(|_| async { reply("yes") }).await;
+    let proxy = Proxy::start(&to(upstream.address)).await;
+    let body = vec![b'x'; 12 << 20];
+    for _ in 0..5 {
+        let mut raw = Raw::connect(proxy.listen).await;
+        let head = format!(
+            "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        raw.send(head).await;
+        raw.send(&body).await;
+        let answer = raw.rest().await;
+        assert!(
+            answer.starts_with("HTTP/1.1 413 ") && answer.ends_with('}'),
+            "{answer}"
+        );
+    }
+    assert_eq!(
+        upstream
+            .connections
+            .load(std::sync::atomic::Ordering::SeqCst),
+        0
+    );
+}
+
+#[tokio::test]
 async fn an_upstream_that_resets_or_babbles_is_502() {
     for nonsense in [
         "",

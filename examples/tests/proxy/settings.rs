@@ -268,7 +268,8 @@ fn nonsense_ends_it_with_one_line() {
 
 #[test]
 fn nonsense_outside_the_file_is_named_too() {
-    let cases: [(&[&str], &[(&str, &str)], &str); 5] = [
+    type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
+    let cases: [Case<'_>; 5] = [
         (&["--listen", "nowhere"], &[], "--listen: expected"),
         (
             &[],

@@ -17,7 +17,9 @@ use tokio::{
     sync::mpsc,
 };
 
-use crate::support::{Proxy, Raw, Upstream, eventually, fetch, get, read_head, reply, soon, to};
+use crate::support::{
+    Proxy, Raw, Upstream, eventually, fetch, get, nobody, read_head, reply, soon, to,
+};
 
 const MIB: usize = 1 << 20;
 const LARGE: usize = 64 * MIB;
@@ -221,6 +223,62 @@ async fn requests_spread_by_what_is_in_flight_to_the_last_byte() {
         proxy.in_flight().await == 0.0
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_endpoint_that_cannot_be_reached_costs_nothing_while_there_are_others() {
+    let upstream = Upstream::start(|_| async { reply("yes") }).await;
+    let (live, dead, gone) = (upstream.address, nobody().await, nobody().await);
+    let proxy = Proxy::start(&format!(
+        "routes: [{{ name: a, path: /, upstream: ['http://{dead}', 'h2c://{gone}', 'http://{live}'] }}]"
+    ))
+    .await;
+    for round in 0..60 {
+        let request = Request::post("/")
+            .header("host", "a")
+            .body(Full::from("x"))
+            .unwrap();
+        let status = fetch(proxy.listen, request).await.status();
+        assert_eq!(status, 200, "{round}");
+    }
+}
+
+#[tokio::test]
+async fn an_h2c_connection_that_was_closed_is_replaced_once() {
+    let hang_up = Arc::new(tokio::sync::Notify::new());
+    let told = Arc::clone(&hang_up);
+    let upstream = Upstream::raw(move |stream| {
+        let told = Arc::clone(&told);
+        async move {
+            let service = hyper::service::service_fn(async |_| {
+                Ok::<_, std::convert::Infallible>(reply("yes"))
+            });
+            let executor = hyper_util::rt::TokioExecutor::new();
+            let builder = hyper::server::conn::http2::Builder::new(executor);
+            let serving = builder.serve_connection(hyper_util::rt::TokioIo::new(stream), service);
+            tokio::select! {
+                _ = serving => {}
+                () = told.notified() => {}
+            }
+        }
+    })
+    .await;
+    let url = upstream.address;
+    let proxy = Proxy::start(&format!(
+        "routes: [{{ name: a, path: /, upstream: ['h2c://{url}'] }}]"
+    ))
+    .await;
+    assert_eq!(proxy.get("/").await.status(), 200);
+    hang_up.notify_waiters();
+    // All at once on the connection that is gone.
+    let mut all = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        all.spawn(fetch(proxy.listen, get("/")));
+    }
+    while let Some(response) = all.join_next().await {
+        assert_eq!(response.unwrap().status(), 200);
+    }
+    assert_eq!(upstream.connections.load(SeqCst), 2);
 }
 
 #[tokio::test]
