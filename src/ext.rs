@@ -15,7 +15,7 @@
 ///     .limit(Limit::new(Quota::per_second(5)))
 ///     .build()?;
 /// let service = ServiceBuilder::new()
-///     .buttress_rate_limit(limit)
+///     .limit_rate(limit)
 ///     .service(service_fn(async |_: http::Request<String>| {
 ///         Ok::<_, std::convert::Infallible>(http::Response::new(String::new()))
 ///     }));
@@ -32,7 +32,7 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
     /// Not called `rate_limit`, since `ServiceBuilder` has a method of that
     /// name.
     #[cfg(feature = "rate-limit")]
-    fn buttress_rate_limit<V: crate::View, M>(
+    fn limit_rate<V: crate::View, M>(
         self,
         layer: crate::rate_limit::RateLimitLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>>;
@@ -40,7 +40,7 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
 
 impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
     #[cfg(feature = "rate-limit")]
-    fn buttress_rate_limit<V: crate::View, M>(
+    fn limit_rate<V: crate::View, M>(
         self,
         layer: crate::rate_limit::RateLimitLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>> {
@@ -49,7 +49,6 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
 }
 
 mod sealed {
-    #[expect(unreachable_pub, reason = "a seal has to be public to seal")]
     pub trait Sealed<L> {}
     impl<L> Sealed<L> for tower::ServiceBuilder<L> {}
 }

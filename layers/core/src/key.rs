@@ -51,6 +51,8 @@ use crate::request::{Any, Head, Http, View};
 mod client_ip;
 mod extract;
 mod forwarded;
+#[cfg(test)]
+mod tests;
 mod value;
 
 pub use client_ip::{ClientIp, PeerAddr, Source};

@@ -74,7 +74,9 @@
 //! - If a spent entry exists, its shard's bound has passed. So when no bound
 //!   has passed, every entry is live and there are `max_keys` of them: only
 //!   then a live one is given up, and no debtor is ever lost while live
-//!   debtors are fewer than `max_keys`.
+//!   debtors are fewer than `max_keys`. (Above two million keys, 2048 bounds
+//!   are read and not all: there a live one may go while the only spent ones
+//!   are in shards not asked.)
 //! - A bound that is too early (its entry was updated) costs one look through
 //!   that shard, after which it is exact.
 //!
@@ -113,7 +115,7 @@ use std::{
     num::{NonZeroU64, NonZeroUsize},
 };
 
-use shard::{NEVER, Shard, Survey};
+use shard::{Fill, NEVER, Shard, Survey};
 
 use crate::{
     clock::Instant,
@@ -132,6 +134,10 @@ const SMALL_SHARD_KEYS: usize = 32;
 const SMALL_SHARDS: usize = 64;
 /// As many as the 16 low bits of a hash can choose.
 const MAX_SHARDS: usize = 1 << 16;
+
+/// In a map for more keys than this, memory counts for more than the probes'
+/// length: most of a decision's time is one cache miss.
+const DENSE_KEYS: usize = 1 << 17;
 
 /// Slots swept for each new key.
 const SWEEP: usize = 8;
@@ -308,20 +314,34 @@ impl<T: Entry> KeyedMap<T> {
 
     /// An empty map that knows its keys by `secret`.
     #[must_use]
-    #[expect(clippy::needless_pass_by_value)] // kept, up to the last copy
+    #[expect(clippy::needless_pass_by_value, reason = "it is kept, in copies")]
     pub fn with_secret(config: Config, shared: T::Shared, secret: Secret) -> Self {
         let max_keys = config.max_keys.get();
         let large = (max_keys / SHARD_KEYS).clamp(1, MAX_SHARDS);
         let small = (max_keys / SMALL_SHARD_KEYS).clamp(1, SMALL_SHARDS);
-        let shards = large.max(small).next_power_of_two();
+        Self::with_shards(
+            large.max(small).next_power_of_two(),
+            config,
+            &shared,
+            secret,
+        )
+    }
+
+    fn with_shards(shards: usize, config: Config, shared: &T::Shared, secret: Secret) -> Self {
+        let max_keys = config.max_keys.get();
         let room = if shards == 1 {
             max_keys
         } else {
             max_keys.saturating_add(max_keys / 64 + 64)
         };
+        let fill = if max_keys > DENSE_KEYS {
+            Fill::Dense
+        } else {
+            Fill::Loose
+        };
         Self {
             shards: (0..shards)
-                .map(|_| Padded(Mutex::new(Shard::new(shared.clone()))))
+                .map(|_| Padded(Mutex::new(Shard::new(fill, shared.clone()))))
                 .collect(),
             bounds: (0..shards)
                 .map(|_| AtomicU64::new(NEVER.as_nanos()))
@@ -351,7 +371,6 @@ impl<T: Entry> KeyedMap<T> {
     /// shard. Do not hold the guard over an await or over a user's code.
     #[inline]
     pub fn lock(&self, id: KeyId) -> Guard<'_, T> {
-        #[expect(clippy::cast_possible_truncation)] // the low bits choose
         let index = id.0 as usize & (self.shards.len() - 1);
         let shard = self.shards[index].lock();
         let found = shard.find(id.slot());
@@ -477,8 +496,10 @@ impl<T: Entry> KeyedMap<T> {
         }
     }
 
-    /// The shard whose first entry is spent first, but `skip`.
-    fn first_due(&self, skip: Option<usize>) -> Due {
+    /// The shard whose first entry is spent first, but `skip`; of several,
+    /// `own`, so that where all are alike each shard gives up its own and none
+    /// outgrows the others.
+    fn first_due(&self, own: usize, skip: Option<usize>) -> Due {
         let shards = self.bounds.len();
         let read = shards.min(BOUNDS_READ);
         let start = if read < shards {
@@ -495,10 +516,10 @@ impl<T: Entry> KeyedMap<T> {
         for step in 0..read {
             let index = start.wrapping_add(step) & (shards - 1);
             let at = Instant::from_nanos(self.bounds[index].load(Relaxed));
-            if at >= due.next_at || skip == Some(index) {
+            if at > due.next_at || skip == Some(index) {
                 continue;
             }
-            if at < due.at {
+            if at < due.at || (at == due.at && index == own) {
                 due.next_at = due.at;
                 due.at = at;
                 due.shard = Some(index);
@@ -545,6 +566,7 @@ pub struct Guard<'a, T: Entry> {
 
 impl<T: Entry> Guard<'_, T> {
     /// The key that was locked.
+    #[must_use]
     #[inline]
     pub fn id(&self) -> KeyId {
         self.id
@@ -643,7 +665,7 @@ impl<T: Entry> Guard<'_, T> {
             if map.reserve(map.max_keys) {
                 return Ok(evicted);
             }
-            let due = map.first_due(skip);
+            let due = map.first_due(self.index, skip);
             let passed = due.at <= now;
             if map.when_full == WhenFull::Refuse && !passed && due.of_all {
                 return Err(Full);

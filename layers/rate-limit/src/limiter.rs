@@ -181,6 +181,14 @@ impl<V: View> Limiter<V> {
         Duration::from_nanos(waits.max().unwrap_or(0))
     }
 
+    /// Whether one of `asks` costs more than its limit can ever hold.
+    #[cfg(feature = "wait")]
+    pub(crate) fn never_fits(&self, asks: &[Option<Ask>]) -> bool {
+        asks.iter()
+            .flatten()
+            .any(|ask| ask.cost > self.tables[ask.limit].burst(ask))
+    }
+
     /// Counts a refusal that was decided by whoever waits.
     #[cfg(feature = "wait")]
     pub(crate) fn count_refusal(&self, refusal: &Refusal, asks: &[Option<Ask>]) {
@@ -190,7 +198,6 @@ impl<V: View> Limiter<V> {
         self.count(metrics::Result::Refused);
     }
 
-    #[cfg(feature = "wait")]
     pub(crate) fn is_shadow(&self) -> bool {
         self.shadow
     }
@@ -209,14 +216,17 @@ impl<V: View> Limiter<V> {
                 None => return Ok(None),
             },
         };
+        let table = &self.tables[limit];
+        let id = table.id(&key);
+        let chosen = || rule.quota_by.as_ref().map(|quota| quota(request));
         Ok(Some(Ask {
             limit,
-            id: self.tables[limit].id(&key),
+            id,
             cost: rule
                 .cost_by
                 .as_ref()
                 .map_or(rule.cost, |cost| cost(request)),
-            quota: rule.quota_by.as_ref().map(|quota| quota(request)),
+            quota: table.exception(id).or_else(chosen),
         }))
     }
 
@@ -225,9 +235,8 @@ impl<V: View> Limiter<V> {
         let limit = &*self.tables[limit].name;
         tracing::debug!(name = &*self.name, limit, policy = ?rule.missing, "request without a key");
         match rule.missing {
-            // No other key of this limit has this text: it is not one that an
-            // extractor makes of a request.
-            MissingKey::Share => Ok(Some(Key::from_bytes(b"buttress: no key"))),
+            // Nothing that a client can say makes this key.
+            MissingKey::Share => Ok(Some(Key::global())),
             MissingKey::Skip => Ok(None),
             MissingKey::Refuse => Err(Refusal::new(RefusalKind::BadRequest)
                 .with_detail("the request lacks what it is counted by")

@@ -115,7 +115,13 @@ where
                     let info = self.info(tightest);
                     request.extensions_mut().insert(info);
                 }
-                let mut after = self.after(decision.tightest.as_ref(), &decision.all);
+                // In shadow mode what fits is not told either: who sees the
+                // headers end would know that the limit was there.
+                let mut after = if limiter.is_shadow() {
+                    After::default()
+                } else {
+                    self.after(decision.tightest.as_ref(), &decision.all)
+                };
                 if mode.refund.is_some() {
                     after.refund(Arc::clone(&self.shared), asks);
                 }

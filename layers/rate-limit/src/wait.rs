@@ -29,7 +29,7 @@ use crate::{
     Handle,
     layer::{Errors, Shared},
     limiter::{Admission, Limiter},
-    store::{Ask, Verdict},
+    store::{Ask, Decision, Verdict},
 };
 
 /// Lets requests wait until they fit, in the order in which they came.
@@ -154,6 +154,13 @@ enum Entry {
     Wait(Turn),
 }
 
+/// The same, under the lock of the lines.
+enum Arrival {
+    Decided(Decision),
+    Refused { kind: RefusalKind, wait: Duration },
+    Placed(Place, Arc<Semaphore>),
+}
+
 type Turn = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send>>;
 
 impl<V: View> Waiting<V> {
@@ -164,46 +171,57 @@ impl<V: View> Waiting<V> {
             Err(Admission::Refuse(refusal, ..)) => return Entry::Refuse(refusal),
             Err(_) => return Entry::Pass,
         };
+        let now = clock::now();
+        let longest = deadline.map_or(this.longest, |deadline| {
+            deadline.remaining(now).min(this.longest)
+        });
+        // Told of outside the lock: whoever listens may take their time.
+        match this.line_up(&asks, now, longest) {
+            Arrival::Decided(decision) => match this.limiter.conclude(decision) {
+                Admission::Refuse(refusal, ..) => Entry::Refuse(refusal),
+                _ => Entry::Pass,
+            },
+            Arrival::Refused { kind, wait } => {
+                let refusal = Refusal::new(kind).with_retry_after(wait);
+                this.limiter.count_refusal(&refusal, &asks);
+                Entry::Refuse(refusal)
+            }
+            Arrival::Placed(place, front) => {
+                let turn = Arc::clone(this).turn(asks, place, front, now, longest);
+                Entry::Wait(Box::pin(turn))
+            }
+        }
+    }
+
+    /// Decides, or gives a place in line.
+    fn line_up(&self, asks: &[Option<Ask>], now: Instant, longest: Duration) -> Arrival {
         let id: LineId = asks
             .iter()
             .flatten()
             .map(|ask| (ask.limit, ask.id))
             .collect();
-        let now = clock::now();
-        let longest = deadline.map_or(this.longest, |deadline| {
-            deadline.remaining(now).min(this.longest)
-        });
-
         // Held while deciding, so that nobody who comes later gets in before
         // one who is just about to stand in line.
-        let mut state = this.lines.lock();
+        let mut state = self.lines.lock();
         let ahead = state.lines.get(&id).map(|line| &*line.ahead);
-        if ahead.is_none() {
-            let decision = this.limiter.decide(&asks);
-            if !matches!(decision.verdict, Verdict::Wait { .. }) {
-                return match this.limiter.conclude(decision) {
-                    Admission::Refuse(refusal, ..) => Entry::Refuse(refusal),
-                    _ => Entry::Pass,
-                };
-            }
-            if this.limiter.is_shadow() {
-                this.limiter.conclude(decision);
-                return Entry::Pass;
+        // What can never pass is not let stand in line, either.
+        if ahead.is_none() || self.limiter.never_fits(asks) {
+            let decision = self.limiter.decide(asks);
+            let waits = matches!(decision.verdict, Verdict::Wait { .. });
+            if !waits || self.limiter.is_shadow() {
+                return Arrival::Decided(decision);
             }
         }
-        let wait = this
+        let wait = self
             .limiter
-            .wait_behind(&asks, ahead.unwrap_or_default(), now);
-        let refuse = |kind| {
-            let refusal = Refusal::new(kind).with_retry_after(wait);
-            this.limiter.count_refusal(&refusal, &asks);
-            Entry::Refuse(refusal)
-        };
-        if state.waiting >= this.room {
-            return refuse(RefusalKind::Overloaded);
+            .wait_behind(asks, ahead.unwrap_or_default(), now);
+        if state.waiting >= self.room {
+            let kind = RefusalKind::Overloaded;
+            return Arrival::Refused { kind, wait };
         }
         if wait > longest {
-            return refuse(RefusalKind::RateLimited);
+            let kind = RefusalKind::RateLimited;
+            return Arrival::Refused { kind, wait };
         }
 
         let costs: Box<[u32]> = asks.iter().flatten().map(|ask| ask.cost).collect();
@@ -218,15 +236,12 @@ impl<V: View> Waiting<V> {
             *ahead += u64::from(*cost);
         }
         let front = Arc::clone(&line.front);
-        drop(state);
         let place = Place {
-            lines: Arc::clone(&this.lines),
+            lines: Arc::clone(&self.lines),
             id,
             costs,
         };
-        Entry::Wait(Box::pin(
-            Arc::clone(this).turn(asks, place, front, now, longest),
-        ))
+        Arrival::Placed(place, front)
     }
 
     /// Waits for the front of the line, then for the quota.

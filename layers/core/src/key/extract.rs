@@ -16,11 +16,12 @@ use crate::request::{Head, View};
 /// One key for all requests.
 ///
 /// ```
-/// use buttress_core::{Head, key::{ExtractKey, Global, Key}};
+/// use buttress_core::{Head, key::{ExtractKey, ExtractKeyExt, Global, Key, SharedKey}};
 /// use http::Request;
 ///
+/// let all_as_one: SharedKey = Global.shared();
 /// let request = Request::new(());
-/// assert_eq!(Global.extract(Head::from(&request)), Some(Key::global()));
+/// assert_eq!(all_as_one.extract(Head::from(&request)), Some(Key::global()));
 /// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Global;

@@ -11,11 +11,51 @@ const MIN_SLOTS: usize = 8;
 
 /// What nothing is due before, in an empty shard.
 pub(super) const NEVER: Instant = Instant::from_nanos(u64::MAX);
+/// The latest moment at which something is spent: what lasts to the end of the
+/// clock looks the same as a vacant slot.
+const LAST: Instant = Instant::from_nanos(u64::MAX - 1);
+
+/// How full a shard's table may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fill {
+    /// From a half to three quarters: most probes end at once.
+    Loose,
+    /// From three quarters to seven eighths: slots of 16 bytes come to at most
+    /// 21.4 bytes a key.
+    Dense,
+}
+
+impl Fill {
+    /// How many entries a table holds before it grows.
+    const fn most(self, slots: usize) -> usize {
+        match self {
+            Self::Loose => slots / 4 * 3 + slots % 4 * 3 / 4,
+            Self::Dense => slots / 8 * 7 + slots % 8 * 7 / 8,
+        }
+    }
+
+    /// How many a table just grown is made for.
+    const fn least(self, slots: usize) -> usize {
+        match self {
+            Self::Loose => slots / 2,
+            Self::Dense => slots / 4 * 3 + slots % 4 * 3 / 4,
+        }
+    }
+
+    /// The table of which `len` is the [`least`](Self::least).
+    const fn slots(self, len: usize) -> usize {
+        match self {
+            Self::Loose => len * 2,
+            Self::Dense => (len * 4).div_ceil(3),
+        }
+    }
+}
 
 pub(super) struct Shard<T: Entry> {
-    /// Linear probing from `home`; never more than 7/8 full, so that every
-    /// probe ends at a vacant slot. Not allocated while there is no entry.
+    /// Linear probing from `home`; never full, so that every probe ends at a
+    /// vacant slot. Not allocated while there is no entry.
     slots: Box<[T]>,
+    fill: Fill,
     len: usize,
     /// The next slot to sweep; a pass goes from slot 0 to the last.
     cursor: usize,
@@ -37,9 +77,10 @@ pub(super) struct Survey {
 }
 
 impl<T: Entry> Shard<T> {
-    pub(super) fn new(shared: T::Shared) -> Self {
+    pub(super) fn new(fill: Fill, shared: T::Shared) -> Self {
         Self {
             slots: Box::default(),
+            fill,
             len: 0,
             cursor: 0,
             pass_least: NEVER,
@@ -91,11 +132,11 @@ impl<T: Entry> Shard<T> {
     /// Adds an entry whose id is not there yet. Returns its place.
     pub(super) fn add(&mut self, now: Instant, id: SlotId, entry: T) -> (usize, usize) {
         let mut freed = 0;
-        if self.len + 1 > room(self.slots.len()) {
+        if self.len + 1 > self.fill.most(self.slots.len()) {
             // Perhaps it was only never swept: the pass that fills a table has
             // looked at each slot once, but not at those spent since.
             freed = self.survey(now).freed;
-            if self.len + 1 > roomy(self.slots.len()) {
+            if self.len + 1 > self.fill.least(self.slots.len()) {
                 self.resize(self.len + 1);
             }
         }
@@ -155,6 +196,7 @@ impl<T: Entry> Shard<T> {
     /// Returns how many that was.
     pub(super) fn sweep(&mut self, now: Instant, count: usize) -> usize {
         let before = self.len;
+        let now = now.min(LAST);
         // Never one slot twice, in a small table.
         for _ in 0..count.min(self.slots.len()) {
             if self.cursor >= self.slots.len() {
@@ -163,11 +205,7 @@ impl<T: Entry> Shard<T> {
             let Some(slot) = self.slots.get(self.cursor) else {
                 break;
             };
-            if slot.id().is_none() {
-                self.cursor += 1;
-                continue;
-            }
-            let spent_at = slot.spent_at();
+            let spent_at = spent_at(slot);
             if spent_at <= now {
                 // Another entry may have moved here: the cursor stays.
                 self.vacate(self.cursor);
@@ -188,29 +226,36 @@ impl<T: Entry> Shard<T> {
     /// Looks through the whole shard at once and frees what is spent.
     pub(super) fn survey(&mut self, now: Instant) -> Survey {
         let before = self.len;
+        let now = now.min(LAST);
         let mut least: Option<(SlotId, Instant)> = None;
         let mut second = NEVER;
         let mut at = 0;
-        while at < self.slots.len() {
-            let Some(id) = self.slots[at].id() else {
-                at += 1;
-                continue;
-            };
-            let spent_at = self.slots[at].spent_at();
+        while let Some(slot) = self.slots.get(at) {
+            let spent_at = spent_at(slot);
             if spent_at <= now {
                 self.vacate(at);
                 continue;
             }
+            at += 1;
+            // Nearly always so, for the least of many is soon met.
+            if spent_at >= second {
+                continue;
+            }
+            let Some(id) = slot.id() else { continue };
             match least {
                 // Moved round the end by a deletion, and met again.
                 Some((known, _)) if known == id => {}
-                Some((_, first)) if first <= spent_at => second = second.min(spent_at),
+                Some((_, first)) if first <= spent_at => second = spent_at,
                 first => {
                     second = first.map_or(second, |(_, at)| at);
                     least = Some((id, spent_at));
                 }
             }
-            at += 1;
+        }
+        if least.is_none() {
+            // They last for ever, if there are any: one is as good as another.
+            let any = self.entries().next();
+            least = any.and_then(|entry| Some((entry.id()?, NEVER)));
         }
         self.cursor = 0;
         self.pass_least = NEVER;
@@ -242,13 +287,12 @@ impl<T: Entry> Shard<T> {
         }
     }
 
-    /// Moves to a table with room for `len` entries and about a sixth more.
+    /// Moves to a table made for `len` entries.
     fn resize(&mut self, len: usize) {
-        // At most 21.4 bytes a key just after, for slots of 16 bytes.
         let slots = if len == 0 {
             0
         } else {
-            (len * 4).div_ceil(3).max(MIN_SLOTS)
+            self.fill.slots(len).max(MIN_SLOTS)
         };
         let new = (0..slots).map(|_| T::default()).collect();
         // In the order of their homes, but for those that went round the end.
@@ -273,24 +317,19 @@ impl<T: Entry> Shard<T> {
     }
 }
 
-/// How many entries a table holds before it grows.
-const fn room(slots: usize) -> usize {
-    slots / 8 * 7 + slots % 8 * 7 / 8
-}
-
-/// How many it may hold to be kept as it is after everything spent was freed:
-/// one just grown holds as many.
-const fn roomy(slots: usize) -> usize {
-    slots / 4 * 3 + slots % 4 * 3 / 4
+/// When the slot is to be freed: a vacant one never. A select and no branch,
+/// for whether a slot is vacant is what no processor can predict.
+#[inline]
+fn spent_at<T: Entry>(slot: &T) -> Instant {
+    let spent_at = slot.spent_at();
+    if slot.id().is_some() { spent_at } else { NEVER }
 }
 
 /// Where an entry would like to stand: the id's 48 bits scaled to the slots
 /// (Lemire's fast range), so that their number need not be a power of two.
 #[inline]
 const fn home(id: SlotId, slots: usize) -> usize {
-    #[expect(clippy::cast_possible_truncation)] // less than `slots`
-    let home = ((id.get() as u128 * slots as u128) >> SlotId::BITS) as usize;
-    home
+    ((id.get() as u128 * slots as u128) >> SlotId::BITS) as usize
 }
 
 #[inline]
