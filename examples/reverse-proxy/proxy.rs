@@ -204,7 +204,7 @@ impl Route {
         let service = match &route.rate_limit {
             Some(rule) => Either::Left(
                 ServiceBuilder::new()
-                    .buttress_rate_limit(rate_limit(&route.name, rule, client_ip))
+                    .limit_rate(rate_limit(&route.name, rule, client_ip))
                     .service(inside),
             ),
             None => {
