@@ -445,12 +445,19 @@ async fn the_upstream_says_continue_not_the_proxy() {
     let mut raw = Raw::connect(proxy.listen).await;
     raw.send(ask("/no")).await;
     assert!(raw.until("no").await.starts_with("HTTP/1.1 403 "));
+    let refused = tokio::time::Instant::now();
 
     let all = || heads.lock().unwrap().clone();
     eventually("the refusing upstream's connection to close", || async {
         all().iter().any(|line| line.starts_with("after no"))
     })
     .await;
+    // At once, and not when the patience with silent ones is over.
+    assert!(
+        refused.elapsed().as_millis() < 700,
+        "{:?}",
+        refused.elapsed()
+    );
     let all = all();
     assert!(all.iter().any(|line| line == "after no: 0"), "{all:?}");
     assert_eq!(

@@ -135,11 +135,12 @@ async fn large_bodies_pass_both_ways_with_backpressure_and_little_memory() {
 
 #[tokio::test]
 async fn a_client_that_goes_away_cancels_the_upstream() {
-    let (gone, mut going) = mpsc::channel(4);
+    let (tell, mut told) = mpsc::channel(4);
     let upstream = Upstream::raw(move |mut stream| {
-        let gone = gone.clone();
+        let tell = tell.clone();
         async move {
             let head = read_head(&mut stream).await.unwrap();
+            tell.send("arrived").await.unwrap();
             if head.starts_with("GET /body") {
                 let _ = stream
                     .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nsome")
@@ -147,7 +148,8 @@ async fn a_client_that_goes_away_cancels_the_upstream() {
             }
             // Until the proxy hangs up.
             let end = stream.read(&mut [0; 16]).await;
-            gone.send(matches!(end, Ok(0) | Err(_))).await.unwrap();
+            let gone = matches!(end, Ok(0) | Err(_));
+            tell.send(if gone { "gone" } else { "more" }).await.unwrap();
         }
     })
     .await;
@@ -157,12 +159,10 @@ async fn a_client_that_goes_away_cancels_the_upstream() {
         raw.send(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n"))
             .await;
         raw.until(sign).await;
-        eventually("the upstream to be reached", || async {
-            proxy.in_flight().await == 1.0
-        })
-        .await;
+        assert_eq!(soon("the request", told.recv()).await, Some("arrived"));
+        assert_eq!(proxy.in_flight().await, 1.0);
         drop(raw);
-        assert_eq!(soon("the cancellation", going.recv()).await, Some(true));
+        assert_eq!(soon("the cancellation", told.recv()).await, Some("gone"));
         let line = proxy.access(path).await;
         assert_eq!(line["status"], if sign.is_empty() { 499 } else { 200 });
         assert_eq!(line["bytes"], sign.len());
