@@ -374,6 +374,10 @@ impl AsyncWrite for Socket {
     /// overtake the answer (a 413, say) on its way to the client's program.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.pulse.is_busy() {
+            // A tunnel closes one way, and still carries bytes the other.
+            return Pin::new(&mut this.stream).poll_shutdown(cx);
+        }
         if this.lingers.is_none() {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
             // Who has lain idle for longer has nothing under way.

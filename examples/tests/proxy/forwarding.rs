@@ -521,6 +521,37 @@ async fn an_upgrade_becomes_a_tunnel_once_the_upstream_says_so() {
 }
 
 #[tokio::test]
+async fn a_tunnel_closes_each_way_by_itself() {
+    let (tell, mut told) = tokio::sync::mpsc::channel(1);
+    let upstream = Upstream::raw(move |mut stream| {
+        let tell = tell.clone();
+        async move {
+            read_head(&mut stream).await;
+            let head =
+                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nbye";
+            stream.write_all(head).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut rest = Vec::new();
+            stream.read_to_end(&mut rest).await.unwrap();
+            tell.send(rest.len()).await.unwrap();
+        }
+    })
+    .await;
+    let proxy = Proxy::start(&to(upstream.address)).await;
+    let mut raw = Raw::connect(proxy.listen).await;
+    raw.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n")
+        .await;
+    raw.until("\r\n\r\nbye").await;
+    assert_eq!(raw.rest().await, "");
+    for _ in 0..20 {
+        raw.send([b'x'; 1000]).await;
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    raw.0.shutdown().await.unwrap();
+    assert_eq!(soon("the upstream's end", told.recv()).await, Some(20_000));
+}
+
+#[tokio::test]
 async fn ambiguous_framing_never_reaches_the_upstream() {
     let arrived: Arc<Mutex<Vec<u8>>> = Arc::default();
     let record = Arc::clone(&arrived);

@@ -82,7 +82,7 @@ async fn large_bodies_pass_both_ways_with_backpressure_and_little_memory() {
     ))
     .await;
     proxy.metric("proxy_requests_total", &[]).await;
-    let (before, _) = proxy.memory();
+    let before = proxy.memory();
 
     // A client that does not read stops the upstream.
     let mut raw = Raw::connect(proxy.listen).await;
@@ -129,8 +129,9 @@ async fn large_bodies_pass_both_ways_with_backpressure_and_little_memory() {
     );
     assert!(raw.until("ok").await.starts_with("HTTP/1.1 200 "));
 
-    let (_, most) = proxy.memory();
-    assert!(most < before + 8 * 1024, "{before} KiB grew to {most} KiB");
+    if let (Some((before, _)), Some((_, most))) = (before, proxy.memory()) {
+        assert!(most < before + 8 * 1024, "{before} KiB grew to {most} KiB");
+    }
 }
 
 #[tokio::test]
