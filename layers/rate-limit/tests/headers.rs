@@ -3,7 +3,7 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use ::http::{HeaderMap, Request, Response};
+use ::http::{HeaderMap, HeaderValue, Request, Response};
 use buttress_core::{
     Head, Refusal,
     key::{self, ExtractKeyExt, Global, Key},
@@ -60,7 +60,7 @@ fn items(headers: &HeaderMap, field: &str) -> Vec<(String, Vec<(String, i64)>)> 
     let lines: Vec<_> = headers
         .get_all(field)
         .iter()
-        .map(|line| line.as_bytes())
+        .map(HeaderValue::as_bytes)
         .collect();
     let list: List = Parser::new(&lines.join(&b", "[..]))
         .parse()
