@@ -1,1 +1,6 @@
-//! Benches.
+//! Buttress beside its peers, as ratios within one run. How it is measured,
+//! and what came of it: `docs/benchmarks.md`.
+
+pub mod measure;
+pub mod scenarios;
+pub mod table;

@@ -1,4 +1,12 @@
-#![doc = include_str!("../README.md")]
+// The front page's examples need these; without them it would not compile.
+#![cfg_attr(
+    all(feature = "rate-limit", feature = "wait", feature = "axum"),
+    doc = include_str!("../README.md")
+)]
+#![cfg_attr(
+    not(all(feature = "rate-limit", feature = "wait", feature = "axum")),
+    doc = "Tower layers for services that must stay up. The front page is shown with all features."
+)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "tower")]
@@ -9,8 +17,6 @@ mod ext;
 #[cfg(feature = "rate-limit")]
 pub use buttress_rate_limit as rate_limit;
 
-#[cfg(feature = "testing")]
-pub use buttress_core::testing;
 #[cfg(feature = "tower")]
 pub use buttress_core::tower_errors;
 pub use buttress_core::{
@@ -19,3 +25,12 @@ pub use buttress_core::{
 };
 #[cfg(feature = "tower")]
 pub use ext::ServiceBuilderExt;
+
+/// What you need to unit-test your stacks: `buttress_core::testing`, and a
+/// guide.
+///
+#[cfg_attr(feature = "rate-limit", doc = include_str!("testing_guide.md"))]
+#[cfg(feature = "testing")]
+pub mod testing {
+    pub use buttress_core::testing::*;
+}

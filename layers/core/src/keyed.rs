@@ -74,7 +74,9 @@
 //! - If a spent entry exists, its shard's bound has passed. So when no bound
 //!   has passed, every entry is live and there are `max_keys` of them: only
 //!   then a live one is given up, and no debtor is ever lost while live
-//!   debtors are fewer than `max_keys`.
+//!   debtors are fewer than `max_keys`. (Above two million keys, 2048 bounds
+//!   are read and not all: there a live one may go while the only spent ones
+//!   are in shards not asked.)
 //! - A bound that is too early (its entry was updated) costs one look through
 //!   that shard, after which it is exact.
 //!
@@ -312,12 +314,21 @@ impl<T: Entry> KeyedMap<T> {
 
     /// An empty map that knows its keys by `secret`.
     #[must_use]
-    #[expect(clippy::needless_pass_by_value)] // kept, up to the last copy
+    #[expect(clippy::needless_pass_by_value, reason = "it is kept, in copies")]
     pub fn with_secret(config: Config, shared: T::Shared, secret: Secret) -> Self {
         let max_keys = config.max_keys.get();
         let large = (max_keys / SHARD_KEYS).clamp(1, MAX_SHARDS);
         let small = (max_keys / SMALL_SHARD_KEYS).clamp(1, SMALL_SHARDS);
-        let shards = large.max(small).next_power_of_two();
+        Self::with_shards(
+            large.max(small).next_power_of_two(),
+            config,
+            &shared,
+            secret,
+        )
+    }
+
+    fn with_shards(shards: usize, config: Config, shared: &T::Shared, secret: Secret) -> Self {
+        let max_keys = config.max_keys.get();
         let room = if shards == 1 {
             max_keys
         } else {

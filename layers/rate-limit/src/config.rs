@@ -4,8 +4,8 @@ use std::{borrow::Cow, fmt, num::NonZeroUsize, sync::Arc};
 
 use buttress_core::{
     Any, Head, Http, Responder, View,
-    clock::{SharedWallClock, WallClock},
-    key::{ExtractKey, Global, SharedKey},
+    clock::{self, SharedWallClock, WallClock},
+    key::{ExtractKey, Global, Key, SharedKey},
     keyed,
     respond::SharedResponder,
 };
@@ -56,6 +56,7 @@ pub struct Limit<V: View = Http> {
     name: Cow<'static, str>,
     quota: Quota,
     quota_by: Option<Callback<V, Gcra>>,
+    exceptions: Vec<(Key, Quota)>,
     key: SharedKey<V>,
     cost: u32,
     cost_by: Option<Callback<V, u32>>,
@@ -87,6 +88,7 @@ impl<V: View> Limit<V> {
             name: Cow::Borrowed("default"),
             quota,
             quota_by: None,
+            exceptions: Vec::new(),
             key: SharedKey::new(Global),
             cost: 1,
             cost_by: None,
@@ -170,6 +172,25 @@ impl<V: View> Limit<V> {
         self
     }
 
+    /// Gives one key a quota of its own. It goes before what
+    /// [`quota_by`](Self::quota_by) says, and can be changed while serving, by
+    /// [`Handle::set_quota_for`](crate::Handle::set_quota_for).
+    ///
+    /// ```
+    /// use buttress_core::key;
+    /// use buttress_rate_limit::{Limit, Quota};
+    ///
+    /// let by_key = key::header("x-api-key");
+    /// let limit = Limit::new(Quota::per_second(5))
+    ///     .quota_for(by_key.key("our-best-customer"), Quota::per_second(500))
+    ///     .key(by_key);
+    /// ```
+    #[must_use]
+    pub fn quota_for(mut self, key: Key, quota: Quota) -> Self {
+        self.exceptions.push((key, quota));
+        self
+    }
+
     /// The most keys that are remembered in debt: a hard ceiling. Default
     /// 1,000,000, which take 16 to 24 MB when they are all there and next to
     /// nothing before.
@@ -203,7 +224,11 @@ impl<V: View> Limit<V> {
             WhenFull::Evict => keyed::WhenFull::Evict,
             WhenFull::Refuse => keyed::WhenFull::Refuse,
         };
-        let table = Table::new(self.name, gcra, max_keys, when_full);
+        let mut table = Table::new(self.name, gcra, max_keys, when_full);
+        table.chosen = self.quota_by.is_some();
+        for (key, quota) in self.exceptions {
+            table.except(table.id(&key), Some(quota.check()?), clock::now());
+        }
         let rule = Rule {
             key: self.key,
             cost: self.cost,
@@ -453,3 +478,67 @@ const _: fn() = || {
     fits::<RateLimitLayer<Any<std::cell::Cell<u8>>, Errors>>();
     let _ = |head: Head<'_>| head.is_grpc();
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(builder: RateLimitBuilder) -> ConfigError {
+        builder.build().unwrap_err()
+    }
+
+    fn limit() -> Limit {
+        Limit::new(Quota::per_second(5))
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named() {
+        let with = |limit| RateLimitLayer::builder().limit(limit);
+        assert_eq!(error(RateLimitLayer::builder()), ConfigError::NoLimit);
+        assert_eq!(error(with(limit().max_keys(0))), ConfigError::ZeroKeys);
+        assert_eq!(error(with(limit().cost(6))), ConfigError::CostAboveBurst);
+        assert_eq!(
+            error(with(Limit::new(Quota::per_second(0)))),
+            ConfigError::ZeroLimit
+        );
+        assert_eq!(
+            error(with(limit().quota_for(Key::global(), Quota::per_hour(0)))),
+            ConfigError::ZeroLimit
+        );
+        for name in ["", "caf\u{e9}", "a\nb", &"x".repeat(65)] {
+            let error = error(with(limit().name(name.to_owned())));
+            assert_eq!(error, ConfigError::BadName(name.to_owned().into()));
+        }
+        assert_eq!(
+            error(with(limit().name("a")).limit(limit().name("a"))),
+            ConfigError::DuplicateName("a".into())
+        );
+        let many = (0..9).fold(RateLimitLayer::builder(), |builder, n| {
+            builder.limit(limit().name(n.to_string()))
+        });
+        assert_eq!(error(many), ConfigError::TooManyLimits);
+    }
+
+    #[test]
+    fn costs_that_a_closure_names_are_not_checked_beforehand() {
+        let by_closure = limit().cost(6).cost_by(|_| 6);
+        assert!(RateLimitLayer::builder().limit(by_closure).build().is_ok());
+    }
+
+    #[cfg(feature = "wait")]
+    #[test]
+    fn waiting_needs_time_and_room() {
+        use std::time::Duration;
+
+        let waiting = |longest, room| {
+            let builder = RateLimitLayer::builder().limit(limit()).errors();
+            builder.build_waiting(longest, room).map(|_| ())
+        };
+        assert_eq!(waiting(Duration::ZERO, 1), Err(ConfigError::NothingWaits));
+        assert_eq!(
+            waiting(Duration::from_secs(1), 0),
+            Err(ConfigError::NothingWaits)
+        );
+        assert_eq!(waiting(Duration::from_secs(1), 1), Ok(()));
+    }
+}

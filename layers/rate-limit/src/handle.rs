@@ -56,6 +56,9 @@ pub enum HandleError {
     UnknownLimit(String),
     /// The quota makes no sense.
     Quota(ConfigError),
+    /// The limit's own quota is never asked for: a closure chooses for each
+    /// request ([`quota_by`](crate::Limit::quota_by)).
+    QuotaIsChosen(String),
 }
 
 impl fmt::Display for HandleError {
@@ -63,6 +66,10 @@ impl fmt::Display for HandleError {
         match self {
             Self::UnknownLimit(name) => write!(f, "there is no limit named {name:?}"),
             Self::Quota(_) => f.write_str("the quota cannot replace the limit's"),
+            Self::QuotaIsChosen(name) => write!(
+                f,
+                "the limit {name:?} has no quota to replace: a closure chooses for each request"
+            ),
         }
     }
 }
@@ -70,7 +77,7 @@ impl fmt::Display for HandleError {
 impl Error for HandleError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Self::UnknownLimit(_) => None,
+            Self::UnknownLimit(_) | Self::QuotaIsChosen(_) => None,
             Self::Quota(error) => Some(error),
         }
     }
@@ -86,6 +93,20 @@ impl Handle {
         self.tables.iter().map(|table| &*table.name)
     }
 
+    /// A charge of `cost` to `key`, under the quota that a handle knows of.
+    fn ask(&self, limit: &str, key: &Key, cost: u32) -> Result<(Ask, &Table), HandleError> {
+        let (limit, table) = self.table(limit)?;
+        let id = table.id(key);
+        let quota = table.exception(id);
+        let ask = Ask {
+            limit,
+            id,
+            cost,
+            quota,
+        };
+        Ok((ask, table))
+    }
+
     fn table(&self, limit: &str) -> Result<(usize, &Table), HandleError> {
         self.tables
             .iter()
@@ -94,21 +115,15 @@ impl Handle {
             .ok_or_else(|| HandleError::UnknownLimit(limit.to_owned()))
     }
 
-    /// How `key` stands with a limit, under the limit's own quota (not one
-    /// that [`quota_by`](crate::Limit::quota_by) chose). Charges nothing, and
-    /// a key that was not there still is not.
+    /// How `key` stands with a limit, under its own quota or the limit's (not
+    /// one that [`quota_by`](crate::Limit::quota_by) chose). Charges nothing,
+    /// and a key that was not there still is not.
     ///
     /// # Errors
     ///
     /// Where there is no such limit.
     pub fn usage(&self, limit: &str, key: &Key) -> Result<Usage, HandleError> {
-        let (index, table) = self.table(limit)?;
-        let ask = Ask {
-            limit: index,
-            id: table.id(key),
-            cost: 0,
-            quota: None,
-        };
+        let (ask, table) = self.ask(limit, key, 0)?;
         let standing = table.peek(&ask, clock::now());
         Ok(Usage {
             limit: standing.burst,
@@ -124,13 +139,7 @@ impl Handle {
     ///
     /// Where there is no such limit.
     pub fn refund(&self, limit: &str, key: &Key, cost: u32) -> Result<(), HandleError> {
-        let (index, table) = self.table(limit)?;
-        let ask = Ask {
-            limit: index,
-            id: table.id(key),
-            cost,
-            quota: None,
-        };
+        let (ask, table) = self.ask(limit, key, cost)?;
         table.refund(&ask, clock::now());
         Ok(())
     }
@@ -165,11 +174,36 @@ impl Handle {
     ///
     /// # Errors
     ///
-    /// Where there is no such limit, or the quota makes no sense.
+    /// Where there is no such limit, it has no quota of its own (a closure
+    /// chooses), or the new one makes no sense.
     pub fn set_quota(&self, limit: &str, quota: Quota) -> Result<(), HandleError> {
         let (_, table) = self.table(limit)?;
+        if table.chosen {
+            return Err(HandleError::QuotaIsChosen(limit.to_owned()));
+        }
         let gcra = quota.check().map_err(HandleError::Quota)?;
         table.replace(gcra, clock::now());
+        Ok(())
+    }
+
+    /// Gives `key` a quota of its own, or with `None` the limit's again. What
+    /// it has spent stays spent, as in [`set_quota`](Self::set_quota).
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit, or the quota makes no sense.
+    pub fn set_quota_for(
+        &self,
+        limit: &str,
+        key: &Key,
+        quota: Option<Quota>,
+    ) -> Result<(), HandleError> {
+        let (_, table) = self.table(limit)?;
+        let gcra = quota
+            .map(Quota::check)
+            .transpose()
+            .map_err(HandleError::Quota)?;
+        table.except(table.id(key), gcra, clock::now());
         Ok(())
     }
 
@@ -193,3 +227,6 @@ impl Handle {
         Ok(self.table(limit)?.1.evictions())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -217,14 +217,17 @@ impl<V: View> Limiter<V> {
                 None => return Ok(None),
             },
         };
+        let table = &self.tables[limit];
+        let id = table.id(&key);
+        let chosen = || rule.quota_by.as_ref().map(|quota| quota(request));
         Ok(Some(Ask {
             limit,
-            id: self.tables[limit].id(&key),
+            id,
             cost: rule
                 .cost_by
                 .as_ref()
                 .map_or(rule.cost, |cost| cost(request)),
-            quota: rule.quota_by.as_ref().map(|quota| quota(request)),
+            quota: table.exception(id).or_else(chosen),
         }))
     }
 

@@ -4,8 +4,12 @@
 use std::time::Duration;
 use std::{
     borrow::Cow,
+    collections::{HashMap, HashSet},
     num::NonZeroUsize,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use buttress_core::{
@@ -142,7 +146,44 @@ pub(crate) enum Verdict {
 pub(crate) struct Table {
     pub(crate) name: Cow<'static, str>,
     map: KeyedMap<Cell>,
+    exceptions: Exceptions,
+    /// Whether a closure chooses every request's quota.
+    pub(crate) chosen: bool,
     evictions: AtomicU64,
+}
+
+/// Keys with a quota of their own. Put there by whoever runs the service, not
+/// by clients, so there is no ceiling.
+#[derive(Debug, Default)]
+struct Exceptions {
+    /// Spares those who have none the lock.
+    any: AtomicBool,
+    quotas: RwLock<HashMap<KeyId, Gcra>>,
+}
+
+impl Exceptions {
+    #[inline]
+    fn get(&self, id: KeyId) -> Option<Gcra> {
+        if !self.any.load(Ordering::Acquire) {
+            return None;
+        }
+        self.read().get(&id).copied()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<KeyId, Gcra>> {
+        self.quotas.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets or removes a quota; the one that was there.
+    fn set(&self, id: KeyId, gcra: Option<Gcra>) -> Option<Gcra> {
+        let mut quotas = self.quotas.write().unwrap_or_else(PoisonError::into_inner);
+        let old = match gcra {
+            Some(gcra) => quotas.insert(id, gcra),
+            None => quotas.remove(&id),
+        };
+        self.any.store(!quotas.is_empty(), Ordering::Release);
+        old
+    }
 }
 
 /// A key's shard, locked for a decision.
@@ -167,8 +208,33 @@ impl Table {
         Self {
             name,
             map: KeyedMap::new(config, terms),
+            exceptions: Exceptions::default(),
+            chosen: false,
             evictions: AtomicU64::new(0),
         }
+    }
+
+    /// The quota of a key that has one of its own.
+    #[inline]
+    pub(crate) fn exception(&self, id: KeyId) -> Option<Gcra> {
+        self.exceptions.get(id)
+    }
+
+    /// Gives a key a quota of its own, or the limit's again. It keeps the
+    /// number of requests that it has spent.
+    pub(crate) fn except(&self, id: KeyId, gcra: Option<Gcra>, now: Instant) {
+        let old = self.exceptions.set(id, gcra);
+        let mut held = self.hold(id, now);
+        let common = held.guard.shared().gcra;
+        let (old, new) = (old.unwrap_or(common), gcra.unwrap_or(common));
+        let tat = new.convert(held.tat, &old, held.now);
+        let ask = Ask {
+            limit: 0,
+            id,
+            cost: 0,
+            quota: None,
+        };
+        held.put_back(&ask, tat);
     }
 
     /// Counts a key forgotten in debt; how many there were.
@@ -234,11 +300,15 @@ impl Table {
     /// Replaces the quota. Every key keeps the number of requests that it has
     /// spent, at most the new burst.
     pub(crate) fn replace(&self, gcra: Gcra, now: Instant) {
+        let excepted: HashSet<_> = self.exceptions.read().keys().map(|id| id.slot()).collect();
         self.map.change_all(|terms, cells| {
             let old = terms.gcra;
             let now = terms.latest.max(now.as_nanos());
             terms.gcra = gcra;
             for cell in cells {
+                if cell.id().is_some_and(|id| excepted.contains(&id)) {
+                    continue;
+                }
                 let tat = gcra.convert(cell.tat(), &old, now);
                 *cell = Cell((cell.0 >> TAT_BITS << TAT_BITS) | tat.pack());
             }
@@ -270,8 +340,8 @@ impl Held<'_> {
         }
     }
 
-    /// Sets a key that is there to an earlier time; one that is not there has
-    /// nothing to be given back.
+    /// Sets a key that is there to another time; one that is not there owes
+    /// nothing that could change.
     fn put_back(&mut self, ask: &Ask, tat: Tat) {
         if !tat.is_after(self.now) {
             self.guard.remove();

@@ -3,17 +3,17 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use ::http::{HeaderMap, HeaderValue, Request, Response};
 use buttress_core::{
     Head, Refusal,
     key::{self, ExtractKeyExt, Global, Key},
-    testing::{Script, Scripted, Step, advance, http},
+    testing::{Script, Scripted, Step, advance, web},
 };
 use buttress_rate_limit::{
     HeaderFormat, Limit, MissingKey, Quota, RateLimitBuilder, RateLimitInfo, RateLimitLayer,
     WhenFull,
 };
 use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::Full;
 use sfv::{BareItem, List, ListEntry, Parser};
 use tower::{Layer, Service, ServiceExt};
@@ -30,7 +30,7 @@ fn inner() -> Inner {
     let (inner, _) = Script::new()
         .otherwise(|request: &Request<Body>| {
             let status = request.uri().path().trim_start_matches('/');
-            let mut response = http::response(status.parse().unwrap_or(200), "");
+            let mut response = web::response(status.parse().unwrap_or(200), "");
             if let Some(info) = request.extensions().get::<RateLimitInfo>() {
                 response.extensions_mut().insert(info.clone());
             }
@@ -115,7 +115,7 @@ async fn the_draft_is_a_list_of_strings_with_integers() {
         .build()
         .unwrap()
         .layer(inner());
-    let response = send(&service, http::get("/")).await;
+    let response = send(&service, web::get("/")).await;
     let headers = response.headers();
     assert_eq!(
         items(headers, "ratelimit-policy"),
@@ -137,9 +137,9 @@ async fn the_draft_is_a_list_of_strings_with_integers() {
     assert!(!headers.contains_key("access-control-expose-headers"));
 
     for _ in 0..4 {
-        send(&service, http::get("/")).await;
+        send(&service, web::get("/")).await;
     }
-    let refused = send(&service, http::get("/")).await;
+    let refused = send(&service, web::get("/")).await;
     assert_eq!(refused.status(), 429);
     assert_eq!(
         items(refused.headers(), "ratelimit"),
@@ -162,7 +162,7 @@ async fn a_whole_quota_in_the_draft() {
         .build()
         .unwrap()
         .layer(inner());
-    let response = send(&service, http::get("/")).await;
+    let response = send(&service, web::get("/")).await;
     assert_eq!(
         items(response.headers(), "ratelimit"),
         [item("default", [("r", 6), ("t", 0)])]
@@ -185,7 +185,7 @@ async fn nested_layers_show_the_tightest_and_append_the_draft() {
     for (outer, inside) in [(tight, loose), (loose, tight)] {
         let service = layer("outer", outer).layer(layer("inner", inside).layer(inner()));
         for left in [2, 1, 0] {
-            let response = send(&service, http::get("/")).await;
+            let response = send(&service, web::get("/")).await;
             assert_eq!(x(&response), (3, left, 10 * (3 - left)));
             let names = |field| -> Vec<_> {
                 items(response.headers(), field)
@@ -196,7 +196,7 @@ async fn nested_layers_show_the_tightest_and_append_the_draft() {
             assert_eq!(names("ratelimit"), ["inner", "outer"]);
             assert_eq!(names("ratelimit-policy"), ["inner", "outer"]);
         }
-        let refused = send(&service, http::get("/")).await;
+        let refused = send(&service, web::get("/")).await;
         assert_eq!(refused.status(), 429);
         assert_eq!(x(&refused), (3, 0, 30));
         assert_eq!(refused.headers()["retry-after"], "10");
@@ -213,7 +213,7 @@ async fn ties_go_to_the_later_reset() {
             .build()
             .unwrap()
             .layer(limit(inside).build().unwrap().layer(inner()));
-        assert_eq!(x(&send(&nested, http::get("/")).await), (2, 1, 1800));
+        assert_eq!(x(&send(&nested, web::get("/")).await), (2, 1, 1800));
 
         let together = RateLimitLayer::builder()
             .limit(Limit::new(outer).name("outer"))
@@ -222,7 +222,7 @@ async fn ties_go_to_the_later_reset() {
             .build()
             .unwrap()
             .layer(inner());
-        assert_eq!(x(&send(&together, http::get("/")).await), (2, 1, 1800));
+        assert_eq!(x(&send(&together, web::get("/")).await), (2, 1, 1800));
     }
 }
 
@@ -248,7 +248,7 @@ async fn headers_of_the_inner_service() {
             .build()
             .unwrap()
             .layer(tower::service_fn(move |_: Request<Body>| async move {
-                let mut response = http::response(200, "");
+                let mut response = web::response(200, "");
                 for (name, value) in theirs {
                     let name = format!("x-ratelimit-{name}");
                     let name: ::http::HeaderName = name.parse().unwrap();
@@ -256,7 +256,7 @@ async fn headers_of_the_inner_service() {
                 }
                 Ok::<_, Infallible>(response)
             }));
-        assert_eq!(x(&send(&service, http::get("/")).await), expected);
+        assert_eq!(x(&send(&service, web::get("/")).await), expected);
     }
 }
 
@@ -271,7 +271,7 @@ async fn headers_are_exposed_to_scripts_beside_what_is_exposed_already() {
             .unwrap()
     };
     let exposing = tower::service_fn(async |_: Request<Body>| {
-        let mut response = http::response(200, "");
+        let mut response = web::response(200, "");
         let exposed = "etag".parse().unwrap();
         response
             .headers_mut()
@@ -288,7 +288,7 @@ async fn headers_are_exposed_to_scripts_beside_what_is_exposed_already() {
     };
     let service = layer(&[X, DRAFT]).layer(exposing);
     for status in [200, 429] {
-        let response = send(&service, http::get("/")).await;
+        let response = send(&service, web::get("/")).await;
         assert_eq!(response.status(), status);
         let names = exposed(&response);
         // Whatever is sent can be read.
@@ -314,7 +314,7 @@ async fn five_failed_logins() {
     let (handle, service) = (layer.handle(), layer.layer(inner()));
     // What succeeds is free, and the headers say so.
     for _ in 0..20 {
-        let response = send(&service, http::get("/200")).await;
+        let response = send(&service, web::get("/200")).await;
         assert_eq!(x(&response), (5, 5, 0));
         assert_eq!(
             items(response.headers(), "ratelimit"),
@@ -323,20 +323,20 @@ async fn five_failed_logins() {
     }
     assert_eq!(handle.keys("default").unwrap(), 0);
     for left in (0..5).rev() {
-        let response = send(&service, http::get("/401")).await;
+        let response = send(&service, web::get("/401")).await;
         assert_eq!(response.status(), 401);
         assert_eq!(x(&response), (5, left, 10 * (5 - left)));
         if left == 2 {
-            let response = send(&service, http::get("/204")).await;
+            let response = send(&service, web::get("/204")).await;
             assert_eq!(x(&response), (5, 2, 30));
         }
     }
     // The right password comes too late.
-    let refused = send(&service, http::get("/200")).await;
+    let refused = send(&service, web::get("/200")).await;
     assert_eq!(refused.status(), 429);
     assert_eq!(refused.headers()["retry-after"], "10");
     advance(Duration::from_secs(10)).await;
-    let response = send(&service, http::get("/200")).await;
+    let response = send(&service, web::get("/200")).await;
     assert_eq!(x(&response), (5, 1, 40));
 }
 
@@ -359,7 +359,7 @@ async fn refunds_go_to_every_limit_that_was_charged() {
     let left = |limit, key: &Key| handle.usage(limit, key).unwrap().remaining;
     let b = key::header("x-b").key("1");
     let with_b = |path| {
-        let mut request = http::get(path);
+        let mut request = web::get(path);
         request.headers_mut().insert("x-b", "1".parse().unwrap());
         request
     };
@@ -367,7 +367,7 @@ async fn refunds_go_to_every_limit_that_was_charged() {
     assert_eq!((left("a", &Key::global()), left("b", &b)), (7, 9));
     send(&service, with_b("/304")).await;
     assert_eq!((left("a", &Key::global()), left("b", &b)), (7, 9));
-    send(&service, http::get("/304")).await;
+    send(&service, web::get("/304")).await;
     assert_eq!((left("a", &Key::global()), left("b", &b)), (7, 9));
     handle.refund("b", &b, 100).unwrap();
     assert_eq!(left("b", &b), 10);
@@ -390,12 +390,12 @@ async fn without_a_response_there_is_no_refund() {
             .ready()
             .await
             .unwrap()
-            .call(http::get("/"))
+            .call(web::get("/"))
             .await
             .err(),
         Some("reset")
     );
-    drop(service.ready().await.unwrap().call(http::get("/")));
+    drop(service.ready().await.unwrap().call(web::get("/")));
     let usage = layer.handle().usage("default", &Key::global()).unwrap();
     assert_eq!(usage.remaining, 3);
     script.assert_finished();
@@ -412,7 +412,7 @@ async fn shadow_mode_charges_and_refuses_nobody_and_says_nothing() {
         .unwrap();
     let service = layer.layer(inner());
     for sent in 1..10 {
-        let response = send(&service, http::get("/")).await;
+        let response = send(&service, web::get("/")).await;
         assert_eq!(response.status(), 200);
         assert!(response.headers().is_empty(), "{:?}", response.headers());
         let usage = layer.handle().usage("default", &Key::global()).unwrap();
@@ -436,7 +436,7 @@ async fn shadow_mode_gives_refunds() {
         ("/401", 0),
         ("/200", 0),
     ] {
-        let response = send(&service, http::get(path)).await;
+        let response = send(&service, web::get(path)).await;
         assert!(response.headers().is_empty());
         let usage = layer.handle().usage("default", &Key::global()).unwrap();
         assert_eq!(usage.remaining, left);
@@ -453,8 +453,8 @@ async fn handlers_are_told_where_asked() {
             .unwrap();
         let service = service.layer(inner());
         async move {
-            send(&service, http::get("/")).await;
-            let response = send(&service, http::get("/")).await;
+            send(&service, web::get("/")).await;
+            let response = send(&service, web::get("/")).await;
             assert!(response.headers().is_empty());
             response.extensions().get::<RateLimitInfo>().cloned()
         }
@@ -481,7 +481,7 @@ async fn who_has_no_key() {
             .unwrap()
             .layer(inner());
         for status in statuses {
-            let response = send(&service, http::get("/")).await;
+            let response = send(&service, web::get("/")).await;
             assert_eq!(response.status(), status, "{missing:?}");
             // Where nothing was decided, nothing is told.
             let decided = missing == MissingKey::Share;
@@ -491,7 +491,7 @@ async fn who_has_no_key() {
             );
         }
         // A value that says so does not share with those who have none.
-        let mut request = http::get("/");
+        let mut request = web::get("/");
         request.headers_mut().insert("x-user", "u".parse().unwrap());
         assert_eq!(send(&service, request).await.status(), 200);
     }
@@ -506,7 +506,7 @@ async fn when_there_is_no_room_for_a_new_key() {
     let layer = RateLimitLayer::builder().limit(by_user).build().unwrap();
     let service = layer.layer(inner());
     let by = |user: &str| {
-        let mut request = http::get("/");
+        let mut request = web::get("/");
         request
             .headers_mut()
             .insert("x-user", user.parse().unwrap());
@@ -529,8 +529,8 @@ async fn grpc_is_refused_in_its_own_words() {
         .build()
         .unwrap();
     let service = service.layer(inner());
-    send(&service, http::grpc("/200")).await;
-    let refused = send(&service, http::grpc("/200")).await;
+    send(&service, web::grpc("/200")).await;
+    let refused = send(&service, web::grpc("/200")).await;
     assert_eq!(refused.status(), 200);
     let headers = refused.headers();
     assert_eq!(headers["grpc-status"], "8");
@@ -557,10 +557,10 @@ async fn a_responder_of_ones_own_gets_the_headers_added() {
         .build()
         .unwrap();
     let service = layer.layer(inner());
-    send(&service, http::get("/a")).await;
-    let refused = service.clone().oneshot(http::get("/b")).await.unwrap();
+    send(&service, web::get("/a")).await;
+    let refused = service.clone().oneshot(web::get("/b")).await.unwrap();
     assert_eq!(refused.status(), 420);
     assert_eq!(refused.headers()["x-own"], "1");
     assert_eq!(refused.headers()["x-ratelimit-remaining"], "0");
-    assert_eq!(http::text(refused).await, "/b 60");
+    assert_eq!(web::text(refused).await, "/b 60");
 }

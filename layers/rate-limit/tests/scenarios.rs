@@ -4,16 +4,16 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use ::http::{HeaderMap, Request, Response, StatusCode};
 use buttress_core::{
     Head,
     key::{self, Key},
-    testing::{Script, Scripted, Step, advance, http},
+    testing::{Script, Scripted, Step, advance, web},
 };
 use buttress_rate_limit::{
     Handle, HeaderFormat, Limit, Quota, RateLimit, RateLimitBuilder, RateLimitLayer,
 };
 use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::Full;
 use tokio::time::Instant;
 use tower::{Layer, ServiceExt};
@@ -74,7 +74,7 @@ impl Bed {
             .build()
             .unwrap();
         let (inner, _) = Script::new()
-            .otherwise(|_| Step::ok(http::response(200, "")))
+            .otherwise(|_| Step::ok(web::response(200, "")))
             .build();
         Self {
             start,
@@ -115,11 +115,11 @@ impl Bed {
     }
 
     async fn get(&self) -> Seen {
-        self.send(http::get("/")).await
+        self.send(web::get("/")).await
     }
 
     async fn cost(&self, cost: u32) -> Seen {
-        let mut request = http::get("/");
+        let mut request = web::get("/");
         request.headers_mut().insert("x-cost", cost.into());
         self.send(request).await
     }
@@ -303,7 +303,7 @@ async fn a_key_that_is_too_far_ahead_is_put_right() {
             },
         )),
     );
-    assert!(bed.send(http::get("/slow")).await.passed());
+    assert!(bed.send(web::get("/slow")).await.passed());
     let seen = bed.get().await;
     assert_eq!((seen.remaining(), seen.reset()), (0, 1001));
     assert_eq!(seen.retry_after(), Some(1));
@@ -385,12 +385,12 @@ async fn what_is_let_by_has_no_headers() {
             .bypass(|head| head.uri.path() == "/health"),
     );
     for _ in 0..3 {
-        let seen = bed.send(http::get("/health")).await;
+        let seen = bed.send(web::get("/health")).await;
         assert_eq!(seen.status, 200);
         assert!(seen.headers.is_empty(), "{seen:?}");
     }
     assert_eq!(bed.get().await.remaining(), 0);
-    assert_eq!(bed.send(http::get("/health")).await.status, 200);
+    assert_eq!(bed.send(web::get("/health")).await.status, 200);
     assert_eq!(bed.get().await.status, 429);
 }
 
@@ -462,7 +462,7 @@ async fn per_client_and_global() {
             .limit(Limit::new(Quota::new(6, 60 * SECOND)).name("all")),
     );
     let by = |client: &'static str| {
-        let mut request = http::get("/");
+        let mut request = web::get("/");
         request
             .headers_mut()
             .insert("x-client", client.parse().unwrap());

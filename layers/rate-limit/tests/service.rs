@@ -10,15 +10,15 @@ use std::{
     time::Duration,
 };
 
-use ::http::{Request, Response};
 use buttress_core::{
     Any, Head, Refusal, RefusalKind,
     clock::{self, Instant},
     key::{self, Key},
-    testing::{ReadinessProbe, Script, Step, http},
+    testing::{ReadinessProbe, Script, Step, web},
 };
 use buttress_rate_limit::{Errors, Limit, Quota, RateLimitLayer};
 use bytes::Bytes;
+use http::{Request, Response};
 use http_body_util::Full;
 use tokio::task::JoinSet;
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
@@ -49,8 +49,8 @@ async fn readiness() {
         .check(&numbers(Quota::per_second(1000)))
         .await;
     ReadinessProbe::new(
-        || http::get("/"),
-        |_: &Request<Body>| Step::<Response<Body>, Infallible>::ok(http::response(200, "")),
+        || web::get("/"),
+        |_: &Request<Body>| Step::<Response<Body>, Infallible>::ok(web::response(200, "")),
     )
     .check(&web(Quota::per_second(1000)))
     .await;
@@ -101,7 +101,7 @@ async fn errors_of_the_inner_service_pass_untouched() {
     script.set_ready();
     assert!(service.is_woken());
     assert_ready_ok!(service.enter(|cx, mut service| service.poll_ready(cx)));
-    let mut future = task::spawn(service.call(http::get("/")));
+    let mut future = task::spawn(service.call(web::get("/")));
     assert_eq!(assert_ready!(future.poll()).err(), Some("broken"));
     script.fail_readiness("gone");
     let gone = assert_ready!(service.enter(|cx, mut service| service.poll_ready(cx)));
@@ -182,14 +182,14 @@ async fn panics_break_nothing() {
         .otherwise(|request: &Request<Body>| match request.uri().path() {
             "/call" => Step::panic_in_call("call"),
             "/future" => Step::panic("future"),
-            "/refund" => Step::ok(http::response(500, "")),
-            _ => Step::ok(http::response(200, "")),
+            "/refund" => Step::ok(web::response(500, "")),
+            _ => Step::ok(web::response(200, "")),
         })
         .build();
     let service = layer.layer(inner);
     let send = |path: &'static str| {
         let service = service.clone();
-        tokio::spawn(async move { service.oneshot(http::get(path)).await.unwrap().status() })
+        tokio::spawn(async move { service.oneshot(web::get(path)).await.unwrap().status() })
     };
     let remaining = |limit| {
         layer

@@ -6,12 +6,13 @@ use std::{
     sync::Arc,
 };
 
-use http::{Extensions, HeaderName};
+use http::{Extensions, HeaderMap, HeaderName};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{
     ExtractKey, Key, ParseError,
     forwarded::{self, Syntax},
+    value::Address,
 };
 use crate::request::Head;
 
@@ -123,11 +124,36 @@ pub struct ClientIp {
 
 type PeerFrom = dyn Fn(&Extensions) -> Option<IpAddr> + Send + Sync;
 
-/// Disjoint networks in order.
+/// Networks in order, none inside another.
 #[derive(Clone, Debug, Default)]
 struct Trusted {
     v4: Vec<Ipv4Net>,
     v6: Vec<Ipv6Net>,
+}
+
+impl Trusted {
+    #[inline]
+    fn contains(&self, address: Address) -> bool {
+        if self.v4.is_empty() && self.v6.is_empty() {
+            return false;
+        }
+        self.search(address)
+    }
+
+    fn search(&self, address: Address) -> bool {
+        match address {
+            Address::V4(bits) => {
+                let address = Ipv4Addr::from_bits(bits);
+                let after = self.v4.partition_point(|net| net.network() <= address);
+                after > 0 && self.v4[after - 1].contains(&address)
+            }
+            Address::V6(bits) => {
+                let address = Ipv6Addr::from_bits(bits);
+                let after = self.v6.partition_point(|net| net.network() <= address);
+                after > 0 && self.v6[after - 1].contains(&address)
+            }
+        }
+    }
 }
 
 impl ClientIp {
@@ -249,39 +275,46 @@ impl ClientIp {
     /// The address at the other end of the connection, a proxy's or the
     /// client's.
     #[must_use]
+    #[inline]
     pub fn peer(&self, request: Head<'_>) -> Option<IpAddr> {
-        let peer = match &self.peer {
-            Some(peer) => peer(request.extensions),
-            None => known_peer(request.extensions),
-        };
-        peer.map(|address| address.to_canonical())
+        self.peer_address(request).map(IpAddr::from)
     }
 
     /// Whether `address` is one of the proxies trusted.
     #[must_use]
+    #[inline]
     pub fn is_trusted(&self, address: IpAddr) -> bool {
-        match address.to_canonical() {
-            IpAddr::V4(address) => {
-                let nets = &self.trusted.v4;
-                let after = nets.partition_point(|net| net.network() <= address);
-                after > 0 && nets[after - 1].contains(&address)
-            }
-            IpAddr::V6(address) => {
-                let nets = &self.trusted.v6;
-                let after = nets.partition_point(|net| net.network() <= address);
-                after > 0 && nets[after - 1].contains(&address)
-            }
-        }
+        self.trusted.contains(address.into())
     }
 
     /// The client's address, not cut to a prefix: what an access log wants.
     #[must_use]
+    #[inline]
     pub fn address(&self, request: Head<'_>) -> Option<IpAddr> {
-        let peer = self.peer(request)?;
-        if !self.is_trusted(peer) {
-            return Some(peer);
+        self.client(request).map(IpAddr::from)
+    }
+
+    #[inline]
+    fn client(&self, request: Head<'_>) -> Option<Address> {
+        let peer = self.peer_address(request)?;
+        Some(if self.trusted.contains(peer) {
+            self.walk(peer, request.headers)
+        } else {
+            peer
+        })
+    }
+
+    #[inline]
+    fn peer_address(&self, request: Head<'_>) -> Option<Address> {
+        match &self.peer {
+            Some(peer) => peer(request.extensions).map(Address::from),
+            None => known_peer(request.extensions),
         }
-        let headers = request.headers;
+    }
+
+    /// The client's address as `peer`, which is trusted, reports it.
+    #[inline(never)]
+    fn walk(&self, peer: Address, headers: &HeaderMap) -> Address {
         let (name, syntax) = match &self.source {
             Source::Either if headers.contains_key(X_FORWARDED_FOR) => {
                 (&X_FORWARDED_FOR, Syntax::Plain)
@@ -294,20 +327,25 @@ impl ClientIp {
         for hop in forwarded::hops(headers, name, syntax).take(MOST_HOPS) {
             match hop {
                 None => break,
-                Some(hop) if self.is_trusted(hop) => known = hop,
-                Some(client) => return Some(client),
+                Some(hop) if self.trusted.contains(hop) => known = hop,
+                Some(client) => return client,
             }
         }
-        Some(known)
+        known
     }
 
     /// The key of clients with this address: cut to the prefix.
     #[must_use]
+    #[inline]
     pub fn key(&self, address: IpAddr) -> Key {
-        match address.to_canonical() {
-            IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() & self.ipv4_mask).into(),
-            // A prefix of less than 96 makes no IPv4 address of what is left.
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & self.ipv6_mask).into(),
+        self.cut(address.into()).into()
+    }
+
+    #[inline]
+    fn cut(&self, address: Address) -> Address {
+        match address {
+            Address::V4(bits) => Address::V4(bits & self.ipv4_mask),
+            Address::V6(bits) => Address::V6(bits & self.ipv6_mask),
         }
     }
 }
@@ -331,7 +369,7 @@ impl fmt::Debug for ClientIp {
 
 impl ExtractKey for ClientIp {
     fn extract(&self, request: Head<'_>) -> Option<Key> {
-        self.address(request).map(|address| self.key(address))
+        self.client(request).map(|address| self.cut(address).into())
     }
 }
 
@@ -358,29 +396,30 @@ fn parse_network(text: &str) -> Result<IpNet, ParseError> {
     Ok(network)
 }
 
-fn known_peer(extensions: &Extensions) -> Option<IpAddr> {
+#[inline]
+fn known_peer(extensions: &Extensions) -> Option<Address> {
     if let Some(PeerAddr(peer)) = extensions.get() {
-        return Some(peer.ip());
+        return Some(peer.into());
     }
     #[cfg(feature = "axum")]
     if let Some(axum::extract::ConnectInfo(peer)) =
         extensions.get::<axum::extract::ConnectInfo<SocketAddr>>()
     {
-        return Some(peer.ip());
+        return Some(peer.into());
     }
     // What `MockConnectInfo` puts in place of a connection in tests.
     #[cfg(feature = "axum")]
     if let Some(axum::extract::connect_info::MockConnectInfo(peer)) =
         extensions.get::<axum::extract::connect_info::MockConnectInfo<SocketAddr>>()
     {
-        return Some(peer.ip());
+        return Some(peer.into());
     }
     #[cfg(feature = "tonic")]
     if let Some(peer) = extensions
         .get::<tonic::transport::server::TcpConnectInfo>()
         .and_then(tonic::transport::server::TcpConnectInfo::remote_addr)
     {
-        return Some(peer.ip());
+        return Some((&peer).into());
     }
     None
 }

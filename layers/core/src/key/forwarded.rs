@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::extract::is_token;
+use super::{extract::is_token, value::Address};
 
 /// Whose list it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub(super) fn hops(
     headers: &HeaderMap,
     name: &HeaderName,
     syntax: Syntax,
-) -> impl Iterator<Item = Option<IpAddr>> {
+) -> impl Iterator<Item = Option<Address>> {
     headers
         .get_all(name)
         .iter()
@@ -105,7 +105,7 @@ fn last_comma(line: &[u8]) -> Option<usize> {
 
 /// The address of the one `for` parameter of a `Forwarded` element
 /// (RFC 7239 §4).
-fn forwarded_for(element: &[u8]) -> Option<IpAddr> {
+fn forwarded_for(element: &[u8]) -> Option<Address> {
     let mut address = None;
     let mut rest = element;
     loop {
@@ -175,7 +175,7 @@ fn unquote<'t, 'b>(
 
 /// An element of `X-Forwarded-For` or of a header with one address. Quotes
 /// are not its custom, but some proxies write them.
-fn plain_node(element: &[u8]) -> Option<IpAddr> {
+fn plain_node(element: &[u8]) -> Option<Address> {
     let bare = match element {
         [b'"', inner @ .., b'"'] => inner.trim_ascii(),
         other => other,
@@ -185,7 +185,7 @@ fn plain_node(element: &[u8]) -> Option<IpAddr> {
 
 /// An address with or without port, an IPv6 address with or without brackets.
 /// `None` for `unknown`, obfuscated identifiers, zones and all else.
-fn node(text: &[u8], obfuscated_port: bool) -> Option<IpAddr> {
+fn node(text: &[u8], obfuscated_port: bool) -> Option<Address> {
     if text.len() > LONGEST_NODE {
         return None;
     }
@@ -210,5 +210,5 @@ fn node(text: &[u8], obfuscated_port: bool) -> Option<IpAddr> {
         (digits && port.parse::<u16>().is_ok())
             || (obfuscated_port && port.len() > 1 && port.starts_with('_'))
     });
-    sound.then(|| address.to_canonical())
+    sound.then(|| address.into())
 }

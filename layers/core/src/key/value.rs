@@ -3,7 +3,7 @@
 use std::{
     fmt,
     hash::{Hash, Hasher},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use sha2::{Digest, Sha256};
@@ -189,15 +189,75 @@ impl fmt::Debug for Key {
     }
 }
 
+/// An address in registers, IPv4 mapped into IPv6 unmapped.
+///
+/// `IpAddr` is an odd number of bytes: each copy of it through memory is
+/// written in other pieces than it is read, and the processor waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Address {
+    V4(u32),
+    V6(u128),
+}
+
+impl From<Ipv6Addr> for Address {
+    #[inline]
+    fn from(address: Ipv6Addr) -> Self {
+        let bits = address.to_bits();
+        if bits >> 32 == 0xffff {
+            #[expect(clippy::cast_possible_truncation, reason = "the rest is the prefix")]
+            Self::V4(bits as u32)
+        } else {
+            Self::V6(bits)
+        }
+    }
+}
+
+impl From<IpAddr> for Address {
+    #[inline]
+    fn from(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(address) => Self::V4(address.to_bits()),
+            IpAddr::V6(address) => address.into(),
+        }
+    }
+}
+
+impl From<&SocketAddr> for Address {
+    #[inline]
+    fn from(address: &SocketAddr) -> Self {
+        match address {
+            SocketAddr::V4(address) => Self::V4(address.ip().to_bits()),
+            SocketAddr::V6(address) => (*address.ip()).into(),
+        }
+    }
+}
+
+impl From<Address> for IpAddr {
+    #[inline]
+    fn from(address: Address) -> Self {
+        match address {
+            Address::V4(bits) => Self::V4(Ipv4Addr::from_bits(bits)),
+            Address::V6(bits) => Self::V6(Ipv6Addr::from_bits(bits)),
+        }
+    }
+}
+
+impl From<Address> for Key {
+    #[inline]
+    fn from(address: Address) -> Self {
+        match address {
+            Address::V4(bits) => Self::fixed(Kind::Address, bits.to_be_bytes()),
+            Address::V6(bits) => Self::fixed(Kind::Address, bits.to_be_bytes()),
+        }
+    }
+}
+
 impl From<IpAddr> for Key {
     /// The whole address. An IPv4 address mapped into IPv6 is the IPv4
     /// address.
     #[inline]
     fn from(address: IpAddr) -> Self {
-        match address.to_canonical() {
-            IpAddr::V4(address) => address.into(),
-            IpAddr::V6(address) => Self::fixed(Kind::Address, address.octets()),
-        }
+        Address::from(address).into()
     }
 }
 
@@ -211,7 +271,7 @@ impl From<Ipv4Addr> for Key {
 impl From<Ipv6Addr> for Key {
     #[inline]
     fn from(address: Ipv6Addr) -> Self {
-        IpAddr::V6(address).into()
+        Address::from(address).into()
     }
 }
 

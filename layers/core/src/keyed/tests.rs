@@ -4,6 +4,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// The large tests are a tenth as large where nothing is optimised: they are
+/// whole under `cargo test --release`.
+const LARGE: u64 = if cfg!(debug_assertions) { 10 } else { 1 };
+
 /// An entry that is live until a moment, as a rate limiter's is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Cell {
@@ -202,4 +206,297 @@ proptest! {
             assert_sound(&map);
         }
     }
+}
+
+#[test]
+fn a_million_keys_do_not_pass_the_ceiling() {
+    for when_full in [WhenFull::Evict, WhenFull::Refuse] {
+        let max_keys = 100_000 / LARGE;
+        let map = map(max_keys as usize, when_full);
+        let (mut refused, mut most) = (0, 0);
+        for key in 0..1_000_000 / LARGE {
+            // No two debts alike, those of later keys sometimes less.
+            let until = 10_000_000 + key * 7_919 % 1_000_003;
+            refused += u64::from(put(&map, map.id(&key), key, until).is_err());
+            most = most.max(map.len());
+        }
+        assert_eq!(most as u64, max_keys);
+        assert_eq!(map.live(at(1_000_000)) as u64, max_keys);
+        assert_eq!(refused + map.evicted(), 9 * max_keys);
+        assert_eq!(refused > 0, when_full == WhenFull::Refuse);
+        // 16 bytes a slot, at least half full.
+        assert!(map.allocated_bytes() as u64 <= max_keys * 34);
+        assert_sound(&map);
+    }
+}
+
+/// Debtors that last, and others that come and go by the thousand: as long as
+/// there is room for all who are live, nobody is lost.
+#[test]
+fn no_debtor_is_lost_below_the_ceiling() {
+    const MAX: u64 = 100_000 / LARGE;
+    // How many last; how many others are live at a time; how many those are.
+    for (debtors, live, others) in [
+        (MAX / 2, MAX / 2 - 1, 5 * MAX),
+        (MAX - 1, 1, 2 * MAX),
+        (MAX - MAX / 100, MAX / 100, 2 * MAX),
+    ] {
+        for when_full in [WhenFull::Evict, WhenFull::Refuse] {
+            let map = map(MAX as usize, when_full);
+            let ids: Vec<KeyId> = (0..debtors).map(|key| map.id(&key)).collect();
+            for id in &ids {
+                assert_eq!(put(&map, *id, 1_000, u64::MAX / 2), Ok(None));
+            }
+            for n in 0..others {
+                let now = 1_000 + n;
+                let other = map.id(&(debtors + n));
+                assert_eq!(put(&map, other, now, now + live), Ok(None));
+                assert!(map.len() <= map.room);
+            }
+            assert!(ids.iter().all(|id| holds(&map, *id)));
+            assert_eq!(map.evicted(), 0);
+            assert_sound(&map);
+        }
+    }
+}
+
+/// The bounds are all out of date, so that no look finds anything at first.
+#[test]
+fn bounds_out_of_date_cost_no_debtor() {
+    let map = map(10_000, WhenFull::Evict);
+    let ids: Vec<KeyId> = (0..9_999u64).map(|key| map.id(&key)).collect();
+    for id in &ids {
+        put(&map, *id, 1_000, 2_000).unwrap();
+    }
+    for id in &ids {
+        // In place, as a limiter would: the bounds stay where they were.
+        map.lock(*id).get_mut().unwrap().until = u64::MAX / 2;
+    }
+    for n in 0..1_000 {
+        let now = 10_000 + n;
+        assert_eq!(put(&map, map.id(&(10_000 + n)), now, now + 1), Ok(None));
+        assert!(map.len() <= map.room);
+    }
+    assert!(ids.iter().all(|id| holds(&map, *id)));
+    // And the leeway is given back.
+    assert!(map.len() <= 10_000);
+    assert_sound(&map);
+}
+
+/// A removal moves an entry from before the cursor's eyes to behind its back.
+#[test]
+fn a_pass_does_not_forget_what_moved_past_it() {
+    let mut shard: Shard<Cell> = Shard::new(Fill::Loose, 0);
+    // All want slot 0 and stand in the slots 0, 1 and 2.
+    for (id, until) in [(1, 100), (2, 100), (3, 50)] {
+        let slot = SlotId::new(id).unwrap();
+        shard.add(at(0), slot, Cell { id, until });
+    }
+    assert_eq!(
+        (shard.capacity(), shard.find(SlotId::new(3).unwrap())),
+        (8, Some(2))
+    );
+    shard.sweep(at(0), 8);
+    // The next pass has seen the first two.
+    shard.sweep(at(0), 2);
+    assert_eq!(shard.remove(0).id, 1);
+    shard.sweep(at(0), 6);
+    shard.sweep(at(0), 1);
+    assert!(shard.least <= at(50));
+    // The pass after that sees all again.
+    shard.sweep(at(0), 7);
+    shard.sweep(at(0), 1);
+    assert_eq!(shard.least, at(50));
+}
+
+#[test]
+fn the_least_debt_goes_first() {
+    let map = map(10_000, WhenFull::Evict);
+    let until = |key: u64| 1_000_000 + key * 7_919 % 10_007;
+    for key in 0..10_000u64 {
+        put(&map, map.id(&key), 0, until(key)).unwrap();
+    }
+    let mut debts: Vec<u64> = (0..10_000).map(until).collect();
+    debts.sort_unstable();
+    for (n, least) in debts.iter().take(5_000).enumerate() {
+        let id = map.id(&(10_000 + n));
+        let gone = put(&map, id, 1, u64::MAX / 2).unwrap();
+        assert_eq!(gone.map(|gone| gone.until), Some(*least));
+    }
+    assert_sound(&map);
+}
+
+/// Where all are alike, no shard is emptied in favour of the others.
+#[test]
+fn equals_go_evenly() {
+    let map = map(16_384, WhenFull::Evict);
+    for key in 0..50_000u64 {
+        put(&map, map.id(&key), 0, 1_000_000).unwrap();
+    }
+    let lens: Vec<usize> = map.shards.iter().map(|shard| shard.lock().len()).collect();
+    let (least, most) = (lens.iter().min().unwrap(), lens.iter().max().unwrap());
+    // Binomial around 256, ± 16.
+    assert!(*least > 170 && *most < 350, "{least}..{most}");
+}
+
+#[test]
+fn tiny_maps_are_exact() {
+    for max_keys in [1, 2, 10, 63] {
+        let evicting = map(max_keys, WhenFull::Evict);
+        let refusing = map(max_keys, WhenFull::Refuse);
+        for key in 0..200u64 {
+            let until = 1_000 + key;
+            let gone = put(&evicting, evicting.id(&key), 0, until).unwrap();
+            let refused = put(&refusing, refusing.id(&key), 0, until).is_err();
+            let full = key >= max_keys as u64;
+            let first = full.then(|| 1_000 + key - max_keys as u64);
+            assert_eq!(gone.map(|gone| gone.until), first);
+            assert_eq!(refused, full);
+            assert_eq!(evicting.len(), max_keys.min(key as usize + 1));
+            assert_eq!(refusing.len(), evicting.len());
+        }
+        // One is spent: one more is let in.
+        assert_eq!(put(&refusing, refusing.id("a"), 1_000, 9_000), Ok(None));
+        assert_eq!(put(&refusing, refusing.id("b"), 1_000, 9_000), Err(Full));
+        // A key that is there is always welcome, spent or not.
+        let newest = refusing.id("a");
+        assert_eq!(put(&refusing, newest, 10_000, 20_000), Ok(None));
+    }
+}
+
+#[test]
+fn what_never_ends_makes_room_too() {
+    for max_keys in [3, 1_000] {
+        let map = map(max_keys, WhenFull::Evict);
+        for key in 0..3_000u64 {
+            put(&map, map.id(&key), u64::MAX, u64::MAX).unwrap();
+            assert!(map.len() <= map.room);
+        }
+        assert!(map.evicted() >= 3_000 - map.room as u64);
+        assert_sound(&map);
+    }
+}
+
+/// At most 24 bytes a key on the whole way to a million and around it.
+#[test]
+fn a_key_costs_24_bytes_at_a_million() {
+    let map = map(1_000_000, WhenFull::Evict);
+    let mut worst = 0.0f64;
+    for key in 0..1_000_000u64 {
+        put(&map, map.id(&key), 0, 1_000 + key).unwrap();
+        if key >= 700_000 && key % 10_000 == 0 {
+            worst = worst.max(map.allocated_bytes() as f64 / map.len() as f64);
+        }
+    }
+    worst = worst.max(map.allocated_bytes() as f64 / map.len() as f64);
+    assert!(worst <= 22.0, "{worst}");
+}
+
+#[test]
+fn memory_comes_back_after_expiry() {
+    let map = map(100_000, WhenFull::Evict);
+    let empty = map.allocated_bytes();
+    for key in 0..100_000u64 {
+        put(&map, map.id(&key), 0, 1_000).unwrap();
+    }
+    let full = map.allocated_bytes();
+    // All are spent; some thousand new keys, whose sweeps see it.
+    for key in 0..60_000u64 {
+        put(&map, map.id(&(200_000 + key)), 2_000 + key, 2_010 + key).unwrap();
+    }
+    assert!(map.len() < 3_000, "{}", map.len());
+    assert!(map.allocated_bytes() < full / 5);
+    map.clear();
+    assert_eq!(map.allocated_bytes(), empty);
+    assert!(map.is_empty());
+}
+
+#[test]
+fn a_guard_finds_what_it_put_there() {
+    let map = map(100, WhenFull::Evict);
+    let id = map.id("key");
+    let mut guard = map.lock(id);
+    assert_eq!((guard.id(), guard.get()), (id, None));
+    guard.insert(at(5), cell(id, 10)).unwrap();
+    assert_eq!(guard.get(), Some(&cell(id, 10)));
+    guard.get_mut().unwrap().until = 20;
+    assert_eq!(guard.parts(), (Some(&mut cell(id, 20)), &7));
+    assert_eq!(guard.remove(), Some(cell(id, 20)));
+    assert_eq!(guard.get(), None);
+    assert_eq!(guard.remove(), None);
+    drop(guard);
+    assert!(map.is_empty());
+}
+
+#[test]
+fn what_is_shared_is_replaced_everywhere() {
+    let map = map(10_000, WhenFull::Evict);
+    map.set_shared(&8);
+    assert!((0..1_000u64).all(|key| *map.lock(map.id(&key)).shared() == 8));
+}
+
+#[test]
+fn a_refund_is_noticed() {
+    let map = map(64, WhenFull::Refuse);
+    for key in 0..64u64 {
+        put(&map, map.id(&key), 0, 1_000).unwrap();
+    }
+    assert_eq!(put(&map, map.id(&64u64), 10, 1_000), Err(Full));
+    put(&map, map.id(&7u64), 10, 10).unwrap();
+    assert_eq!(put(&map, map.id(&64u64), 10, 1_000), Ok(None));
+    assert!(!holds(&map, map.id(&7u64)));
+}
+
+#[test]
+fn ids_keep_their_48_bits() {
+    assert_eq!(SlotId::new(0), None);
+    assert_eq!(SlotId::new(1 << 48), None);
+    assert_eq!(SlotId::new((1 << 48) - 1).unwrap().get(), (1 << 48) - 1);
+    assert_eq!(KeyId::from_hash(0).slot().get(), 1);
+    assert_eq!(KeyId::from_hash(0xffff).slot().get(), 1);
+    assert_eq!(KeyId::from_hash(u64::MAX).slot().get(), (1 << 48) - 1);
+    assert_eq!(size_of::<Option<SlotId>>(), 8);
+    // Two secrets, two ids: one chance in 2⁶⁴ to fail.
+    assert_ne!(Secret::random().id("key"), Secret::random().id("key"));
+}
+
+#[test]
+fn shards_are_many_enough() {
+    let shards = |max_keys| map(max_keys, WhenFull::Evict).shards.len();
+    assert_eq!(shards(1), 1);
+    assert_eq!(shards(63), 1);
+    assert_eq!(shards(64), 2);
+    assert_eq!(shards(4_096), 64);
+    assert_eq!(shards(100_000), 128);
+    // 48 bits and these 10: the width the module tells of.
+    assert_eq!(shards(1_000_000), 1024);
+    assert_eq!(size_of::<Padded<Mutex<Shard<Cell>>>>(), 128);
+}
+
+/// Threads that come and go on one map: the counter is right, nothing is lost,
+/// and what was let in above the ceiling is made up for.
+#[test]
+fn threads_share_the_ceiling() {
+    let map = map(1_000, WhenFull::Evict);
+    let debtors: Vec<KeyId> = (0..900u64).map(|key| map.id(&key)).collect();
+    for id in &debtors {
+        put(&map, *id, 0, u64::MAX / 2).unwrap();
+    }
+    std::thread::scope(|scope| {
+        for thread in 1..5u64 {
+            let map = &map;
+            scope.spawn(move || {
+                for n in 0..20_000 {
+                    let id = map.id(&(thread * 1_000_000 + n));
+                    // At most 4 of these are live at a time.
+                    assert_eq!(put(map, id, 10, 11), Ok(None));
+                    assert!(map.len() <= map.room);
+                    map.lock(id).insert(at(10), cell(id, 10)).unwrap();
+                }
+            });
+        }
+    });
+    assert!(debtors.iter().all(|id| holds(&map, *id)));
+    assert_eq!(map.evicted(), 0);
+    assert_sound(&map);
 }

@@ -1,9 +1,9 @@
 #![doc = include_str!("guide.md")]
 
-pub mod http;
 mod probe;
 mod script;
 mod time;
+pub mod web;
 
 pub use probe::ReadinessProbe;
 pub use script::{Call, Fate, Script, ScriptHandle, Scripted, ScriptedFuture, Step};

@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     collections::VecDeque,
     fmt, mem,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -12,7 +12,7 @@ use std::{
 
 use tokio::{
     sync::Notify,
-    time::{Sleep, sleep},
+    time::{Sleep, sleep, timeout},
 };
 use tower_service::Service;
 
@@ -675,15 +675,28 @@ impl<Req, Res, Err> ScriptHandle<Req, Res, Err> {
 
     /// Waits until this many calls have come. Dropping the future changes
     /// nothing.
+    ///
+    /// # Panics
+    ///
+    /// If they have not come within a year on tokio's clock: paused, that is
+    /// at once when there is nothing left that could make them come.
     pub async fn wait_for_calls(&self, calls: usize) {
-        loop {
-            let mut arrived = std::pin::pin!(self.shared.arrived.notified());
-            // Listens before it looks: what comes in between is heard.
-            arrived.as_mut().enable();
-            if self.call_count() >= calls {
-                return;
+        const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+        let all = async {
+            loop {
+                let mut arrived = pin!(self.shared.arrived.notified());
+                // Listens before it looks: what comes in between is heard.
+                arrived.as_mut().enable();
+                if self.call_count() >= calls {
+                    return;
+                }
+                arrived.await;
             }
-            arrived.await;
+        };
+        if timeout(YEAR, all).await.is_err() {
+            let came = self.call_count();
+            panic!("{calls} calls were waited for, and {came} have come");
         }
     }
 

@@ -166,6 +166,19 @@ async fn calls_can_be_waited_for() {
     script.wait_for_calls(0).await;
 }
 
+#[tokio::test(start_paused = true)]
+#[should_panic(expected = "2 calls were waited for, and 1 have come")]
+async fn what_never_comes_is_not_waited_for() {
+    let (service, script) = echo().build();
+    let late = tokio::spawn(async {
+        sleep(3600 * SECOND).await;
+        service.oneshot(1).await
+    });
+    script.wait_for_calls(1).await;
+    late.await.unwrap().unwrap();
+    script.wait_for_calls(2).await;
+}
+
 #[tokio::test]
 async fn readiness_comes_and_goes_and_promises_are_kept() {
     let (service, script) = echo().unready().build();
@@ -268,10 +281,16 @@ struct Bad<S> {
 enum How {
     /// Calls a clone that was never polled.
     CallsTheClone,
+    /// The same, and before there is a future.
+    CallsTheCloneAtOnce,
     /// Says that it is ready, whatever the inner service says.
     NeverAsks,
     /// Forgets that the inner service was pending, and wakes nobody.
     Sleeps,
+    /// Looks again a few times, and then sleeps.
+    DozesOff(u8),
+    /// Keeps in mind that it was ready, and its clones do so, too.
+    Remembers(bool),
     /// Gets a second instance ready, and keeps it.
     Hoards,
     /// Lets the call go on in a task of its own, whoever has left.
@@ -298,6 +317,21 @@ where
                 let mut unheard = Context::from_waker(std::task::Waker::noop());
                 self.inner.poll_ready(&mut unheard)
             }
+            How::DozesOff(looks) => {
+                let mut unheard = Context::from_waker(std::task::Waker::noop());
+                let poll = self.inner.poll_ready(&mut unheard);
+                if poll.is_pending() && looks > 0 {
+                    self.how = How::DozesOff(looks - 1);
+                    cx.waker().wake_by_ref();
+                }
+                poll
+            }
+            How::Remembers(true) => Poll::Ready(Ok(())),
+            How::Remembers(false) => {
+                std::task::ready!(self.inner.poll_ready(cx))?;
+                self.how = How::Remembers(true);
+                Poll::Ready(Ok(()))
+            }
             How::Hoards => {
                 if self.spare.is_none() {
                     self.spare = Some(self.inner.clone());
@@ -315,6 +349,11 @@ where
             How::CallsTheClone => {
                 let mut clone = self.inner.clone();
                 Box::pin(async move { clone.call(request).await })
+            }
+            How::CallsTheCloneAtOnce => Box::pin(self.inner.clone().call(request)),
+            How::Remembers(_) => {
+                self.how = How::Remembers(false);
+                Box::pin(self.inner.call(request))
             }
             How::Detaches => {
                 let task = tokio::spawn(self.inner.call(request));
@@ -341,8 +380,11 @@ fn bad(how: How) -> impl Layer<Echo, Service = Bad<Echo>> + Send + Sync + 'stati
 async fn the_probe_finds_out_bad_layers() {
     for (how, expected) in [
         (How::CallsTheClone, "not polled ready"),
+        (How::CallsTheCloneAtOnce, "not polled ready"),
         (How::NeverAsks, "not polled ready"),
         (How::Sleeps, "never came"),
+        (How::Remembers(false), "not polled ready"),
+        (How::DozesOff(5), "nothing woke its task"),
         (How::Hoards, "polled ready and not called"),
         (How::Detaches, "still in flight"),
     ] {
@@ -358,7 +400,7 @@ async fn the_probe_hears_of_panics_that_a_task_swallowed() {
     let buffered = layer_fn(|inner: Echo| {
         ServiceBuilder::new()
             .layer(BufferLayer::new(4))
-            .layer(bad(How::CallsTheClone))
+            .layer(bad(How::CallsTheCloneAtOnce))
             .service(inner)
     });
     let text = complaint(probe(), buffered).await;
@@ -396,11 +438,23 @@ async fn our_own_adapter_passes() {
     use crate::tower_errors::RefuseErrorsLayer;
 
     let probe = ReadinessProbe::new(
-        || http::get("/"),
-        |_| Step::<_, Infallible>::ok(http::response(200, "")),
+        || web::get("/"),
+        |_| Step::<_, Infallible>::ok(web::response(200, "")),
     );
     probe.check(&RefuseErrorsLayer::new()).await;
     probe.check(&RefuseErrorsLayer::new().catch_all()).await;
+
+    // What failed to get ready is done with: never polled or called again.
+    let (inner, script) = Script::<_, _, &str>::new()
+        .otherwise(|_| Step::ok(web::response(200, "")))
+        .build();
+    let mut service = RefuseErrorsLayer::new().catch_all().layer(inner);
+    script.fail_readiness("down");
+    for _ in 0..2 {
+        let service = service.ready().await.unwrap();
+        assert_eq!(service.call(web::get("/")).await.unwrap().status(), 500);
+    }
+    assert_eq!((script.ready_polls(), script.call_count()), (1, 0));
 }
 
 // Time.
@@ -475,20 +529,56 @@ async fn a_running_clock_cannot_be_advanced() {
 
 #[tokio::test]
 async fn requests_and_responses_are_what_they_say() {
-    let request = http::get("/a?b=c");
+    let request = web::get("/a?b=c");
     assert_eq!(
         (request.method().as_str(), request.uri().path()),
         ("GET", "/a")
     );
-    let request = http::post("https://example.com/", "body");
+    let request = web::post("https://example.com/", "body");
     assert_eq!(
         (request.method().as_str(), request.uri().host()),
         ("POST", Some("example.com"))
     );
-    assert!(crate::Head::from(&http::grpc("/pkg.Service/Method")).is_grpc());
-    let response = http::response(429, "slow down");
+    assert!(crate::Head::from(&web::grpc("/pkg.Service/Method")).is_grpc());
+    let response = web::response(429, "slow down");
     assert_eq!(response.status(), 429);
-    assert_eq!(http::text(response).await, "slow down");
-    assert!(panic_of(|| drop(http::get("\0"))).contains("no request target"));
-    assert_eq!(panic_of(|| drop(http::response(42, ""))), "42 is no status");
+    assert_eq!(web::text(response).await, "slow down");
+    assert!(panic_of(|| drop(web::get("\0"))).contains("no request target"));
+    assert_eq!(panic_of(|| drop(web::response(42, ""))), "42 is no status");
+}
+
+#[tokio::test(start_paused = true)]
+async fn bodies_follow_their_script_and_tell_their_end() {
+    use http_body_util::BodyExt;
+    use web::{BodyFate, ScriptedBody};
+
+    let mut trailers = http::HeaderMap::new();
+    trailers.insert("grpc-status", "0".parse().unwrap());
+    let body = ScriptedBody::new().data("data").trailers(trailers.clone());
+    let watch = body.watch();
+    let whole = body.collect().await.unwrap();
+    assert_eq!(whole.trailers(), Some(&trailers));
+    assert_eq!(whole.to_bytes(), "data");
+    assert_eq!(watch.fate(), BodyFate::Complete);
+
+    let mut body = ScriptedBody::new().data("half").fail("broken").data("no");
+    let watch = body.watch();
+    assert!(body.frame().await.unwrap().is_ok());
+    assert_eq!(watch.fate(), BodyFate::Open);
+    let error = body.frame().await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "broken");
+    assert!(body.frame().await.is_none());
+    drop(body);
+    assert_eq!(watch.fate(), BodyFate::Failed);
+
+    let mut body = ScriptedBody::new().wait(SECOND).data("late").hang();
+    let watch = body.watch();
+    let (took, frame) = elapsed(body.frame()).await;
+    assert_eq!((took, frame.unwrap().unwrap().is_data()), (SECOND, true));
+    for _ in 0..2 {
+        assert!(timeout(SECOND, body.frame()).await.is_err());
+    }
+    assert_eq!(watch.fate(), BodyFate::Open);
+    drop(body);
+    assert_eq!(watch.fate(), BodyFate::Dropped);
 }

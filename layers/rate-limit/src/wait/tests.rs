@@ -9,7 +9,7 @@ use buttress_core::{
     Any,
     key::{self, Key},
     testing::{
-        ReadinessProbe, Script, ScriptHandle, Scripted, Step, advance, elapsed, http, settle,
+        ReadinessProbe, Script, ScriptHandle, Scripted, Step, advance, elapsed, settle, web,
     },
 };
 use tokio::task::JoinSet;
@@ -385,11 +385,11 @@ async fn a_deadline_that_cannot_be_met_is_told_at_once() {
         .build_waiting(3 * SECOND, 10)
         .unwrap();
     let (inner, _script) = Script::<_, _, Infallible>::new()
-        .otherwise(|_| Step::ok(http::response(200, "")))
+        .otherwise(|_| Step::ok(web::response(200, "")))
         .build();
     let service = layer.layer(inner);
     let within = |span| {
-        let mut request = http::get("/");
+        let mut request = web::get("/");
         Deadline::after(span).attach(request.extensions_mut());
         elapsed(service.clone().oneshot(request))
     };
