@@ -110,7 +110,7 @@ mod off {
 
     /// Nothing is counted without the feature `metrics`.
     #[derive(Default)]
-    pub(crate) struct Metrics;
+    pub(crate) struct Metrics(());
 
     #[expect(clippy::unused_self, reason = "the same shape as with the feature")]
     impl Metrics {
