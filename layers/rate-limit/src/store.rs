@@ -13,6 +13,7 @@ use std::{
 use buttress_core::{
     clock::Instant,
     keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, SlotId, WhenFull},
+    sync::Mutex,
 };
 
 use crate::gcra::{Gcra, Ruling, Tat};
@@ -145,6 +146,10 @@ pub(crate) struct Table {
     pub(crate) name: Cow<'static, str>,
     map: KeyedMap<Cell>,
     exceptions: Exceptions,
+    /// Held while quotas are replaced. Two that replace them shard by shard
+    /// would overtake each other, and leave some shards with the one quota and
+    /// some with the other.
+    changing: Mutex<()>,
     /// Whether a closure chooses every request's quota.
     pub(crate) chosen: bool,
     evictions: AtomicU64,
@@ -207,6 +212,7 @@ impl Table {
             name,
             map: KeyedMap::new(config, terms),
             exceptions: Exceptions::default(),
+            changing: Mutex::default(),
             chosen: false,
             evictions: AtomicU64::new(0),
         }
@@ -221,6 +227,7 @@ impl Table {
     /// Gives a key a quota of its own, or the limit's again. It keeps the
     /// number of requests that it has spent.
     pub(crate) fn except(&self, id: KeyId, gcra: Option<Gcra>, now: Instant) {
+        let _changing = self.changing.lock();
         let old = self.exceptions.set(id, gcra);
         let mut held = self.hold(id, now);
         let common = held.guard.shared().gcra;
@@ -304,6 +311,7 @@ impl Table {
     /// Replaces the quota. Every key keeps the number of requests that it has
     /// spent, at most the new burst.
     pub(crate) fn replace(&self, gcra: Gcra, now: Instant) {
+        let _changing = self.changing.lock();
         let excepted: HashSet<_> = self.exceptions.read().keys().map(|id| id.slot()).collect();
         self.map.change_all(|terms, cells| {
             let old = terms.gcra;

@@ -176,3 +176,27 @@ fn mistakes_are_named() {
         "a quota's limit must be at least 1"
     );
 }
+
+/// Two that replaced a quota at once overtook each other on their way through
+/// the shards, and keys of one limit were left with different quotas.
+#[test]
+fn quotas_replaced_at_once_leave_one() {
+    let (_layer, handle) = layer(Limit::new(Quota::per_second(10)));
+    let start = std::sync::Barrier::new(8);
+    for _ in 0..100 {
+        std::thread::scope(|scope| {
+            for thread in 1..=8 {
+                let (handle, start) = (&handle, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    handle
+                        .set_quota("users", Quota::per_second(thread))
+                        .unwrap();
+                });
+            }
+        });
+        let limit = |n: u64| handle.usage("users", &Key::from(n)).unwrap().limit;
+        let first = limit(0);
+        assert!((1..1_000).all(|n| limit(n) == first));
+    }
+}
