@@ -228,8 +228,15 @@ impl Table {
     /// number of requests that it has spent.
     pub(crate) fn except(&self, id: KeyId, gcra: Option<Gcra>, now: Instant) {
         let _changing = self.changing.lock();
-        let old = self.exceptions.set(id, gcra);
+        // Held first: whoever finds the new quota finds the state made for it.
         let mut held = self.hold(id, now);
+        let old = self.exceptions.set(id, gcra);
+        if self.chosen && (old.is_none() || gcra.is_none()) {
+            // Nobody here knows what the closure chose for the key: as where
+            // the closure changes its mind, the time it owes stays the same,
+            // and the next decision cuts it to a whole burst.
+            return;
+        }
         let common = held.guard.shared().gcra;
         let (old, new) = (old.unwrap_or(common), gcra.unwrap_or(common));
         let tat = new.convert(held.tat, &old, held.now);
