@@ -48,6 +48,14 @@ pub(crate) enum Admission {
     Refuse(Refusal, Option<Standing>, Vec<Standing>),
 }
 
+/// Which limit lets a request in last, and when; `None` is never.
+#[cfg(feature = "wait")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Behind {
+    pub(crate) limit: usize,
+    pub(crate) wait: Option<Duration>,
+}
+
 impl<V: View> Limiter<V> {
     pub(crate) fn new(
         name: Cow<'static, str>,
@@ -163,38 +171,31 @@ impl<V: View> Limiter<V> {
         store::decide_all(&self.tables, asks, clock::now(), Detail::None)
     }
 
-    /// How long until all of `asks` fit behind what costs `ahead`, in the
-    /// order of the asks.
+    /// How long until all of `asks`, of which there is one, fit behind what
+    /// costs `ahead`, in the order of the asks.
     #[cfg(feature = "wait")]
     pub(crate) fn wait_behind(
         &self,
         asks: &[Option<Ask>],
         ahead: &[u64],
         now: clock::Instant,
-    ) -> Duration {
+    ) -> Behind {
         let ahead = ahead.iter().copied().chain(std::iter::repeat(0));
-        let waits = asks
-            .iter()
-            .flatten()
-            .zip(ahead)
-            .map(|(ask, ahead)| self.tables[ask.limit].wait_behind(ask, ahead, now));
-        Duration::from_nanos(waits.max().unwrap_or(0))
-    }
-
-    /// Whether one of `asks` costs more than its limit can ever hold.
-    #[cfg(feature = "wait")]
-    pub(crate) fn never_fits(&self, asks: &[Option<Ask>]) -> bool {
         asks.iter()
             .flatten()
-            .any(|ask| ask.cost > self.tables[ask.limit].burst(ask))
+            .zip(ahead)
+            .map(|(ask, ahead)| Behind {
+                limit: ask.limit,
+                wait: self.tables[ask.limit].wait_behind(ask, ahead, now),
+            })
+            .max_by_key(|behind| (behind.wait.is_none(), behind.wait))
+            .expect("there is a limit that applies")
     }
 
     /// Counts a refusal that was decided by whoever waits.
     #[cfg(feature = "wait")]
-    pub(crate) fn count_refusal(&self, refusal: &Refusal, asks: &[Option<Ask>]) {
-        if let Some(ask) = asks.iter().flatten().next() {
-            self.tell_refusal(ask.limit, refusal);
-        }
+    pub(crate) fn count_refusal(&self, refusal: &Refusal, limit: usize) {
+        self.tell_refusal(limit, refusal);
         self.count(metrics::Result::Refused);
     }
 

@@ -1,5 +1,7 @@
 //! Where the arrival times are kept: one table of 16-byte cells a limit.
 
+#[cfg(feature = "wait")]
+use std::time::Duration;
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
@@ -277,14 +279,6 @@ impl Table {
         Held { guard, tat, now }
     }
 
-    /// The most that fits at once.
-    #[cfg(feature = "wait")]
-    pub(crate) fn burst(&self, ask: &Ask) -> u32 {
-        let gcra = ask.quota;
-        gcra.unwrap_or_else(|| self.map.lock(ask.id).shared().gcra)
-            .burst()
-    }
-
     /// How a key stands, charging nothing.
     pub(crate) fn peek(&self, ask: &Ask, now: Instant) -> Standing {
         let held = self.hold(ask.id, now);
@@ -292,12 +286,14 @@ impl Table {
         Standing::of(ask.limit, &gcra, held.tat, held.now, Detail::All)
     }
 
-    /// Nanoseconds until `cost` fits behind `ahead` that wait before it.
+    /// How long until `ask` fits behind what costs `ahead` and comes before
+    /// it; `None` where it never does.
     #[cfg(feature = "wait")]
-    pub(crate) fn wait_behind(&self, ask: &Ask, ahead: u64, now: Instant) -> u64 {
+    pub(crate) fn wait_behind(&self, ask: &Ask, ahead: u64, now: Instant) -> Option<Duration> {
         let held = self.hold(ask.id, now);
         let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
-        gcra.wait_behind(held.tat, held.now, ahead + u64::from(ask.cost))
+        let wait = || gcra.wait_behind(held.tat, held.now, ahead + u64::from(ask.cost));
+        (ask.cost <= gcra.burst()).then(|| Duration::from_nanos(wait()))
     }
 
     /// Gives a charge back.
@@ -583,3 +579,6 @@ impl Held<'_> {
         self.put_back(ask, self.tat);
     }
 }
+
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;

@@ -13,7 +13,7 @@ use buttress_rate_limit::{
     WhenFull,
 };
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::Full;
 use sfv::{BareItem, List, ListEntry, Parser};
 use tower::{Layer, Service, ServiceExt};
@@ -60,7 +60,7 @@ fn items(headers: &HeaderMap, field: &str) -> Vec<(String, Vec<(String, i64)>)> 
     let lines: Vec<_> = headers
         .get_all(field)
         .iter()
-        .map(|line| line.as_bytes())
+        .map(HeaderValue::as_bytes)
         .collect();
     let list: List = Parser::new(&lines.join(&b", "[..]))
         .parse()

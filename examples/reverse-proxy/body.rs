@@ -1,0 +1,265 @@
+//! The request's body on its way upstream.
+//!
+//! It streams, and is never collected. What it does beside: it counts, and
+//! fails when it grows past the limit; it keeps the first bytes until the
+//! upstream has answered, so that a request that hit a stale connection can go
+//! again; and it waits for the upstream's word where the client does
+//! (`Expect: 100-continue`).
+
+use std::{
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::sync::oneshot;
+
+/// How much of a body is kept for going again.
+const KEPT: usize = 64 << 10;
+
+/// How long an upstream that says nothing may hold a body back. It may be too
+/// old for `100 Continue`, so that RFC 9110 §10.1.1 forbids to wait for ever.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Why a body ended before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// It is larger than allowed.
+    TooLarge,
+    /// The client went away, or what it sent is no body.
+    Client,
+    /// Another attempt has taken over, or the upstream does not want it.
+    Unwanted,
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TooLarge => "the request body is too large",
+            Self::Client => "the request body broke off",
+            Self::Unwanted => "the request body is not wanted any more",
+        })
+    }
+}
+
+impl std::error::Error for Cut {}
+
+/// The one body that the client sends, shared by the attempts to send it on.
+#[derive(Clone)]
+pub(crate) struct Source(Arc<Mutex<Inner>>);
+
+struct Inner {
+    body: Incoming,
+    seen: u64,
+    limit: u64,
+    cut: Option<Cut>,
+    /// Data frames already handed on, while all of them are kept.
+    kept: Vec<Bytes>,
+    kept_trailers: Option<HeaderMap>,
+    keeping: bool,
+    /// Which attempt may read. An earlier one's connection may still hold its
+    /// [`Outgoing`], and must not steal a frame.
+    attempt: u32,
+}
+
+impl Source {
+    pub(crate) fn new(body: Incoming, limit: u64) -> Self {
+        Self(Arc::new(Mutex::new(Inner {
+            body,
+            seen: 0,
+            limit,
+            cut: None,
+            kept: Vec::new(),
+            kept_trailers: None,
+            keeping: true,
+            attempt: 0,
+        })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing in here can be left half done by a panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The body from its start, for the next attempt; the earlier ones get no
+    /// more. `None` where its start is gone.
+    pub(crate) fn attempt(&self) -> Option<Outgoing> {
+        let mut inner = self.lock();
+        inner.attempt += 1;
+        inner.keeping.then(|| Outgoing {
+            attempt: inner.attempt,
+            next: 0,
+            trailed: false,
+            source: Some(self.clone()),
+            wait: None,
+        })
+    }
+
+    /// Lets go of what was kept: the request will not go again.
+    pub(crate) fn settle(&self) {
+        let mut inner = self.lock();
+        inner.keeping = false;
+        inner.kept = Vec::new();
+    }
+
+    /// Why the body ended early, if it did.
+    pub(crate) fn cut(&self) -> Option<Cut> {
+        self.lock().cut
+    }
+}
+
+/// The request's body as one attempt sends it.
+pub(crate) struct Outgoing {
+    /// Where it comes from; `None` for no body at all.
+    source: Option<Source>,
+    attempt: u32,
+    next: usize,
+    trailed: bool,
+    wait: Option<Pin<Box<dyn Future<Output = bool> + Send>>>,
+}
+
+impl Outgoing {
+    /// No body.
+    pub(crate) const fn empty() -> Self {
+        Self {
+            source: None,
+            attempt: 0,
+            next: 0,
+            trailed: false,
+            wait: None,
+        }
+    }
+
+    /// Holds the body back until the upstream says so, or says nothing for a
+    /// while. The client's own `100 Continue` is sent when hyper is first asked
+    /// for the body, so that waiting here makes it the upstream's.
+    pub(crate) fn hold(&mut self) -> Hold {
+        let (open, opened) = oneshot::channel();
+        self.wait = Some(Box::pin(async move {
+            match tokio::time::timeout(PATIENCE, opened).await {
+                Ok(Ok(())) | Err(_) => true,
+                Ok(Err(_)) => false,
+            }
+        }));
+        Hold(Arc::new(Mutex::new(Some(open))))
+    }
+}
+
+/// What holds an [`Outgoing`] back.
+#[derive(Clone)]
+pub(crate) struct Hold(Arc<Mutex<Option<oneshot::Sender<()>>>>);
+
+impl Hold {
+    fn take(&self) -> Option<oneshot::Sender<()>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Lets the body go.
+    pub(crate) fn release(&self) {
+        if let Some(open) = self.take() {
+            let _ = open.send(());
+        }
+    }
+
+    /// The upstream has answered without it: a body still held back is cut
+    /// off, and the connection with it, since its framing promised one.
+    pub(crate) fn cut(&self) {
+        drop(self.take());
+    }
+}
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        let this = &mut *self;
+        if let Some(wait) = &mut this.wait {
+            if !ready!(wait.as_mut().poll(cx)) {
+                return Poll::Ready(Some(Err(Cut::Unwanted)));
+            }
+            this.wait = None;
+        }
+        let Some(source) = &this.source else {
+            return Poll::Ready(None);
+        };
+        let mut inner = source.lock();
+        if inner.attempt != this.attempt {
+            return Poll::Ready(Some(Err(Cut::Unwanted)));
+        }
+        if let Some(cut) = inner.cut {
+            return Poll::Ready(Some(Err(cut)));
+        }
+        if let Some(data) = inner.kept.get(this.next) {
+            this.next += 1;
+            return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
+        }
+        if this.trailed {
+            return Poll::Ready(None);
+        }
+        if let Some(trailers) = &inner.kept_trailers {
+            this.trailed = true;
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers.clone()))));
+        }
+        let frame = match ready!(Pin::new(&mut inner.body).poll_frame(cx)) {
+            None => return Poll::Ready(None),
+            Some(Ok(frame)) => frame,
+            Some(Err(_)) => {
+                inner.cut = Some(Cut::Client);
+                return Poll::Ready(Some(Err(Cut::Client)));
+            }
+        };
+        if let Some(data) = frame.data_ref() {
+            inner.seen += data.len() as u64;
+            if inner.seen > inner.limit {
+                inner.cut = Some(Cut::TooLarge);
+                return Poll::Ready(Some(Err(Cut::TooLarge)));
+            }
+            if inner.keeping && inner.seen <= KEPT as u64 {
+                let data = data.clone();
+                inner.kept.push(data);
+                this.next += 1;
+            } else {
+                inner.keeping = false;
+                inner.kept = Vec::new();
+            }
+        } else {
+            this.trailed = true;
+            if inner.keeping {
+                inner.kept_trailers = frame.trailers_ref().cloned();
+            }
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.source.as_ref().is_none_or(|source| {
+            let inner = source.lock();
+            let replayed =
+                inner.kept.len() <= self.next && (self.trailed || inner.kept_trailers.is_none());
+            replayed && inner.body.is_end_stream()
+        })
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let Some(source) = &self.source else {
+            return SizeHint::with_exact(0);
+        };
+        let inner = source.lock();
+        // Asked before the first frame, when hyper chooses the framing.
+        let again: usize = inner.kept.iter().skip(self.next).map(Bytes::len).sum();
+        match inner.body.size_hint().exact() {
+            Some(rest) => SizeHint::with_exact(rest + again as u64),
+            None => SizeHint::default(),
+        }
+    }
+}

@@ -1,0 +1,458 @@
+//! Sends a request to an endpoint of its route, and the answer back.
+//!
+//! The innermost service of a route's stack. It fails with a [`Refusal`],
+//! which the layer around it turns into a response.
+
+use std::{
+    error::Error as _,
+    io,
+    net::IpAddr,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
+};
+
+use buttress::{
+    Head, Refusal, RefusalKind,
+    body::{BodyEnd, BodyGuard, GuardedBody},
+    key::{ClientIp, PeerAddr},
+};
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
+    header::{CONNECTION, CONTENT_LENGTH, HOST, TE, TRANSFER_ENCODING, UPGRADE},
+    request::Parts,
+    uri::{Authority, PathAndQuery},
+};
+use http_body::Body as _;
+use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper_util::rt::TokioIo;
+use tower::Service;
+
+use crate::{
+    access::{Facts, Line},
+    balance::Balance,
+    body::{Cut, Hold, Outgoing, Source},
+    headers,
+    settings::{Limits, Protocol},
+    upstream::{Age, Connection, Endpoint, InFlight},
+};
+
+/// The upstream's answer, holding what the request holds until it has ended.
+pub(crate) type Body = GuardedBody<Incoming, Ending>;
+
+/// The service.
+#[derive(Clone)]
+pub(crate) struct Forward {
+    pub(crate) balance: Balance,
+    pub(crate) limits: Arc<Limits>,
+    pub(crate) client_ip: ClientIp,
+    /// The prefix to take off the path; empty for none.
+    pub(crate) strip: Arc<str>,
+}
+
+impl Service<Request<Incoming>> for Forward {
+    type Response = Response<Body>;
+    type Error = Refusal;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Refusal>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Refusal>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move { this.forward(request).await })
+    }
+}
+
+impl Forward {
+    async fn forward(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
+        self.screen(&request)?;
+        let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();
+        let (in_flight, connection) = self.balance.connect().await;
+        let endpoint = Arc::clone(in_flight.endpoint());
+        let _ = facts.upstream.set(Arc::clone(&endpoint.url));
+        let connection = connection.map_err(|error| {
+            let _ = facts.error.set(format!("connect: {error}"));
+            Refusal::new(RefusalKind::BadGateway)
+        })?;
+
+        // A tunnel needs HTTP/1.1 on both sides.
+        let upgrade = headers::upgrade(request.version(), request.headers())
+            .filter(|_| endpoint.protocol == Protocol::Http1)
+            .map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
+        let (mut head, body) = request.into_parts();
+        let source = (!body.is_end_stream()).then(|| Source::new(body, self.limits.max_body.0));
+        let mut outgoing = match &source {
+            Some(source) => source.attempt().expect("nothing is lost yet"),
+            None => Outgoing::empty(),
+        };
+        let exact = outgoing.size_hint().exact();
+        let mut hold = None;
+        let waits = source.is_some() && headers::expects_continue(&head.headers);
+        self.prepare(
+            &mut head,
+            &endpoint,
+            upgrade.as_ref().map(|(name, _)| name),
+            exact,
+        )?;
+        if waits && endpoint.protocol == Protocol::Http1 {
+            hold = Some(hold_back(&mut head, &mut outgoing));
+        }
+
+        let sent = send(
+            &endpoint,
+            connection,
+            head,
+            outgoing,
+            source.as_ref(),
+            &facts,
+        )
+        .await;
+        let (mut response, connection) = match sent {
+            Ok(answer) => answer,
+            Err(error) => {
+                let _ = facts.error.set(chain(&error));
+                return Err(match source.as_ref().and_then(Source::cut) {
+                    Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
+                    Some(Cut::Client) => Refusal::new(RefusalKind::BadRequest)
+                        .with_detail("the request body broke off"),
+                    _ => RefusalKind::BadGateway.into(),
+                });
+            }
+        };
+        if let Some(source) = &source {
+            source.settle();
+        }
+
+        // The version is of the hop; hyper writes the client's own.
+        *response.version_mut() = Version::HTTP_11;
+        let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        let protocol = response.headers().get(UPGRADE).cloned();
+        headers::strip_hop_by_hop(response.headers_mut());
+        if switched {
+            let (Some((_, client)), Some(protocol)) = (upgrade, protocol) else {
+                let _ = facts
+                    .error
+                    .set("101 to a request that asked for none".to_owned());
+                return Err(RefusalKind::BadGateway.into());
+            };
+            response.headers_mut().insert(UPGRADE, protocol);
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            let upstream = hyper::upgrade::on(&mut response);
+            facts.set_tunnel(Tunnel {
+                client,
+                upstream,
+                in_flight,
+            });
+            return Ok(response.map(|body| GuardedBody::new(body, Ending(None))));
+        }
+        let ending = Ending(Some(Held {
+            connection,
+            in_flight,
+            hold,
+        }));
+        Ok(response.map(|body| GuardedBody::new(body, ending)))
+    }
+
+    /// Refuses what is too large, or has been here before.
+    fn screen(&self, request: &Request<Incoming>) -> Result<(), Refusal> {
+        let limits = &self.limits;
+        too_long(request.uri(), limits)?;
+        if headers::size(request.headers()) > limits.max_headers.in_memory() {
+            return Err(RefusalKind::HeadersTooLarge.into());
+        }
+        if request.body().size_hint().lower() > limits.max_body.0 {
+            return Err(RefusalKind::BodyTooLarge.into());
+        }
+        if headers::has_passed_here(request.headers()) {
+            return Err(RefusalKind::LoopDetected.into());
+        }
+        Ok(())
+    }
+
+    /// Makes of the client's head the one that goes upstream.
+    fn prepare(
+        &self,
+        head: &mut Parts,
+        endpoint: &Endpoint,
+        upgrade: Option<&HeaderValue>,
+        exact: Option<u64>,
+    ) -> Result<(), Refusal> {
+        let authority = headers::authority(head)?;
+        let peer = head
+            .extensions
+            .get()
+            .map_or(IpAddr::from([0, 0, 0, 0]), |PeerAddr(address)| {
+                address.ip().to_canonical()
+            });
+        let client = self.client_ip.address(Head::from(&*head)).unwrap_or(peer);
+        let trailers = headers::accepts_trailers(&head.headers);
+
+        // First take away, then add: else `Connection: x-forwarded-for` would
+        // take away what we say.
+        headers::strip_hop_by_hop(&mut head.headers);
+        headers::forward(
+            &mut head.headers,
+            &headers::Origin {
+                peer,
+                client,
+                trusted: self.client_ip.is_trusted(peer),
+                host: authority.as_ref(),
+                version: head.version,
+            },
+        );
+        headers::trace(&mut head.headers);
+
+        let authority = match authority {
+            Some(authority) => authority,
+            None => endpoint.authority.parse().expect("checked in the settings"),
+        };
+        let target = head.uri.path_and_query();
+        let target = target.map_or_else(
+            || PathAndQuery::from_static("/"),
+            |target| match &*self.strip {
+                "" => target.clone(),
+                prefix => headers::strip_prefix(target, prefix),
+            },
+        );
+        if trailers {
+            head.headers
+                .insert(TE, HeaderValue::from_static("trailers"));
+        }
+        match endpoint.protocol {
+            Protocol::Http1 => {
+                headers::join_cookies(&mut head.headers);
+                let connection = match (upgrade, trailers) {
+                    (Some(_), true) => Some("upgrade, te"),
+                    (Some(_), false) => Some("upgrade"),
+                    (None, true) => Some("te"),
+                    (None, false) => None,
+                };
+                if let Some(connection) = connection {
+                    head.headers
+                        .insert(CONNECTION, HeaderValue::from_static(connection));
+                }
+                if let Some(protocol) = upgrade {
+                    head.headers.insert(UPGRADE, protocol.clone());
+                }
+                frame(head, exact);
+                head.headers.insert(HOST, host(&authority));
+                head.uri = Uri::from(target);
+                head.version = Version::HTTP_11;
+            }
+            Protocol::H2c => {
+                head.headers.remove(HOST);
+                head.uri = Uri::builder()
+                    .scheme("http")
+                    .authority(authority)
+                    .path_and_query(target)
+                    .build()
+                    .expect("made of sound parts");
+                head.version = Version::HTTP_2;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn host(authority: &Authority) -> HeaderValue {
+    HeaderValue::from_str(authority.as_str()).expect("an authority is a value")
+}
+
+/// Refuses a target longer than allowed.
+pub(crate) fn too_long(uri: &Uri, limits: &Limits) -> Result<(), Refusal> {
+    let length = uri
+        .path_and_query()
+        .map_or(0, |target| target.as_str().len());
+    if length > limits.max_path.in_memory() {
+        return Err(RefusalKind::UriTooLong.into());
+    }
+    Ok(())
+}
+
+/// Says how long the body is where hyper's client would not: it takes a GET of
+/// unknown length for one without a body.
+fn frame(head: &mut Parts, exact: Option<u64>) {
+    match exact {
+        None => {
+            head.headers.remove(CONTENT_LENGTH);
+            head.headers
+                .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
+        Some(0) if matches!(head.method, Method::POST | Method::PUT | Method::PATCH) => {
+            head.headers.insert(CONTENT_LENGTH, HeaderValue::from(0));
+        }
+        Some(_) => {}
+    }
+}
+
+/// Lets the body wait for the upstream's `100 Continue`.
+fn hold_back(head: &mut Parts, outgoing: &mut Outgoing) -> Hold {
+    let hold = outgoing.hold();
+    let release = hold.clone();
+    // The extension's type is hyper's own, so that it needs a whole request.
+    let mut carrier = Request::new(());
+    hyper::ext::on_informational(&mut carrier, move |response| {
+        if response.status() == StatusCode::CONTINUE {
+            release.release();
+        }
+    });
+    head.extensions = std::mem::take(carrier.extensions_mut());
+    hold
+}
+
+/// Sends the request, and once more where the pooled connection turned out to
+/// be stale: then on a fresh one, and only if nothing of it was written or it
+/// may be repeated (RFC 9110 §9.2.2, RFC 9112 §9.3.1).
+async fn send(
+    endpoint: &Endpoint,
+    mut connection: Connection,
+    mut head: Parts,
+    mut body: Outgoing,
+    source: Option<&Source>,
+    facts: &Facts,
+) -> Result<(Response<Incoming>, Connection), SendError> {
+    let repeatable = matches!(
+        head.method,
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
+    );
+    let mut reused = connection.age() == Age::Reused;
+    if !reused && let Some(source) = source {
+        // The first attempt is the only one: nothing need be kept.
+        source.settle();
+    }
+    loop {
+        facts.attempts.fetch_add(1, Ordering::Relaxed);
+        let spare = (reused && repeatable).then(|| head.clone());
+        let mut failed = match connection.send(Request::from_parts(head, body)).await {
+            Ok(response) => return Ok((response, connection)),
+            Err(failed) => failed,
+        };
+        let unwritten = failed.take_message();
+        let error = failed.into_error();
+        if !reused {
+            return Err(SendError::Send(error));
+        }
+        (head, body) = if let Some(request) = unwritten {
+            request.into_parts()
+        } else {
+            let again = match source {
+                Some(source) => source.attempt(),
+                None => Some(Outgoing::empty()),
+            };
+            match (spare, again) {
+                (Some(head), Some(body)) if is_stale(&error) => (head, body),
+                _ => return Err(SendError::Send(error)),
+            }
+        };
+        reused = false;
+        connection = endpoint
+            .connection(Some(&connection))
+            .await
+            .map_err(SendError::Connect)?;
+    }
+}
+
+/// Whether an error is what a connection shows that had been closed.
+fn is_stale(error: &hyper::Error) -> bool {
+    if error.is_incomplete_message() || error.is_closed() || error.is_canceled() {
+        return true;
+    }
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::ConnectionAborted
+                    | io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::NotConnected
+            );
+        }
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            return error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM);
+        }
+        cause = error.source();
+    }
+    false
+}
+
+#[derive(Debug)]
+enum SendError {
+    Connect(io::Error),
+    Send(hyper::Error),
+}
+
+/// An error with its causes, for the operator.
+fn chain(error: &SendError) -> String {
+    let (mut text, mut cause) = match error {
+        SendError::Connect(error) => (format!("connect: {error}"), None),
+        SendError::Send(error) => (error.to_string(), error.source()),
+    };
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// What a request holds until its response has ended.
+struct Held {
+    connection: Connection,
+    in_flight: InFlight,
+    hold: Option<Hold>,
+}
+
+/// Lets go of what a request holds, when its response ends. A response that
+/// ended early takes its HTTP/1.1 connection with it: the rest is still on it.
+pub(crate) struct Ending(Option<Held>);
+
+impl BodyGuard for Ending {
+    fn ended(self, end: BodyEnd<'_>, _: u64) {
+        let Some(Held {
+            connection,
+            in_flight,
+            hold,
+        }) = self.0
+        else {
+            return;
+        };
+        if let Some(hold) = hold {
+            hold.cut();
+        }
+        if matches!(end, BodyEnd::Complete { .. }) {
+            connection.finish(in_flight.endpoint());
+        }
+    }
+}
+
+/// Two connections that became one, after `101 Switching Protocols`.
+#[derive(Debug)]
+pub(crate) struct Tunnel {
+    client: OnUpgrade,
+    upstream: OnUpgrade,
+    in_flight: InFlight,
+}
+
+impl Tunnel {
+    /// Carries bytes both ways until both sides have ended.
+    pub(crate) async fn run(self, mut line: Line) {
+        let Self {
+            client,
+            upstream,
+            in_flight,
+        } = self;
+        let Ok((client, upstream)) = tokio::try_join!(client, upstream) else {
+            return;
+        };
+        let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
+        if let Ok((_, to_client)) = tokio::io::copy_bidirectional(&mut client, &mut upstream).await
+        {
+            line.add_bytes(to_client);
+        }
+        drop(in_flight);
+    }
+}

@@ -1,0 +1,249 @@
+//! From a request to its route, and the stack of layers that each route has.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use buttress::{
+    Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
+    body::{BodyEnd, BodyGuard, GuardedBody, ResponseBody},
+    key::{ClientIp, ExtractKeyExt, Global, PeerAddr, SharedKey, cookie, header},
+    rate_limit::{HeaderFormat, Limit, RateLimitLayer},
+    tower_errors::RefuseErrorsLayer,
+};
+use http::{HeaderValue, Request, Response, Version, header::CONNECTION};
+use hyper::body::Incoming;
+use tower::{
+    ServiceBuilder, ServiceExt,
+    util::{BoxCloneSyncService, Either},
+};
+
+use crate::{
+    access::{Line, Meters},
+    balance::Balance,
+    forward::{self, Forward},
+    headers,
+    serve::Busy,
+    settings::{self, Key, LimitHeaders, Limits, Settings},
+    upstream::Endpoint,
+};
+
+/// A route's answer: the upstream's, or a refusal of the layers inside the
+/// limiter, or one of the limiter.
+type RouteBody = ResponseBody<ResponseBody<forward::Body>>;
+
+/// What a client gets: that, and the line of the log that ends with it.
+pub(crate) type Body = GuardedBody<RouteBody, Last>;
+
+/// Everything behind the proxy's port.
+pub(crate) struct Proxy {
+    /// In the order in which they are tried.
+    routes: Vec<Route>,
+    limits: Arc<Limits>,
+    /// For the requests that have no route.
+    unrouted: (Arc<str>, Arc<Meters>),
+}
+
+struct Route {
+    host: Option<String>,
+    prefix: String,
+    balance: Balance,
+    name: Arc<str>,
+    meters: Arc<Meters>,
+    service: BoxCloneSyncService<Request<Incoming>, Response<RouteBody>, std::convert::Infallible>,
+}
+
+impl Proxy {
+    /// Makes the routes and their state. The settings have been checked.
+    pub(crate) fn new(settings: &Settings) -> Self {
+        let limits = Arc::new(settings.limits.clone());
+        let networks = settings.trusted_proxies.iter().map(|net| net.0.to_string());
+        let client_ip = ClientIp::new()
+            .trust(networks)
+            .expect("checked in the settings");
+        let mut routes: Vec<_> = settings
+            .routes
+            .iter()
+            .map(|route| Route::new(route, &limits, &client_ip))
+            .collect();
+        // A host's own routes go first, and then the longest prefix.
+        routes.sort_by_key(|route| {
+            let depth = route.prefix.matches('/').count();
+            std::cmp::Reverse((route.host.is_some(), depth))
+        });
+        Self {
+            routes,
+            limits,
+            unrouted: (Arc::from(""), Meters::new("")),
+        }
+    }
+
+    fn find(&self, host: Option<&str>, path: &str) -> Option<&Route> {
+        self.routes.iter().find(|route| {
+            let here = match (&route.host, host) {
+                (None, _) => true,
+                (Some(own), Some(host)) => host.eq_ignore_ascii_case(own),
+                (Some(_), None) => false,
+            };
+            // On whole segments: `/orders` has nothing to do with `/orders2`.
+            here && path
+                .strip_prefix(&*route.prefix)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    }
+
+    /// Answers a request.
+    pub(crate) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        busy: Busy,
+    ) -> Response<Body> {
+        let (mut head, body) = request.into_parts();
+        let id = headers::request_id(&mut head.headers);
+        let route = headers::unambiguous(&head)
+            .and_then(|()| headers::authority(&head))
+            .and_then(|authority| {
+                let host = authority.as_ref().map(http::uri::Authority::host);
+                match self.find(host, head.uri.path()) {
+                    Some(route) => Ok(route),
+                    None => Err(forward::too_long(&head.uri, &self.limits)
+                        .err()
+                        .unwrap_or(Refusal::new(RefusalKind::NoRoute))),
+                }
+            });
+        let labels = match &route {
+            Ok(route) => (Arc::clone(&route.name), Arc::clone(&route.meters)),
+            Err(_) => self.unrouted.clone(),
+        };
+        let mut line = Line::new(&head, id.clone(), labels, busy);
+        let facts = Arc::clone(&line.facts);
+
+        let mut response = match route {
+            Ok(route) => {
+                head.extensions.insert(PeerAddr(peer));
+                head.extensions.insert(Arc::clone(&facts));
+                let request = Request::from_parts(head, body);
+                match route.service.clone().oneshot(request).await {
+                    Ok(response) => response,
+                    Err(never) => match never {},
+                }
+            }
+            Err(refusal) => {
+                let mut response = ProblemResponder.respond(&refusal, Head::from(&head));
+                if refusal.kind() != RefusalKind::NoRoute && head.version != Version::HTTP_2 {
+                    // Where a request is not understood, nobody can be sure
+                    // where the next one begins.
+                    response
+                        .headers_mut()
+                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                response.map(RouteBody::refusal)
+            }
+        };
+
+        response
+            .headers_mut()
+            .entry(headers::X_REQUEST_ID)
+            .or_insert(id);
+        line.status = response.status().as_u16();
+        if let Some(tunnel) = facts.take_tunnel() {
+            // The 101 has to leave before either side is there.
+            tokio::spawn(tunnel.run(line));
+            return response.map(|body| GuardedBody::new(body, Last(None)));
+        }
+        response.map(|body| GuardedBody::new(body, Last(Some(line))))
+    }
+
+    /// Writes what is in flight into the gauges: read when someone looks, so
+    /// that a request need not.
+    pub(crate) fn gauge(&self) {
+        for route in &self.routes {
+            for endpoint in route.balance.endpoints() {
+                metrics::gauge!(
+                    "proxy_upstream_requests_in_flight",
+                    "route" => Arc::clone(&route.name),
+                    "upstream" => Arc::clone(&endpoint.url),
+                )
+                .set(endpoint.in_flight() as f64);
+            }
+        }
+    }
+}
+
+/// Lets the line go when the response has ended, unless a tunnel has it.
+pub(crate) struct Last(Option<Line>);
+
+impl BodyGuard for Last {
+    fn ended(self, end: BodyEnd<'_>, bytes: u64) {
+        if let Some(line) = self.0 {
+            line.ended(end, bytes);
+        }
+    }
+}
+
+impl Route {
+    fn new(route: &settings::Route, limits: &Arc<Limits>, client_ip: &ClientIp) -> Self {
+        let balance = Balance::new(route.upstream.iter().map(Endpoint::new));
+        let strip = if route.strip_prefix {
+            &*route.path.0
+        } else {
+            ""
+        };
+        let forward = Forward {
+            balance: balance.clone(),
+            limits: Arc::clone(limits),
+            client_ip: client_ip.clone(),
+            strip: strip.into(),
+        };
+
+        // Outermost first. The limiter sees the errors of all others as
+        // responses, and so tells every client how it stands.
+        let inside = ServiceBuilder::new()
+            .layer(RefuseErrorsLayer::new().catch_all())
+            .timeout(route.timeout.0)
+            .service(forward);
+        let service = match &route.rate_limit {
+            Some(rule) => Either::Left(
+                ServiceBuilder::new()
+                    .limit_rate(rate_limit(&route.name, rule, client_ip))
+                    .service(inside),
+            ),
+            None => {
+                Either::Right(inside.map_response(|response| response.map(ResponseBody::inner)))
+            }
+        };
+
+        Self {
+            host: route.host.as_ref().map(|host| host.0.clone()),
+            prefix: route.path.0.clone(),
+            balance,
+            name: route.name.0.as_str().into(),
+            meters: Meters::new(&route.name.0),
+            service: BoxCloneSyncService::new(service),
+        }
+    }
+}
+
+fn rate_limit(
+    name: &settings::Name,
+    rule: &settings::RateLimit,
+    client_ip: &ClientIp,
+) -> RateLimitLayer {
+    let key = match &rule.key {
+        Key::ClientIp => SharedKey::new(client_ip.clone()),
+        Key::Global => SharedKey::new(Global),
+        Key::Header(name) => header(name.clone()).or(client_ip.clone()).shared(),
+        Key::Cookie(name) => cookie(name.as_str()).or(client_ip.clone()).shared(),
+    };
+    let limit = Limit::new(rule.quota())
+        .key(key)
+        .max_keys(usize::try_from(rule.max_keys.0).unwrap_or(usize::MAX));
+    RateLimitLayer::builder()
+        .name(name.0.clone())
+        .limit(limit)
+        .headers(rule.headers.iter().map(|headers| match headers {
+            LimitHeaders::XRateLimit => HeaderFormat::XRateLimit,
+            LimitHeaders::Draft => HeaderFormat::Draft11,
+        }))
+        .build()
+        .expect("checked in the settings")
+}

@@ -1,0 +1,97 @@
+//! The effective settings as YAML, for `--check`: a file that says the same.
+
+use std::fmt::Display;
+
+use yaml_rust2::{Yaml, YamlEmitter, yaml::Hash};
+
+use super::{RateLimit, Route, Settings};
+
+fn text(value: impl Display) -> Yaml {
+    Yaml::String(value.to_string())
+}
+
+fn number(value: u32) -> Yaml {
+    Yaml::Integer(value.into())
+}
+
+fn list<T: Display>(values: &[T]) -> Yaml {
+    Yaml::Array(values.iter().map(text).collect())
+}
+
+/// A mapping in the order in which a reader expects it, without what is unset.
+fn mapping<const N: usize>(entries: [(&str, Option<Yaml>); N]) -> Yaml {
+    let mut hash = Hash::new();
+    for (key, value) in entries {
+        if let Some(value) = value {
+            hash.insert(text(key), value);
+        }
+    }
+    Yaml::Hash(hash)
+}
+
+impl Settings {
+    /// As YAML, with every secret shown as `***`.
+    pub(crate) fn to_yaml(&self) -> String {
+        let limits = &self.limits;
+        let networks: Vec<_> = self.trusted_proxies.iter().map(|net| net.0).collect();
+        let document = mapping([
+            ("listen", Some(text(self.listen.0))),
+            ("admin", Some(text(self.admin.0))),
+            ("log_format", self.log_format.map(text)),
+            ("trusted_proxies", Some(list(&networks))),
+            (
+                "admin_token",
+                self.admin_token.as_ref().map(|_| text("***")),
+            ),
+            (
+                "limits",
+                Some(mapping([
+                    ("max_body", Some(text(limits.max_body))),
+                    ("max_path", Some(text(limits.max_path))),
+                    ("max_headers", Some(text(limits.max_headers))),
+                    ("header_timeout", Some(text(limits.header_timeout))),
+                    ("idle_timeout", Some(text(limits.idle_timeout))),
+                    ("max_connections", Some(number(limits.max_connections.0))),
+                ])),
+            ),
+            (
+                "routes",
+                Some(Yaml::Array(self.routes.iter().map(route).collect())),
+            ),
+        ]);
+        let mut out = String::new();
+        YamlEmitter::new(&mut out)
+            .dump(&document)
+            .expect("a string takes all");
+        // Without the mark of a document's start, which nobody writes.
+        out.strip_prefix("---\n").unwrap_or(&out).to_owned() + "\n"
+    }
+}
+
+fn route(route: &Route) -> Yaml {
+    let path = match route.path.0.as_str() {
+        "" => "/",
+        path => path,
+    };
+    mapping([
+        ("name", Some(text(&route.name.0))),
+        ("path", Some(text(path))),
+        ("host", route.host.as_ref().map(|host| text(&host.0))),
+        ("strip_prefix", Some(Yaml::Boolean(route.strip_prefix))),
+        ("upstream", Some(list(&route.upstream))),
+        ("timeout", Some(text(route.timeout))),
+        ("rate_limit", route.rate_limit.as_ref().map(rate_limit)),
+    ])
+}
+
+fn rate_limit(rule: &RateLimit) -> Yaml {
+    mapping([
+        ("limit", Some(number(rule.limit.0))),
+        ("period", Some(text(rule.period))),
+        ("burst", Some(number(rule.burst.unwrap_or(rule.limit).0))),
+        ("key", Some(text(&rule.key))),
+        ("headers", Some(list(&rule.headers))),
+        ("max_keys", Some(number(rule.max_keys.0))),
+        ("mode", Some(text(rule.mode))),
+    ])
+}

@@ -1,0 +1,281 @@
+//! One endpoint of a route: its connections, and how much is in flight.
+//!
+//! Connections are pooled here, and not by hyper-util's legacy client, because
+//! that one pools by the authority of the request: keeping the client's `Host`
+//! would split its pool, and on HTTP/2 `:authority` could not be kept at all.
+
+use std::{
+    fmt, io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use buttress::clock::{self, Instant};
+use http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::{TrySendError, http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+
+use crate::{
+    body::Outgoing,
+    settings::{Protocol, Upstream},
+};
+
+/// How long a connection may lie idle. Below the five seconds after which the
+/// most impatient of common servers close theirs: a request on a connection
+/// that is just being closed is lost, unless it may go again.
+const IDLE: Duration = Duration::from_secs(4);
+
+/// How many idle connections are kept for a burst to come.
+const MAX_IDLE: usize = 1024;
+
+/// How long an endpoint that could not be reached is passed over. It has
+/// nothing in flight, and would otherwise look like the least loaded of all.
+const REST: Duration = Duration::from_secs(1);
+
+/// An endpoint.
+pub(crate) struct Endpoint {
+    /// As it is written in the settings.
+    pub(crate) url: Arc<str>,
+    pub(crate) protocol: Protocol,
+    pub(crate) authority: String,
+    in_flight: AtomicUsize,
+    /// When it could not be reached, in the clock's nanoseconds; or zero.
+    unreachable: AtomicU64,
+    idle: Mutex<Vec<Idle>>,
+    /// HTTP/2 needs one connection; who finds none opens it, the others wait.
+    shared: Mutex<Option<Shared>>,
+    opening: tokio::sync::Mutex<()>,
+}
+
+struct Idle {
+    sender: http1::SendRequest<Outgoing>,
+    since: Instant,
+}
+
+#[derive(Clone)]
+pub(crate) struct Shared {
+    sender: http2::SendRequest<Outgoing>,
+    /// Tells a connection from the one that came before it.
+    number: u64,
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Endpoint").field(&self.url).finish()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic cannot leave a list of connections half changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Endpoint {
+    /// Needs a runtime: idle connections are closed by a task of their own.
+    pub(crate) fn new(upstream: &Upstream) -> Arc<Self> {
+        let endpoint = Arc::new(Self {
+            url: upstream.to_string().into(),
+            protocol: upstream.protocol,
+            authority: upstream.authority.clone(),
+            in_flight: AtomicUsize::new(0),
+            unreachable: AtomicU64::new(0),
+            idle: Mutex::new(Vec::new()),
+            shared: Mutex::new(None),
+            opening: tokio::sync::Mutex::new(()),
+        });
+        if endpoint.protocol == Protocol::Http1 {
+            tokio::spawn(close_idle(Arc::downgrade(&endpoint)));
+        }
+        endpoint
+    }
+
+    /// Requests sent whose response has not ended.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Counts a request as in flight until the guard is dropped.
+    pub(crate) fn enter(self: &Arc<Self>) -> InFlight {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(self))
+    }
+
+    /// Whether it could not be reached a moment ago.
+    pub(crate) fn rests(&self) -> bool {
+        match self.unreachable.load(Ordering::Relaxed) {
+            0 => false,
+            since => clock::now() - Instant::from_nanos(since) < REST,
+        }
+    }
+
+    /// A pooled connection, or a new one. Where one turned out to be stale, it
+    /// is never that one nor any other that might be.
+    pub(crate) async fn connection(&self, stale: Option<&Connection>) -> io::Result<Connection> {
+        match self.protocol {
+            Protocol::Http1 => {
+                if stale.is_none()
+                    && let Some(sender) = self.pooled()
+                {
+                    return Ok(Connection::Http1(sender, Age::Reused));
+                }
+                let (sender, connection) = http1::handshake(self.dial().await?)
+                    .await
+                    .map_err(io::Error::other)?;
+                tokio::spawn(connection.with_upgrades());
+                Ok(Connection::Http1(sender, Age::Fresh))
+            }
+            Protocol::H2c => {
+                let after = match stale {
+                    Some(Connection::H2c(shared, _)) => shared.number,
+                    _ => 0,
+                };
+                let current = || {
+                    let shared = lock(&self.shared).clone();
+                    shared.filter(|it| it.number > after && !it.sender.is_closed())
+                };
+                if let Some(shared) = current() {
+                    return Ok(Connection::H2c(shared, Age::Reused));
+                }
+                let _one_at_a_time = self.opening.lock().await;
+                if let Some(shared) = current() {
+                    return Ok(Connection::H2c(shared, Age::Reused));
+                }
+                let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+                    .timer(TokioTimer::new())
+                    // A peer that vanished without a word is found out.
+                    .keep_alive_interval(Duration::from_secs(20))
+                    .handshake(self.dial().await?)
+                    .await
+                    .map_err(io::Error::other)?;
+                tokio::spawn(connection);
+                let mut shared = lock(&self.shared);
+                let number = shared.as_ref().map_or(0, |shared| shared.number) + 1;
+                let opened = Shared { sender, number };
+                *shared = Some(opened.clone());
+                Ok(Connection::H2c(opened, Age::Fresh))
+            }
+        }
+    }
+
+    async fn dial(&self) -> io::Result<TokioIo<TcpStream>> {
+        let connected = TcpStream::connect(&self.authority).await;
+        let since = match connected {
+            Ok(_) => 0,
+            Err(_) => clock::now().as_nanos(),
+        };
+        self.unreachable.store(since, Ordering::Relaxed);
+        let stream = connected?;
+        stream.set_nodelay(true)?;
+        Ok(TokioIo::new(stream))
+    }
+
+    /// The connection used last: the least likely to be closed meanwhile.
+    fn pooled(&self) -> Option<http1::SendRequest<Outgoing>> {
+        let now = clock::now();
+        let mut idle = lock(&self.idle);
+        while let Some(Idle { sender, since }) = idle.pop() {
+            if now - since > IDLE {
+                // All before it have lain idle even longer.
+                idle.clear();
+                return None;
+            }
+            if sender.is_ready() {
+                return Some(sender);
+            }
+        }
+        None
+    }
+
+    fn put_back(&self, sender: http1::SendRequest<Outgoing>) {
+        let mut idle = lock(&self.idle);
+        if idle.len() < MAX_IDLE {
+            let since = clock::now();
+            idle.push(Idle { sender, since });
+        }
+    }
+}
+
+async fn close_idle(endpoint: Weak<Endpoint>) {
+    loop {
+        tokio::time::sleep(IDLE).await;
+        let Some(endpoint) = endpoint.upgrade() else {
+            return;
+        };
+        let now = clock::now();
+        lock(&endpoint.idle).retain(|idle| now - idle.since <= IDLE && idle.sender.is_ready());
+    }
+}
+
+/// A request in flight.
+#[derive(Debug)]
+pub(crate) struct InFlight(Arc<Endpoint>);
+
+impl InFlight {
+    pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.0
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether a connection had been used before: only then can it be stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Age {
+    Fresh,
+    Reused,
+}
+
+/// A connection that one request may use.
+pub(crate) enum Connection {
+    Http1(http1::SendRequest<Outgoing>, Age),
+    H2c(Shared, Age),
+}
+
+impl Connection {
+    pub(crate) const fn age(&self) -> Age {
+        let (Self::Http1(_, age) | Self::H2c(_, age)) = self;
+        *age
+    }
+
+    /// Sends a request. The error gives it back where none of it was written.
+    pub(crate) async fn send(
+        &mut self,
+        request: Request<Outgoing>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<Outgoing>>> {
+        match self {
+            Self::Http1(sender, _) => sender.try_send_request(request).await,
+            Self::H2c(shared, _) => shared.sender.try_send_request(request).await,
+        }
+    }
+
+    /// The response has ended: the connection is free for the next request,
+    /// as soon as what is left of this one has been written.
+    pub(crate) fn finish(self, endpoint: &Arc<Endpoint>) {
+        let Self::Http1(mut sender, _) = self else {
+            return;
+        };
+        if sender.is_ready() {
+            endpoint.put_back(sender);
+        } else if !sender.is_closed() {
+            let endpoint = Arc::downgrade(endpoint);
+            tokio::spawn(async move {
+                if sender.ready().await.is_ok()
+                    && let Some(endpoint) = endpoint.upgrade()
+                {
+                    endpoint.put_back(sender);
+                }
+            });
+        }
+    }
+}

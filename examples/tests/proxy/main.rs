@@ -1,0 +1,9 @@
+//! The reverse proxy as a black box: the real program, real sockets, and what
+//! its contract promises to scripts, operators and clients.
+
+mod answers;
+mod forwarding;
+mod life;
+mod settings;
+mod streaming;
+mod support;

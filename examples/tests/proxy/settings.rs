@@ -1,0 +1,511 @@
+//! Starting it: flags, environment, file, and what makes no sense.
+
+use std::net::TcpListener;
+
+use crate::support::{Proxy, fetch, file, get, program, run};
+
+const ROUTE: &str = "{ name: a, path: /a, upstream: [\"http://127.0.0.1:1\"] }";
+
+/// A file with one route, in which this replaces a part.
+fn route_with(extra: &str) -> String {
+    format!(
+        "routes:\n- {{ name: z, path: /z, upstream: [\"http://127.0.0.1:1\"] }}\n- {{ name: a, path: /a, upstream: [\"http://127.0.0.1:1\"], {extra} }}\n"
+    )
+}
+
+#[test]
+fn nonsense_ends_it_with_one_line() {
+    let routes = format!("routes: [{ROUTE}]\n");
+    let with = |extra: &str| format!("{extra}\n{routes}");
+    // The file, the key's path, and words that say what is expected.
+    let cases = [
+        (
+            route_with("rate_limit: { limit: 0 }"),
+            "routes[1].rate_limit.limit",
+            "whole number from 1",
+        ),
+        (
+            route_with("rate_limit: { limit: -1 }"),
+            "routes[1].rate_limit.limit",
+            "got `-1`",
+        ),
+        (
+            route_with("rate_limit: { limit: 1.5 }"),
+            "routes[1].rate_limit.limit",
+            "whole number",
+        ),
+        (
+            route_with("rate_limit: { limit: many }"),
+            "routes[1].rate_limit.limit",
+            "whole number",
+        ),
+        (
+            route_with("rate_limit: { period: 1s }"),
+            "routes[1].rate_limit.limit",
+            "missing",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, period: -1s }"),
+            "routes[1].rate_limit.period",
+            "duration above zero",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, period: 0s }"),
+            "routes[1].rate_limit.period",
+            "duration above zero",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, period: 5 }"),
+            "routes[1].rate_limit.period",
+            "such as 250ms",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, burst: 0 }"),
+            "routes[1].rate_limit.burst",
+            "whole number",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, max_keys: 0 }"),
+            "routes[1].rate_limit.max_keys",
+            "whole number",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, key: user }"),
+            "routes[1].rate_limit.key",
+            "client_ip, global, header:NAME or cookie:NAME",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, key: 'header:' }"),
+            "routes[1].rate_limit.key",
+            "header:NAME",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, headers: [draft, x] }"),
+            "routes[1].rate_limit.headers[1]",
+            "x-ratelimit or draft",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, mode: leased }"),
+            "routes[1].rate_limit.mode",
+            "not built in yet",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, mode: loose }"),
+            "routes[1].rate_limit.mode",
+            "strict",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, on_store_error: local }"),
+            "routes[1].rate_limit.on_store_error",
+            "not built in yet",
+        ),
+        (
+            route_with("rate_limit: { limit: 1, period: 8000h, burst: 4000000000 }"),
+            "routes[1].rate_limit",
+            "burst",
+        ),
+        (
+            route_with("rate_limit: 5"),
+            "routes[1].rate_limit",
+            "expected a section of keys",
+        ),
+        (
+            route_with("timeout: 0ms"),
+            "routes[1].timeout",
+            "duration above zero",
+        ),
+        (route_with("retries: 3"), "routes[1].retries", "unknown key"),
+        (
+            route_with("circuit_breaker: {}"),
+            "routes[1].circuit_breaker",
+            "not built in yet",
+        ),
+        (
+            route_with("retry: {}"),
+            "routes[1].retry",
+            "not built in yet",
+        ),
+        (
+            route_with("verify_webhook: {}"),
+            "routes[1].verify_webhook",
+            "not built in yet",
+        ),
+        (
+            route_with("host: 'a.example:80'"),
+            "routes[1].host",
+            "without a port",
+        ),
+        (
+            route_with("strip_prefix: 7x"),
+            "routes[1].strip_prefix",
+            "boolean",
+        ),
+        (
+            "routes: [{ name: a, path: /a }]".into(),
+            "routes[0].upstream",
+            "at least one URL",
+        ),
+        (
+            "routes: [{ name: a, path: /a, upstream: [] }]".into(),
+            "routes[0].upstream",
+            "at least one URL",
+        ),
+        (
+            "routes: [{ name: a, path: /a, upstream: ['https://h:1'] }]".into(),
+            "routes[0].upstream[0]",
+            "not built in yet",
+        ),
+        (
+            "routes: [{ name: a, path: /a, upstream: ['http://h:1/x'] }]".into(),
+            "routes[0].upstream[0]",
+            "http://HOST:PORT",
+        ),
+        (
+            "routes: [{ name: a, path: /a, upstream: ['h:1'] }]".into(),
+            "routes[0].upstream[0]",
+            "h2c://HOST:PORT",
+        ),
+        (
+            "routes: [{ path: /a, upstream: ['http://h:1'] }]".into(),
+            "routes[0].name",
+            "missing",
+        ),
+        (
+            "routes: [{ name: A, path: /a, upstream: ['http://h:1'] }]".into(),
+            "routes[0].name",
+            "a-z, 0-9",
+        ),
+        (
+            format!(
+                "routes: [{{ name: {}, path: /a, upstream: ['http://h:1'] }}]",
+                "a".repeat(65)
+            ),
+            "routes[0].name",
+            "1 to 64",
+        ),
+        (
+            "routes: [{ name: a, path: a, upstream: ['http://h:1'] }]".into(),
+            "routes[0].path",
+            "such as /orders",
+        ),
+        (
+            "routes: [{ name: a, path: /a/../b, upstream: ['http://h:1'] }]".into(),
+            "routes[0].path",
+            "dot segments",
+        ),
+        (
+            format!("routes: [{ROUTE}, {ROUTE}]"),
+            "routes[1].name",
+            "routes[0] is `a`",
+        ),
+        (
+            format!("routes: [{ROUTE}, {{ name: b, path: /a/, upstream: ['http://h:1'] }}]"),
+            "routes[1].path",
+            "routes[0]",
+        ),
+        ("routes: []".into(), "routes", "at least one route"),
+        (String::new(), "routes", "at least one route"),
+        (with("listen: nowhere"), "listen", "such as 127.0.0.1:8080"),
+        (with("admin: 127.0.0.1"), "admin", "with its port"),
+        (
+            with("admin: 0.0.0.0:0"),
+            "admin_token",
+            "not a loopback address",
+        ),
+        (
+            with("admin_token: env:BUTTRESS_TEST_UNSET"),
+            "admin_token",
+            "BUTTRESS_TEST_UNSET is not set",
+        ),
+        (
+            with("admin_token: file:/nonexistent"),
+            "admin_token",
+            "cannot be read",
+        ),
+        (with("log_format: xml"), "log_format", "text or json"),
+        (
+            with("trusted_proxies: [10.0.0.0/8, 10.0.0.0/33]"),
+            "trusted_proxies[1]",
+            "such as 10.0.0.0/8",
+        ),
+        (
+            with("limits: { max_body: 10MB }"),
+            "limits.max_body",
+            "such as 512B, 64KiB",
+        ),
+        (
+            with("limits: { max_bodies: 10MiB }"),
+            "limits.max_bodies",
+            "expected one of `max_body`",
+        ),
+        (
+            with("limits: { max_connections: 0 }"),
+            "limits.max_connections",
+            "whole number from 1",
+        ),
+        (with("redis: { url: x }"), "redis", "not built in yet"),
+        (with("tls: {}"), "tls", "not built in yet"),
+        (with("shutdown: {}"), "shutdown", "not built in yet"),
+        (with("lisen: 127.0.0.1:1"), "lisen", "unknown key"),
+        ("routes: [".into(), "expected YAML", ""),
+        ("- 1".into(), "expected", "map"),
+    ];
+    for (yaml, path, words) in cases {
+        let file = file(&yaml);
+        let name = file.to_str().unwrap();
+        let output = run(&["--config", name], &[]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{yaml}\n{error}");
+        assert_eq!(error.lines().count(), 1, "{yaml}\n{error}");
+        assert!(
+            error.starts_with(&format!("{name}: {path}")),
+            "{yaml}\n{error}"
+        );
+        assert!(error.contains(words), "{yaml}\n{error}");
+        assert!(output.stdout.is_empty(), "{yaml}");
+    }
+}
+
+#[test]
+fn nonsense_outside_the_file_is_named_too() {
+    type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
+    let cases: [Case<'_>; 5] = [
+        (&["--listen", "nowhere"], &[], "--listen: expected"),
+        (
+            &[],
+            &[("BUTTRESS_LISTEN", "nowhere")],
+            "BUTTRESS_LISTEN: expected",
+        ),
+        (
+            &["--log-format", "xml"],
+            &[],
+            "--log-format: expected text or json",
+        ),
+        (&["--admin", "0.0.0.0:0"], &[], "admin_token"),
+        (
+            &["--config", "/nonexistent.yaml"],
+            &[],
+            "/nonexistent.yaml: cannot be read",
+        ),
+    ];
+    for (flags, variables, words) in cases {
+        let output = run(flags, variables);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(error.contains(words), "{error}");
+    }
+    assert_eq!(run(&["--nonsense"], &[]).status.code(), Some(2));
+    assert_eq!(
+        run(&["--redis", "redis://127.0.0.1"], &[]).status.code(),
+        Some(2)
+    );
+}
+
+fn check(flags: &[&str], variables: &[(&str, &str)]) -> String {
+    let flags: Vec<_> = flags.iter().copied().chain(["--check"]).collect();
+    let output = run(&flags, variables);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{error}");
+    assert!(error.is_empty(), "{error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_flag_beats_a_variable_beats_the_file_beats_the_default() {
+    let file = file(&format!("listen: 127.0.0.1:1001\nroutes: [{ROUTE}]"));
+    let file = file.to_str().unwrap();
+    let bare = self::file(&format!("routes: [{ROUTE}]"));
+    let variable = [("BUTTRESS_LISTEN", "127.0.0.1:1002")];
+    let listen = |yaml: String| {
+        let line = yaml
+            .lines()
+            .find(|line| line.starts_with("listen:"))
+            .unwrap();
+        line.split('"')
+            .nth(1)
+            .unwrap()
+            .rsplit(':')
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(
+        listen(check(
+            &["--config", file, "--listen", "127.0.0.1:1003"],
+            &variable
+        )),
+        "1003"
+    );
+    assert_eq!(listen(check(&["--config", file], &variable)), "1002");
+    assert_eq!(
+        listen(check(&["--config", file], &[("BUTTRESS_LISTEN", "")])),
+        "1001"
+    );
+    assert_eq!(listen(check(&["--config", file], &[])), "1001");
+    assert_eq!(
+        listen(check(&["--config", bare.to_str().unwrap()], &[])),
+        "8080"
+    );
+    assert_eq!(listen(check(&[], &[("BUTTRESS_CONFIG", file)])), "1001");
+    assert!(
+        check(&["--config", file], &[("BUTTRESS_LOG_FORMAT", "text")]).contains("log_format: text")
+    );
+}
+
+#[test]
+fn check_prints_settings_that_read_back_the_same_and_hides_secrets() {
+    let secret = file("hunter2-from-a-file\n");
+    let full = |token: &str| {
+        format!(
+            "listen: '[::1]:0'
+admin: 0.0.0.0:9091
+log_format: json
+trusted_proxies: [10.0.0.0/8, '::1']
+admin_token: {token}
+limits: {{ max_body: 1MiB, max_path: 1000B, max_headers: 16KiB, header_timeout: 1500ms, idle_timeout: 2m, max_connections: 7 }}
+routes:
+- name: orders
+  path: /orders/
+  host: API.example.com
+  strip_prefix: true
+  upstream: ['http://127.0.0.1', 'h2c://[::1]:9002']
+  timeout: 90s
+  rate_limit: {{ limit: 3, period: 1h, key: 'cookie:Session', headers: [], max_keys: 5 }}
+- {{ name: '123', path: /, upstream: ['http://localhost:1'] }}
+"
+        )
+    };
+    let tokens = [
+        "hunter2".to_owned(),
+        "env:HUNTER".to_owned(),
+        format!("file:{}", secret.display()),
+    ];
+    for token in tokens {
+        let path = file(&full(&token));
+        let first = check(
+            &["--config", path.to_str().unwrap()],
+            &[("HUNTER", "hunter2")],
+        );
+        assert!(!first.contains("hunter2"), "{first}");
+        assert!(first.contains("admin_token: \"***\""), "{first}");
+        for line in [
+            "burst: 3",
+            "period: 1h",
+            "timeout: 90s",
+            "header_timeout: 1500ms",
+            "path: /orders",
+            "host: api.example.com",
+            "- \"http://127.0.0.1:80\"",
+            "key: \"cookie:Session\"",
+            "- \"::1/128\"",
+        ] {
+            assert!(
+                first.lines().any(|have| have.trim() == line),
+                "{line}\n{first}"
+            );
+        }
+        let again = file(&first);
+        assert_eq!(check(&["--config", again.to_str().unwrap()], &[]), first);
+    }
+}
+
+#[test]
+fn an_address_in_use_is_named_and_the_code_is_1() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for flags in [
+        ["--listen", &address, "--admin", "127.0.0.1:0"],
+        ["--listen", "127.0.0.1:0", "--admin", &address],
+    ] {
+        let output = run(&flags, &[]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(&address), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn the_demo_prints_five_lines_that_do_what_they_say() {
+    let proxy = Proxy::start_with(&["--admin", "127.0.0.1:0"]).await;
+    let lines = || -> Vec<String> {
+        let printed = proxy.printed();
+        printed
+            .lines()
+            .filter(|line| line.starts_with("curl "))
+            .map(str::to_owned)
+            .collect()
+    };
+    crate::support::eventually("the greeting", || std::future::ready(lines().len() == 5)).await;
+    let lines = lines();
+    let target = |line: &str| {
+        let url = &line[line.find("http://").unwrap()..];
+        let url = url
+            .split(['\'', ' '])
+            .next()
+            .unwrap()
+            .strip_prefix("http://")
+            .unwrap()
+            .to_owned();
+        let (address, path) = url.split_once('/').unwrap();
+        (address.parse().unwrap(), format!("/{path}"))
+    };
+
+    let (address, path) = target(&lines[0]);
+    assert_eq!(address, proxy.listen);
+    let first = fetch(address, get(&path)).await;
+    assert_eq!(first.status(), 200);
+    assert_eq!(first.headers()["x-ratelimit-limit"], "20");
+    assert_eq!(first.headers()["x-ratelimit-remaining"], "19");
+
+    let (address, path) = target(&lines[1]);
+    let (path, range) = path.split_once("?[1-").unwrap();
+    let count: u32 = range.trim_end_matches(']').parse().unwrap();
+    let mut refused = 0;
+    for _ in 0..count {
+        let response = fetch(address, get(path)).await;
+        if response.status() == 429 {
+            refused += 1;
+            assert_eq!(response.headers()["retry-after"], "1");
+        }
+    }
+    assert!(refused > 0);
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+
+    let (address, path) = target(&lines[2]);
+    assert_eq!(
+        fetch(address, get(&path)).await.into_body(),
+        "chunk 1 of 5\nchunk 2 of 5\nchunk 3 of 5\nchunk 4 of 5\nchunk 5 of 5\n"
+    );
+
+    let (address, path) = target(&lines[3]);
+    let slow = fetch(address, get(&path)).await;
+    assert_eq!(slow.status(), 504);
+    assert!(slow.headers().contains_key("x-ratelimit-limit"));
+
+    let (address, path) = target(&lines[4]);
+    assert_eq!(address, proxy.admin);
+    let metrics = fetch(address, get(&path)).await.into_body();
+    assert!(
+        String::from_utf8(metrics.to_vec())
+            .unwrap()
+            .contains("proxy_requests_total")
+    );
+}
+
+#[test]
+fn help_names_flags_and_variables() {
+    let help = program().arg("--help").output().unwrap();
+    assert_eq!(help.status.code(), Some(0));
+    let help = String::from_utf8(help.stdout).unwrap();
+    for word in [
+        "--config",
+        "BUTTRESS_CONFIG",
+        "--listen",
+        "--admin",
+        "--log-format",
+        "--check",
+    ] {
+        assert!(help.contains(word), "{help}");
+    }
+}
