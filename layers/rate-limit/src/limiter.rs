@@ -254,7 +254,7 @@ impl<V: View> Limiter<V> {
         bypasses
     }
 
-    fn bypassed(&self) -> Admission {
+    pub(crate) fn bypassed(&self) -> Admission {
         self.count(metrics::Result::Bypassed);
         Admission::Bypass
     }

@@ -161,7 +161,10 @@ type Turn = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send>>;
 impl<V: View> Waiting<V> {
     fn enter(this: &Arc<Self>, request: V::Ref<'_>, deadline: Option<Deadline>) -> Entry {
         let asks = match this.limiter.read(request) {
-            Ok(asks) if asks.is_empty() => return Entry::Pass,
+            Ok(asks) if asks.is_empty() => {
+                this.limiter.bypassed();
+                return Entry::Pass;
+            }
             Ok(asks) => asks,
             Err(Admission::Refuse(refusal, ..)) => return Entry::Refuse(refusal),
             Err(_) => return Entry::Pass,
@@ -239,8 +242,10 @@ impl<V: View> Waiting<V> {
         longest: Duration,
     ) -> Result<(), Refusal> {
         // Those ahead may fare worse than was reckoned when others share a
-        // limit with them, so the longest wait is watched all the same.
-        let _front = match timeout(longest, front.acquire()).await {
+        // limit with them, so the longest wait is watched all the same: from
+        // the call, however late this is first polled.
+        let left = longest.saturating_sub(clock::now() - start);
+        let _front = match timeout(left, front.acquire()).await {
             Ok(permit) => permit.expect("the line's semaphore is never closed"),
             Err(_) => {
                 let behind = self.limiter.wait_behind(&asks, &[], clock::now());
