@@ -226,7 +226,7 @@ impl Handle {
     ///
     /// Where there is no such limit.
     pub fn evicted(&self, limit: &str) -> Result<u64, HandleError> {
-        Ok(self.table(limit)?.1.evictions())
+        Ok(self.table(limit)?.1.map().evicted())
     }
 }
 

@@ -154,7 +154,10 @@ pub(crate) struct Table {
     changing: Mutex<()>,
     /// Whether a closure chooses every request's quota.
     pub(crate) chosen: bool,
-    evictions: AtomicU64,
+    /// How many of the map's evictions were counted in metrics.
+    told: AtomicU64,
+    /// Requests that had no key.
+    keyless: AtomicU64,
 }
 
 /// Keys with a quota of their own. Put there by whoever runs the service, not
@@ -216,7 +219,8 @@ impl Table {
             exceptions: Exceptions::default(),
             changing: Mutex::default(),
             chosen: false,
-            evictions: AtomicU64::new(0),
+            told: AtomicU64::new(0),
+            keyless: AtomicU64::new(0),
         }
     }
 
@@ -251,14 +255,18 @@ impl Table {
         held.put_back(&ask, tat);
     }
 
-    /// Counts a key forgotten in debt; how many there were.
-    pub(crate) fn count_eviction(&self) -> u64 {
-        self.evictions.fetch_add(1, Ordering::Relaxed) + 1
+    /// The keys forgotten in debt that were not told of yet, and all of them.
+    /// One insertion may cost several their place, to make up for others that
+    /// were let in above the ceiling.
+    pub(crate) fn tell_evictions(&self) -> (u64, u64) {
+        let all = self.map.evicted();
+        let told = self.told.fetch_max(all, Ordering::Relaxed);
+        (all.saturating_sub(told), all)
     }
 
-    /// Keys forgotten in debt.
-    pub(crate) fn evictions(&self) -> u64 {
-        self.evictions.load(Ordering::Relaxed)
+    /// Counts a request without a key; how many there were.
+    pub(crate) fn count_keyless(&self) -> u64 {
+        self.keyless.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
