@@ -10,7 +10,7 @@ use buttress_core::{
 
 use crate::{
     Gcra, MissingKey,
-    metrics::{self, Metrics},
+    metrics::{self, Metrics, Reason},
     store::{self, Ask, Changes, Decision, Detail, MAX_LIMITS, Standing, Table, Verdict},
 };
 
@@ -233,15 +233,34 @@ impl<V: View> Limiter<V> {
 
     #[cold]
     fn without_key(&self, limit: usize, rule: &Rule<V>) -> Result<Option<Key>, Refusal> {
-        let limit = &*self.tables[limit].name;
-        tracing::debug!(name = &*self.name, limit, policy = ?rule.missing, "request without a key");
+        let table = &self.tables[limit];
+        let name = &*self.name;
         match rule.missing {
-            // Nothing that a client can say makes this key.
-            MissingKey::Share => Ok(Some(Key::global())),
+            MissingKey::Share => {
+                let requests = table.count_keyless();
+                // Most often a mistake of whoever built the server (no
+                // `ConnectInfo`, say), and then all clients are one: say so at
+                // 1, 2, 4, 8, …
+                if requests.is_power_of_two() {
+                    tracing::warn!(
+                        name,
+                        limit = &*table.name,
+                        requests,
+                        "requests without a key share one quota"
+                    );
+                }
+                // Nothing that a client can say makes this key.
+                Ok(Some(Key::global()))
+            }
             MissingKey::Skip => Ok(None),
-            MissingKey::Refuse => Err(Refusal::new(RefusalKind::BadRequest)
-                .with_detail("the request lacks what it is counted by")
-                .with_reason("missing_key")),
+            MissingKey::Refuse => {
+                tracing::debug!(name, limit = &*table.name, "request without a key");
+                let reason = Reason::MissingKey;
+                self.metrics.refusal(name, &self.tables, limit, reason);
+                Err(Refusal::new(RefusalKind::BadRequest)
+                    .with_detail("the request lacks what it is counted by")
+                    .with_reason(reason.label()))
+            }
         }
     }
 
@@ -254,7 +273,7 @@ impl<V: View> Limiter<V> {
         bypasses
     }
 
-    fn bypassed(&self) -> Admission {
+    pub(crate) fn bypassed(&self) -> Admission {
         self.count(metrics::Result::Bypassed);
         Admission::Bypass
     }
@@ -298,12 +317,16 @@ impl<V: View> Limiter<V> {
     }
 
     fn tell_refusal(&self, limit: usize, refusal: &Refusal) {
-        let table = &self.tables[limit];
+        let reason = match refusal.kind() {
+            RefusalKind::NeverFits => Reason::NeverFits,
+            RefusalKind::Overloaded => Reason::Overloaded,
+            _ => Reason::RateLimited,
+        };
         self.metrics
-            .refusal(&self.name, table, refusal.kind().reason());
+            .refusal(&self.name, &self.tables, limit, reason);
         tracing::debug!(
             name = &*self.name,
-            limit = &*table.name,
+            limit = &*self.tables[limit].name,
             reason = refusal.reason(),
             retry_after = ?refusal.retry_after(),
             shadow = self.shadow,
@@ -329,15 +352,16 @@ impl<V: View> Limiter<V> {
                 self.metrics.keys(&self.name, &self.tables, limit);
             }
             if changes.evicted(limit) {
-                self.metrics.evicted(&self.name, &self.tables, limit);
-                let evicted = table.count_eviction();
+                let (new, evicted) = table.tell_evictions();
+                self.metrics.evicted(&self.name, &self.tables, limit, new);
                 // Each may happen once a request: say so at 1, 2, 4, 8, …
-                if evicted.is_power_of_two() {
+                let told = evicted - new;
+                if new > 0 && (told == 0 || told.ilog2() < evicted.ilog2()) {
                     tracing::warn!(
                         name = &*self.name,
                         limit = &*table.name,
                         evicted,
-                        "max_keys reached: a key was forgotten in debt"
+                        "max_keys reached: keys were forgotten in debt"
                     );
                 }
             }

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::{BoxError, Head, Http, Sees, View, body::ResponseBody};
+use buttress_core::{BoxError, Head, Http, RefusalKind, Sees, View, body::ResponseBody};
 use http::{Request, Response};
 use tower_service::Service;
 
@@ -131,7 +131,14 @@ where
                 }
                 ResponseFuture::calling(self.inner.call(request), after)
             }
-            Admission::Refuse(refusal, tightest, all) => {
+            Admission::Refuse(mut refusal, tightest, all) => {
+                if refusal.kind() == RefusalKind::RateLimited
+                    && mode.formats.contains(&HeaderFormat::Draft11)
+                    && let Some(violated) = &tightest
+                {
+                    let policy = limiter.tables()[violated.limit].name.to_string();
+                    refusal = refusal.with_member("violated-policies", vec![policy]);
+                }
                 let response = mode.responder.respond(&refusal, head);
                 let after = self.after(tightest.as_ref(), &all);
                 ResponseFuture::refused(response, after)

@@ -173,7 +173,10 @@ type Turn = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send>>;
 impl<V: View> Waiting<V> {
     fn enter(this: &Arc<Self>, request: V::Ref<'_>, deadline: Option<Deadline>) -> Entry {
         let asks = match this.limiter.read(request) {
-            Ok(asks) if asks.is_empty() => return Entry::Pass,
+            Ok(asks) if asks.is_empty() => {
+                this.limiter.bypassed();
+                return Entry::Pass;
+            }
             Ok(asks) => asks,
             Err(Admission::Refuse(refusal, ..)) => return Entry::Refuse(refusal),
             Err(_) => return Entry::Pass,
