@@ -62,7 +62,9 @@ impl Sub for Instant {
 /// What time it is on the monotonic clock.
 ///
 /// About half the price of the standard library's: a calibrated counter read
-/// in user space, where the processor has one (`quanta`).
+/// in user space, where the processor has one (`quanta`). The first reading in
+/// a process calibrates it, which blocks for some milliseconds, at most 200:
+/// layers take theirs when they are built.
 #[must_use]
 #[inline]
 pub fn now() -> Instant {

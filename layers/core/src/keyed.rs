@@ -708,7 +708,12 @@ impl<T: Entry> Guard<'_, T> {
             return Err(Full);
         }
         // The leeway is used up as well: the place of one goes to the other.
-        let (id, _) = self.shard.survey(now).least.ok_or(Full)?;
+        let Survey { freed, least, .. } = self.shard.survey(now);
+        map.release(freed);
+        if map.reserve(map.room) {
+            return Ok(evicted);
+        }
+        let (id, _) = least.ok_or(Full)?;
         let place = self.shard.find(id).ok_or(Full)?;
         let gone = self.shard.remove(place);
         map.counts.evicted.fetch_add(1, Relaxed);

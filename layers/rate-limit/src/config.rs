@@ -3,7 +3,7 @@
 use std::{borrow::Cow, fmt, num::NonZeroUsize, sync::Arc};
 
 use buttress_core::{
-    Any, Head, Http, Responder, View,
+    Any, Http, Responder, View,
     clock::{self, SharedWallClock, WallClock},
     key::{ExtractKey, Global, Key, SharedKey},
     keyed,
@@ -285,7 +285,8 @@ impl RateLimitBuilder<Http, Respond> {
     }
 
     /// Lets scripts of other origins read the headers, by
-    /// `Access-Control-Expose-Headers`. Default: no. Costs allocations.
+    /// `Access-Control-Expose-Headers`. Default: no. Costs allocations. Where
+    /// no headers are sent nothing is exposed, `Retry-After` neither.
     pub fn expose_headers(mut self, expose: bool) -> Self {
         self.mode.expose = expose;
         self
@@ -310,7 +311,8 @@ impl RateLimitBuilder<Http, Respond> {
     /// only failures count, say.
     ///
     /// A request whose response is never seen (the inner service failed, or
-    /// the client went away) stays charged.
+    /// the client went away) stays charged. Only the head is shown: a gRPC
+    /// status that comes in the trailers is not in it.
     ///
     /// ```
     /// use buttress_core::key::ClientIp;
@@ -420,6 +422,9 @@ impl<V: View, M> RateLimitBuilder<V, M> {
             rules.push(rule);
             tables.push(table);
         }
+        // Its first reading calibrates the clock, for as long as 200 ms: better
+        // here than in the first request.
+        let _ = clock::now();
         let limiter = Limiter::new(self.name, rules, tables, self.bypass, self.shadow);
         Ok(Shared {
             limiter,
@@ -476,7 +481,6 @@ const _: fn() = || {
     fn fits<T: Clone + Send + Sync + 'static>() {}
     fits::<RateLimitLayer>();
     fits::<RateLimitLayer<Any<std::cell::Cell<u8>>, Errors>>();
-    let _ = |head: Head<'_>| head.is_grpc();
 };
 
 #[cfg(test)]

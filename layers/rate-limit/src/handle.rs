@@ -187,7 +187,9 @@ impl Handle {
     }
 
     /// Gives `key` a quota of its own, or with `None` the limit's again. What
-    /// it has spent stays spent, as in [`set_quota`](Self::set_quota).
+    /// it has spent stays spent, as in [`set_quota`](Self::set_quota); or, where
+    /// the quota before or after is one that [`quota_by`](crate::Limit::quota_by)
+    /// chooses, as it does there.
     ///
     /// # Errors
     ///
@@ -224,7 +226,7 @@ impl Handle {
     ///
     /// Where there is no such limit.
     pub fn evicted(&self, limit: &str) -> Result<u64, HandleError> {
-        Ok(self.table(limit)?.1.evictions())
+        Ok(self.table(limit)?.1.map().evicted())
     }
 }
 

@@ -30,7 +30,8 @@ pub enum HeaderFormat {
     /// `RateLimit` and `RateLimit-Policy` as structured fields, one item a
     /// limit, after draft-ietf-httpapi-ratelimit-headers-11 (May 2026; -10 has
     /// the same shape). A draft may still change, so the variant has its
-    /// number.
+    /// number. The problem document of a 429 names the limit that refused
+    /// among its `violated-policies`.
     Draft11,
 }
 

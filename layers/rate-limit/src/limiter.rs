@@ -10,7 +10,7 @@ use buttress_core::{
 
 use crate::{
     Gcra, MissingKey,
-    metrics::{self, Metrics},
+    metrics::{self, Metrics, Reason},
     store::{self, Ask, Changes, Decision, Detail, MAX_LIMITS, Standing, Table, Verdict},
 };
 
@@ -46,6 +46,14 @@ pub(crate) enum Admission {
     Shadow,
     /// It does not pass.
     Refuse(Refusal, Option<Standing>, Vec<Standing>),
+}
+
+/// Which limit lets a request in last, and when; `None` is never.
+#[cfg(feature = "wait")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Behind {
+    pub(crate) limit: usize,
+    pub(crate) wait: Option<Duration>,
 }
 
 impl<V: View> Limiter<V> {
@@ -163,38 +171,31 @@ impl<V: View> Limiter<V> {
         store::decide_all(&self.tables, asks, clock::now(), Detail::None)
     }
 
-    /// How long until all of `asks` fit behind what costs `ahead`, in the
-    /// order of the asks.
+    /// How long until all of `asks`, of which there is one, fit behind what
+    /// costs `ahead`, in the order of the asks.
     #[cfg(feature = "wait")]
     pub(crate) fn wait_behind(
         &self,
         asks: &[Option<Ask>],
         ahead: &[u64],
         now: clock::Instant,
-    ) -> Duration {
+    ) -> Behind {
         let ahead = ahead.iter().copied().chain(std::iter::repeat(0));
-        let waits = asks
-            .iter()
-            .flatten()
-            .zip(ahead)
-            .map(|(ask, ahead)| self.tables[ask.limit].wait_behind(ask, ahead, now));
-        Duration::from_nanos(waits.max().unwrap_or(0))
-    }
-
-    /// Whether one of `asks` costs more than its limit can ever hold.
-    #[cfg(feature = "wait")]
-    pub(crate) fn never_fits(&self, asks: &[Option<Ask>]) -> bool {
         asks.iter()
             .flatten()
-            .any(|ask| ask.cost > self.tables[ask.limit].burst(ask))
+            .zip(ahead)
+            .map(|(ask, ahead)| Behind {
+                limit: ask.limit,
+                wait: self.tables[ask.limit].wait_behind(ask, ahead, now),
+            })
+            .max_by_key(|behind| (behind.wait.is_none(), behind.wait))
+            .expect("there is a limit that applies")
     }
 
     /// Counts a refusal that was decided by whoever waits.
     #[cfg(feature = "wait")]
-    pub(crate) fn count_refusal(&self, refusal: &Refusal, asks: &[Option<Ask>]) {
-        if let Some(ask) = asks.iter().flatten().next() {
-            self.tell_refusal(ask.limit, refusal);
-        }
+    pub(crate) fn count_refusal(&self, refusal: &Refusal, limit: usize) {
+        self.tell_refusal(limit, refusal);
         self.count(metrics::Result::Refused);
     }
 
@@ -232,15 +233,34 @@ impl<V: View> Limiter<V> {
 
     #[cold]
     fn without_key(&self, limit: usize, rule: &Rule<V>) -> Result<Option<Key>, Refusal> {
-        let limit = &*self.tables[limit].name;
-        tracing::debug!(name = &*self.name, limit, policy = ?rule.missing, "request without a key");
+        let table = &self.tables[limit];
+        let name = &*self.name;
         match rule.missing {
-            // Nothing that a client can say makes this key.
-            MissingKey::Share => Ok(Some(Key::global())),
+            MissingKey::Share => {
+                let requests = table.count_keyless();
+                // Most often a mistake of whoever built the server (no
+                // `ConnectInfo`, say), and then all clients are one: say so at
+                // 1, 2, 4, 8, …
+                if requests.is_power_of_two() {
+                    tracing::warn!(
+                        name,
+                        limit = &*table.name,
+                        requests,
+                        "requests without a key share one quota"
+                    );
+                }
+                // Nothing that a client can say makes this key.
+                Ok(Some(Key::global()))
+            }
             MissingKey::Skip => Ok(None),
-            MissingKey::Refuse => Err(Refusal::new(RefusalKind::BadRequest)
-                .with_detail("the request lacks what it is counted by")
-                .with_reason("missing_key")),
+            MissingKey::Refuse => {
+                tracing::debug!(name, limit = &*table.name, "request without a key");
+                let reason = Reason::MissingKey;
+                self.metrics.refusal(name, &self.tables, limit, reason);
+                Err(Refusal::new(RefusalKind::BadRequest)
+                    .with_detail("the request lacks what it is counted by")
+                    .with_reason(reason.label()))
+            }
         }
     }
 
@@ -253,7 +273,7 @@ impl<V: View> Limiter<V> {
         bypasses
     }
 
-    fn bypassed(&self) -> Admission {
+    pub(crate) fn bypassed(&self) -> Admission {
         self.count(metrics::Result::Bypassed);
         Admission::Bypass
     }
@@ -297,12 +317,16 @@ impl<V: View> Limiter<V> {
     }
 
     fn tell_refusal(&self, limit: usize, refusal: &Refusal) {
-        let table = &self.tables[limit];
+        let reason = match refusal.kind() {
+            RefusalKind::NeverFits => Reason::NeverFits,
+            RefusalKind::Overloaded => Reason::Overloaded,
+            _ => Reason::RateLimited,
+        };
         self.metrics
-            .refusal(&self.name, table, refusal.kind().reason());
+            .refusal(&self.name, &self.tables, limit, reason);
         tracing::debug!(
             name = &*self.name,
-            limit = &*table.name,
+            limit = &*self.tables[limit].name,
             reason = refusal.reason(),
             retry_after = ?refusal.retry_after(),
             shadow = self.shadow,
@@ -328,15 +352,16 @@ impl<V: View> Limiter<V> {
                 self.metrics.keys(&self.name, &self.tables, limit);
             }
             if changes.evicted(limit) {
-                self.metrics.evicted(&self.name, &self.tables, limit);
-                let evicted = table.count_eviction();
+                let (new, evicted) = table.tell_evictions();
+                self.metrics.evicted(&self.name, &self.tables, limit, new);
                 // Each may happen once a request: say so at 1, 2, 4, 8, …
-                if evicted.is_power_of_two() {
+                let told = evicted - new;
+                if new > 0 && (told == 0 || told.ilog2() < evicted.ilog2()) {
                     tracing::warn!(
                         name = &*self.name,
                         limit = &*table.name,
                         evicted,
-                        "max_keys reached: a key was forgotten in debt"
+                        "max_keys reached: keys were forgotten in debt"
                     );
                 }
             }

@@ -3,18 +3,49 @@
 //! | metric | kind | labels | counts |
 //! | --- | --- | --- | --- |
 //! | `rate_limit_requests_total` | counter | `name`, `result`: `allowed`, `refused`, `shadowed`, `bypassed` | requests seen |
-//! | `rate_limit_refusals_total` | counter | `name`, `limit`, `reason`: `rate_limited`, `never_fits`, `overloaded` | refusals (in shadow mode: what they would have been), by the limit that refused |
+//! | `rate_limit_refusals_total` | counter | `name`, `limit`, `reason`: `rate_limited`, `never_fits`, `overloaded`, `missing_key` | refusals (in shadow mode: what they would have been), by the limit that refused |
 //! | `rate_limit_evictions_total` | counter | `name`, `limit` | keys forgotten in debt because `max_keys` was reached |
 //! | `rate_limit_keys` | gauge | `name`, `limit` | keys remembered, set when one is added |
 //!
 //! They go to the recorder that is installed when the layer sees its first
 //! request.
 
+use buttress_core::RefusalKind;
+
 #[cfg(feature = "metrics")]
 pub(crate) use on::Metrics;
 
 #[cfg(not(feature = "metrics"))]
 pub(crate) use off::Metrics;
+
+/// Why a request was refused, as the label says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    RateLimited,
+    NeverFits,
+    Overloaded,
+    MissingKey,
+}
+
+impl Reason {
+    #[cfg(feature = "metrics")]
+    const ALL: [Self; 4] = [
+        Self::RateLimited,
+        Self::NeverFits,
+        Self::Overloaded,
+        Self::MissingKey,
+    ];
+
+    /// The `reason` of the refusal.
+    pub(crate) const fn label(self) -> &'static str {
+        match self {
+            Self::RateLimited => RefusalKind::RateLimited.reason(),
+            Self::NeverFits => RefusalKind::NeverFits.reason(),
+            Self::Overloaded => RefusalKind::Overloaded.reason(),
+            Self::MissingKey => "missing_key",
+        }
+    }
+}
 
 /// How a request went, as the label says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +62,7 @@ mod on {
 
     use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 
-    use super::Result;
+    use super::{Reason, Result};
     use crate::store::Table;
 
     const REQUESTS: &str = "rate_limit_requests_total";
@@ -47,7 +78,31 @@ mod on {
 
     struct Handles {
         requests: [Counter; 4],
-        limits: Box<[(Counter, Gauge)]>,
+        limits: Box<[Limit]>,
+    }
+
+    struct Limit {
+        refusals: [Counter; 4],
+        evictions: Counter,
+        keys: Gauge,
+    }
+
+    impl Limit {
+        fn new(name: &str, table: &Table) -> Self {
+            let labels = [
+                ("name", name.to_owned()),
+                ("limit", table.name.clone().into_owned()),
+            ];
+            let [name, limit] = labels.clone();
+            Self {
+                refusals: Reason::ALL.map(|reason| {
+                    let reason = ("reason", reason.label().to_owned());
+                    counter!(REFUSALS, &[name.clone(), limit.clone(), reason])
+                }),
+                evictions: counter!(EVICTIONS, &labels),
+                keys: gauge!(KEYS, &labels),
+            }
+        }
     }
 
     impl Metrics {
@@ -67,16 +122,7 @@ mod on {
                         requests("shadowed"),
                         requests("bypassed"),
                     ],
-                    limits: tables
-                        .iter()
-                        .map(|table| {
-                            let labels = [
-                                ("name", name.to_owned()),
-                                ("limit", table.name.clone().into_owned()),
-                            ];
-                            (counter!(EVICTIONS, &labels), gauge!(KEYS, &labels))
-                        })
-                        .collect(),
+                    limits: tables.iter().map(|table| Limit::new(name, table)).collect(),
                 }
             })
         }
@@ -86,41 +132,47 @@ mod on {
             self.handles(name, tables).requests[result as usize].increment(1);
         }
 
-        pub(crate) fn refusal(&self, name: &str, table: &Table, reason: &'static str) {
-            let (name, limit) = (name.to_owned(), table.name.clone().into_owned());
-            counter!(REFUSALS, "name" => name, "limit" => limit, "reason" => reason).increment(1);
+        pub(crate) fn refusal(&self, name: &str, tables: &[Table], limit: usize, reason: Reason) {
+            self.handles(name, tables).limits[limit].refusals[reason as usize].increment(1);
         }
 
-        pub(crate) fn evicted(&self, name: &str, tables: &[Table], limit: usize) {
-            self.handles(name, tables).limits[limit].0.increment(1);
+        pub(crate) fn evicted(&self, name: &str, tables: &[Table], limit: usize, keys: u64) {
+            self.handles(name, tables).limits[limit]
+                .evictions
+                .increment(keys);
         }
 
         #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
         pub(crate) fn keys(&self, name: &str, tables: &[Table], limit: usize) {
             let keys = tables[limit].map().len();
-            self.handles(name, tables).limits[limit].1.set(keys as f64);
+            self.handles(name, tables).limits[limit]
+                .keys
+                .set(keys as f64);
         }
     }
 }
 
 #[cfg(not(feature = "metrics"))]
 mod off {
-    use super::Result;
+    use super::{Reason, Result};
     use crate::store::Table;
 
     /// Nothing is counted without the feature `metrics`.
     #[derive(Default)]
-    pub(crate) struct Metrics;
+    pub(crate) struct Metrics(());
 
     #[expect(clippy::unused_self, reason = "the same shape as with the feature")]
     impl Metrics {
         #[inline]
         pub(crate) fn request(&self, _: &str, _: &[Table], _: Result) {}
         #[inline]
-        pub(crate) fn refusal(&self, _: &str, _: &Table, _: &'static str) {}
+        pub(crate) fn refusal(&self, _: &str, _: &[Table], _: usize, _: Reason) {}
         #[inline]
-        pub(crate) fn evicted(&self, _: &str, _: &[Table], _: usize) {}
+        pub(crate) fn evicted(&self, _: &str, _: &[Table], _: usize, _: u64) {}
         #[inline]
         pub(crate) fn keys(&self, _: &str, _: &[Table], _: usize) {}
     }
 }
+
+#[cfg(all(test, feature = "metrics"))]
+mod tests;

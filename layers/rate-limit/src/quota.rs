@@ -7,11 +7,14 @@ use crate::{error::ConfigError, gcra::Gcra};
 /// So many requests in so long, and so many of them at once.
 ///
 /// A quota of `limit` in `period` regains one request every `period / limit`,
-/// exactly: no interval is rounded to microseconds or milliseconds, nor (where
-/// `limit` over its greatest common divisor with the period in nanoseconds is
-/// at most 2²⁰, as with every limit up to 1,048,576) to nanoseconds. `burst` is how many may come at once after a quiet while; it is
-/// the limit unless set. Over any span of time `t` at most
-/// `burst + t × limit / period` requests pass.
+/// exactly: no interval is rounded to milliseconds, microseconds or
+/// nanoseconds. (Only of limits above 1,048,576 that share no large divisor
+/// with the period is it rounded up, by less than a millionth of a
+/// nanosecond.)
+///
+/// `burst` is how many may come at once after a quiet while; it is the limit
+/// unless set. Over any span of time `t` at most `burst + t × limit / period`
+/// requests pass.
 ///
 /// ```
 /// use std::time::Duration;

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::{BoxError, Head, Http, Sees, View, body::ResponseBody};
+use buttress_core::{BoxError, Head, Http, RefusalKind, Sees, View, body::ResponseBody};
 use http::{Request, Response};
 use tower_service::Service;
 
@@ -22,9 +22,13 @@ use crate::{
 
 /// The service of a [`RateLimitLayer`](crate::RateLimitLayer).
 ///
-/// Readiness is the inner service's: what is refused is refused in `call`. The
-/// decision is taken in `call`, too, and stays taken: a future that is dropped
-/// later has been charged.
+/// Readiness is the inner service's: what is refused is refused in `call`. An
+/// instance that has refused keeps what it was promised by the inner service
+/// (a slot of a concurrency limit, say) for its next call; dropping it gives
+/// it back.
+///
+/// The decision is taken in `call`, too, and stays taken: a future that is
+/// dropped later has been charged.
 pub struct RateLimit<S, V: View = Http, M = Respond> {
     inner: S,
     shared: Arc<Shared<V, M>>,
@@ -127,7 +131,14 @@ where
                 }
                 ResponseFuture::calling(self.inner.call(request), after)
             }
-            Admission::Refuse(refusal, tightest, all) => {
+            Admission::Refuse(mut refusal, tightest, all) => {
+                if refusal.kind() == RefusalKind::RateLimited
+                    && mode.formats.contains(&HeaderFormat::Draft11)
+                    && let Some(violated) = &tightest
+                {
+                    let policy = limiter.tables()[violated.limit].name.to_string();
+                    refusal = refusal.with_member("violated-policies", vec![policy]);
+                }
                 let response = mode.responder.respond(&refusal, head);
                 let after = self.after(tightest.as_ref(), &all);
                 ResponseFuture::refused(response, after)

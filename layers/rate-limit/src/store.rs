@@ -1,5 +1,7 @@
 //! Where the arrival times are kept: one table of 16-byte cells a limit.
 
+#[cfg(feature = "wait")]
+use std::time::Duration;
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
@@ -13,6 +15,7 @@ use std::{
 use buttress_core::{
     clock::Instant,
     keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, SlotId, WhenFull},
+    sync::Mutex,
 };
 
 use crate::gcra::{Gcra, Ruling, Tat};
@@ -145,9 +148,16 @@ pub(crate) struct Table {
     pub(crate) name: Cow<'static, str>,
     map: KeyedMap<Cell>,
     exceptions: Exceptions,
+    /// Held while quotas are replaced. Two that replace them shard by shard
+    /// would overtake each other, and leave some shards with the one quota and
+    /// some with the other.
+    changing: Mutex<()>,
     /// Whether a closure chooses every request's quota.
     pub(crate) chosen: bool,
-    evictions: AtomicU64,
+    /// How many of the map's evictions were counted in metrics.
+    told: AtomicU64,
+    /// Requests that had no key.
+    keyless: AtomicU64,
 }
 
 /// Keys with a quota of their own. Put there by whoever runs the service, not
@@ -207,8 +217,10 @@ impl Table {
             name,
             map: KeyedMap::new(config, terms),
             exceptions: Exceptions::default(),
+            changing: Mutex::default(),
             chosen: false,
-            evictions: AtomicU64::new(0),
+            told: AtomicU64::new(0),
+            keyless: AtomicU64::new(0),
         }
     }
 
@@ -221,8 +233,16 @@ impl Table {
     /// Gives a key a quota of its own, or the limit's again. It keeps the
     /// number of requests that it has spent.
     pub(crate) fn except(&self, id: KeyId, gcra: Option<Gcra>, now: Instant) {
-        let old = self.exceptions.set(id, gcra);
+        let _changing = self.changing.lock();
+        // Held first: whoever finds the new quota finds the state made for it.
         let mut held = self.hold(id, now);
+        let old = self.exceptions.set(id, gcra);
+        if self.chosen && (old.is_none() || gcra.is_none()) {
+            // Nobody here knows what the closure chose for the key: as where
+            // the closure changes its mind, the time it owes stays the same,
+            // and the next decision cuts it to a whole burst.
+            return;
+        }
         let common = held.guard.shared().gcra;
         let (old, new) = (old.unwrap_or(common), gcra.unwrap_or(common));
         let tat = new.convert(held.tat, &old, held.now);
@@ -235,14 +255,18 @@ impl Table {
         held.put_back(&ask, tat);
     }
 
-    /// Counts a key forgotten in debt; how many there were.
-    pub(crate) fn count_eviction(&self) -> u64 {
-        self.evictions.fetch_add(1, Ordering::Relaxed) + 1
+    /// The keys forgotten in debt that were not told of yet, and all of them.
+    /// One insertion may cost several their place, to make up for others that
+    /// were let in above the ceiling.
+    pub(crate) fn tell_evictions(&self) -> (u64, u64) {
+        let all = self.map.evicted();
+        let told = self.told.fetch_max(all, Ordering::Relaxed);
+        (all.saturating_sub(told), all)
     }
 
-    /// Keys forgotten in debt.
-    pub(crate) fn evictions(&self) -> u64 {
-        self.evictions.load(Ordering::Relaxed)
+    /// Counts a request without a key; how many there were.
+    pub(crate) fn count_keyless(&self) -> u64 {
+        self.keyless.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
@@ -263,14 +287,6 @@ impl Table {
         Held { guard, tat, now }
     }
 
-    /// The most that fits at once.
-    #[cfg(feature = "wait")]
-    pub(crate) fn burst(&self, ask: &Ask) -> u32 {
-        let gcra = ask.quota;
-        gcra.unwrap_or_else(|| self.map.lock(ask.id).shared().gcra)
-            .burst()
-    }
-
     /// How a key stands, charging nothing.
     pub(crate) fn peek(&self, ask: &Ask, now: Instant) -> Standing {
         let held = self.hold(ask.id, now);
@@ -278,12 +294,14 @@ impl Table {
         Standing::of(ask.limit, &gcra, held.tat, held.now, Detail::All)
     }
 
-    /// Nanoseconds until `cost` fits behind `ahead` that wait before it.
+    /// How long until `ask` fits behind what costs `ahead` and comes before
+    /// it; `None` where it never does.
     #[cfg(feature = "wait")]
-    pub(crate) fn wait_behind(&self, ask: &Ask, ahead: u64, now: Instant) -> u64 {
+    pub(crate) fn wait_behind(&self, ask: &Ask, ahead: u64, now: Instant) -> Option<Duration> {
         let held = self.hold(ask.id, now);
         let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
-        gcra.wait_behind(held.tat, held.now, ahead + u64::from(ask.cost))
+        let wait = || gcra.wait_behind(held.tat, held.now, ahead + u64::from(ask.cost));
+        (ask.cost <= gcra.burst()).then(|| Duration::from_nanos(wait()))
     }
 
     /// Gives a charge back.
@@ -304,6 +322,7 @@ impl Table {
     /// Replaces the quota. Every key keeps the number of requests that it has
     /// spent, at most the new burst.
     pub(crate) fn replace(&self, gcra: Gcra, now: Instant) {
+        let _changing = self.changing.lock();
         let excepted: HashSet<_> = self.exceptions.read().keys().map(|id| id.slot()).collect();
         self.map.change_all(|terms, cells| {
             let old = terms.gcra;
@@ -568,3 +587,6 @@ impl Held<'_> {
         self.put_back(ask, self.tat);
     }
 }
+
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;

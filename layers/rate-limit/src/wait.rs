@@ -28,8 +28,8 @@ use tower_service::Service;
 use crate::{
     Handle,
     layer::{Errors, Shared},
-    limiter::{Admission, Limiter},
-    store::{Ask, Decision, Verdict},
+    limiter::{Admission, Behind, Limiter},
+    store::{Ask, Verdict},
 };
 
 /// Lets requests wait until they fit, in the order in which they came.
@@ -53,7 +53,9 @@ use crate::{
 /// future, holding the inner service that was polled ready for them; where
 /// that is a permit of a concurrency limit, it is held while they wait, so put
 /// such limits further in only with that in mind. Dropping the future leaves
-/// the line, charges nothing, and lets the next one move up.
+/// the line, charges nothing, and lets the next one move up. A request comes
+/// when its response future is first polled: futures that were made and are
+/// not polled have no place before those that are.
 ///
 /// Made by [`RateLimitBuilder::build_waiting`](crate::RateLimitBuilder::build_waiting).
 /// Needs a tokio runtime with timers, whose resolution (1 ms) is how late a
@@ -115,11 +117,12 @@ struct Line {
     ahead: Box<[u64]>,
 }
 
-/// A place in a line, left on drop.
+/// A place in a line, left on drop at the latest.
 struct Place {
     lines: Arc<Lines>,
     id: LineId,
     costs: Box<[u32]>,
+    left: bool,
 }
 
 impl Lines {
@@ -129,9 +132,11 @@ impl Lines {
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut state = self.lines.lock();
+impl Place {
+    fn leave(&mut self, state: &mut LinesState) {
+        if mem::replace(&mut self.left, true) {
+            return;
+        }
         state.waiting -= 1;
         let Some(line) = state.lines.get_mut(&self.id) else {
             return;
@@ -147,6 +152,15 @@ impl Drop for Place {
     }
 }
 
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.left {
+            let lines = Arc::clone(&self.lines);
+            self.leave(&mut lines.lock());
+        }
+    }
+}
+
 /// What becomes of a request that comes.
 enum Entry {
     Pass,
@@ -154,74 +168,57 @@ enum Entry {
     Wait(Turn),
 }
 
-/// The same, under the lock of the lines.
-enum Arrival {
-    Decided(Decision),
-    Refused { kind: RefusalKind, wait: Duration },
-    Placed(Place, Arc<Semaphore>),
-}
-
 type Turn = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send>>;
 
 impl<V: View> Waiting<V> {
     fn enter(this: &Arc<Self>, request: V::Ref<'_>, deadline: Option<Deadline>) -> Entry {
         let asks = match this.limiter.read(request) {
-            Ok(asks) if asks.is_empty() => return Entry::Pass,
+            Ok(asks) if asks.is_empty() => {
+                this.limiter.bypassed();
+                return Entry::Pass;
+            }
             Ok(asks) => asks,
             Err(Admission::Refuse(refusal, ..)) => return Entry::Refuse(refusal),
             Err(_) => return Entry::Pass,
         };
-        let now = clock::now();
-        let longest = deadline.map_or(this.longest, |deadline| {
-            deadline.remaining(now).min(this.longest)
-        });
-        // Told of outside the lock: whoever listens may take their time.
-        match this.line_up(&asks, now, longest) {
-            Arrival::Decided(decision) => match this.limiter.conclude(decision) {
-                Admission::Refuse(refusal, ..) => Entry::Refuse(refusal),
-                _ => Entry::Pass,
-            },
-            Arrival::Refused { kind, wait } => {
-                let refusal = Refusal::new(kind).with_retry_after(wait);
-                this.limiter.count_refusal(&refusal, &asks);
-                Entry::Refuse(refusal)
-            }
-            Arrival::Placed(place, front) => {
-                let turn = Arc::clone(this).turn(asks, place, front, now, longest);
-                Entry::Wait(Box::pin(turn))
-            }
-        }
-    }
-
-    /// Decides, or gives a place in line.
-    fn line_up(&self, asks: &[Option<Ask>], now: Instant, longest: Duration) -> Arrival {
         let id: LineId = asks
             .iter()
             .flatten()
             .map(|ask| (ask.limit, ask.id))
             .collect();
+        let now = clock::now();
+        let longest = deadline.map_or(this.longest, |deadline| {
+            deadline.remaining(now).min(this.longest)
+        });
+
         // Held while deciding, so that nobody who comes later gets in before
         // one who is just about to stand in line.
-        let mut state = self.lines.lock();
+        let mut state = this.lines.lock();
         let ahead = state.lines.get(&id).map(|line| &*line.ahead);
-        // What can never pass is not let stand in line, either.
-        if ahead.is_none() || self.limiter.never_fits(asks) {
-            let decision = self.limiter.decide(asks);
+        if ahead.is_none() {
+            let decision = this.limiter.decide(&asks);
             let waits = matches!(decision.verdict, Verdict::Wait { .. });
-            if !waits || self.limiter.is_shadow() {
-                return Arrival::Decided(decision);
+            if !waits || this.limiter.is_shadow() {
+                drop(state);
+                return match this.limiter.conclude(decision) {
+                    Admission::Refuse(refusal, ..) => Entry::Refuse(refusal),
+                    _ => Entry::Pass,
+                };
             }
         }
-        let wait = self
+        let behind = this
             .limiter
-            .wait_behind(asks, ahead.unwrap_or_default(), now);
-        if state.waiting >= self.room {
-            let kind = RefusalKind::Overloaded;
-            return Arrival::Refused { kind, wait };
-        }
-        if wait > longest {
-            let kind = RefusalKind::RateLimited;
-            return Arrival::Refused { kind, wait };
+            .wait_behind(&asks, ahead.unwrap_or_default(), now);
+        let kind = match behind.wait {
+            // It would hold up the line, only to be refused at its end.
+            None => Some(RefusalKind::NeverFits),
+            _ if state.waiting >= this.room => Some(RefusalKind::Overloaded),
+            Some(wait) if wait > longest => Some(RefusalKind::RateLimited),
+            Some(_) => None,
+        };
+        if let Some(kind) = kind {
+            drop(state);
+            return Entry::Refuse(this.refusal(kind, behind));
         }
 
         let costs: Box<[u32]> = asks.iter().flatten().map(|ask| ask.cost).collect();
@@ -236,38 +233,50 @@ impl<V: View> Waiting<V> {
             *ahead += u64::from(*cost);
         }
         let front = Arc::clone(&line.front);
+        drop(state);
         let place = Place {
-            lines: Arc::clone(&self.lines),
+            lines: Arc::clone(&this.lines),
             id,
             costs,
+            left: false,
         };
-        Arrival::Placed(place, front)
+        Entry::Wait(Box::pin(
+            Arc::clone(this).turn(asks, place, front, now, longest),
+        ))
     }
 
     /// Waits for the front of the line, then for the quota.
     async fn turn(
         self: Arc<Self>,
         asks: Vec<Option<Ask>>,
-        place: Place,
+        mut place: Place,
         front: Arc<Semaphore>,
         start: Instant,
         longest: Duration,
     ) -> Result<(), Refusal> {
         // Those ahead may fare worse than was reckoned when others share a
-        // limit with them, so the longest wait is watched all the same.
-        let _front = match timeout(longest, front.acquire()).await {
+        // limit with them, so the longest wait is watched all the same; from
+        // the call on, however late this is polled.
+        let rest = longest.saturating_sub(clock::now() - start);
+        let _front = match timeout(rest, front.acquire()).await {
             Ok(permit) => permit.expect("the line's semaphore is never closed"),
             Err(_) => {
-                let wait = self.limiter.wait_behind(&asks, &[], clock::now());
-                return Err(self.too_late(wait, &asks));
+                let behind = self.limiter.wait_behind(&asks, &[], clock::now());
+                return Err(self.refusal(RefusalKind::RateLimited, behind));
             }
         };
-        // Left before the front is free again: whoever comes then finds the
-        // line as it is.
-        let _place = place;
         loop {
-            let decision = self.limiter.decide(&asks);
-            let Verdict::Wait { wait, .. } = decision.verdict else {
+            // Charged and out of the line in one step: who comes in between
+            // would reckon with both.
+            let decision = {
+                let mut state = self.lines.lock();
+                let decision = self.limiter.decide(&asks);
+                if !matches!(decision.verdict, Verdict::Wait { .. }) {
+                    place.leave(&mut state);
+                }
+                decision
+            };
+            let Verdict::Wait { limit, wait } = decision.verdict else {
                 return match self.limiter.conclude(decision) {
                     Admission::Refuse(refusal, ..) => Err(refusal),
                     _ => Ok(()),
@@ -275,15 +284,17 @@ impl<V: View> Waiting<V> {
             };
             let wait = Duration::from_nanos(wait);
             if (clock::now() - start).saturating_add(wait) > longest {
-                return Err(self.too_late(wait, &asks));
+                let wait = Some(wait);
+                return Err(self.refusal(RefusalKind::RateLimited, Behind { limit, wait }));
             }
             sleep(wait).await;
         }
     }
 
-    fn too_late(&self, wait: Duration, asks: &[Option<Ask>]) -> Refusal {
-        let refusal = Refusal::new(RefusalKind::RateLimited).with_retry_after(wait);
-        self.limiter.count_refusal(&refusal, asks);
+    /// Counts and tells of it: not to be called while the lines are locked.
+    fn refusal(&self, kind: RefusalKind, behind: Behind) -> Refusal {
+        let refusal = Refusal::new(kind).with_retry_after(behind.wait);
+        self.limiter.count_refusal(&refusal, behind.limit);
         refusal
     }
 }
@@ -403,9 +414,14 @@ where
             Entry::Pass => State::Calling {
                 future: self.inner.call(request),
             },
-            Entry::Refuse(refusal) => State::Refused {
-                refusal: Some(refusal),
-            },
+            Entry::Refuse(refusal) => {
+                // What was promised is not used: given back here, and not
+                // when this instance happens to be called again.
+                self.inner = self.inner.clone();
+                State::Refused {
+                    refusal: Some(refusal),
+                }
+            }
             Entry::Wait(turn) => {
                 // Only the polled instance was promised ready: it goes with
                 // the request, and the clone will be polled afresh.

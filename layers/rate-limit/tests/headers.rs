@@ -13,8 +13,8 @@ use buttress_rate_limit::{
     WhenFull,
 };
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response};
-use http_body_util::Full;
+use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body_util::{BodyExt, Full};
 use sfv::{BareItem, List, ListEntry, Parser};
 use tower::{Layer, Service, ServiceExt};
 
@@ -60,7 +60,7 @@ fn items(headers: &HeaderMap, field: &str) -> Vec<(String, Vec<(String, i64)>)> 
     let lines: Vec<_> = headers
         .get_all(field)
         .iter()
-        .map(|line| line.as_bytes())
+        .map(HeaderValue::as_bytes)
         .collect();
     let list: List = Parser::new(&lines.join(&b", "[..]))
         .parse()
@@ -420,6 +420,23 @@ async fn shadow_mode_charges_and_refuses_nobody_and_says_nothing() {
     }
 }
 
+/// What would be refused for another reason passes, too.
+#[tokio::test(start_paused = true)]
+async fn shadow_mode_lets_everything_by() {
+    for limit in [
+        Limit::new(Quota::per_hour(1)).cost_by(|_| 2),
+        Limit::new(Quota::per_hour(1))
+            .key(key::header("x-user"))
+            .missing_key(MissingKey::Refuse),
+    ] {
+        let layer = RateLimitLayer::builder().limit(limit).shadow(true);
+        let service = layer.build().unwrap().layer(inner());
+        let response = send(&service, web::get("/")).await;
+        assert_eq!(response.status(), 200);
+        assert!(response.headers().is_empty());
+    }
+}
+
 /// Shadow mode tries a rule out, the whole of it.
 #[tokio::test(start_paused = true)]
 async fn shadow_mode_gives_refunds() {
@@ -563,4 +580,27 @@ async fn a_responder_of_ones_own_gets_the_headers_added() {
     assert_eq!(refused.headers()["x-own"], "1");
     assert_eq!(refused.headers()["x-ratelimit-remaining"], "0");
     assert_eq!(web::text(refused).await, "/b 60");
+}
+
+/// The draft's problem type has a member for it; without the draft's headers
+/// nobody was told of policies, and the document is the shorter one.
+#[tokio::test(start_paused = true)]
+async fn the_problem_names_the_policy_that_was_violated() {
+    let violated = async |formats: &[HeaderFormat]| {
+        let layer = RateLimitLayer::builder()
+            .limit(Limit::new(Quota::per_second(9)).name("wide"))
+            .limit(Limit::new(Quota::per_second(1)).name("tight"))
+            .headers(formats.iter().copied())
+            .build()
+            .unwrap();
+        let service = layer.layer(inner());
+        send(&service, web::get("/")).await;
+        let refused = service.oneshot(web::get("/")).await.unwrap();
+        assert_eq!(refused.status(), 429);
+        let body = refused.into_body().collect().await.unwrap().to_bytes();
+        let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        problem["violated-policies"].clone()
+    };
+    assert_eq!(violated(&[X, DRAFT]).await, serde_json::json!(["tight"]));
+    assert_eq!(violated(&[X]).await, serde_json::Value::Null);
 }

@@ -473,6 +473,34 @@ fn shards_are_many_enough() {
     assert_eq!(size_of::<Padded<Mutex<Shard<Cell>>>>(), 128);
 }
 
+/// The leeway is used up, the shard that is due is held elsewhere, and the last
+/// look, at the own shard, frees some: they used to stay in the count for good.
+#[test]
+fn what_the_last_look_frees_is_uncounted() {
+    for spent in 0..8 {
+        let config = Config {
+            max_keys: NonZeroUsize::new(2).unwrap(),
+            when_full: WhenFull::Evict,
+        };
+        let map: KeyedMap<Cell> = KeyedMap::with_shards(2, config, &7, Secret::random());
+        let due = KeyId::from_hash(1 << 40 | 1);
+        put(&map, due, 0, 5).unwrap();
+        let busy = map.lock(due);
+        // Spread over the shard, so that one eighth is not in the next sweep.
+        let others = map.room as u64 - 1;
+        for n in 0..others {
+            let id = KeyId::from_hash(u64::MAX / others * n & !0xffff);
+            let until = if n * 8 / others == spent { 60 } else { 100 };
+            assert_eq!(put(&map, id, 7, until), Ok(None));
+        }
+        assert_eq!(map.len(), map.room);
+        put(&map, KeyId::from_hash(1 << 32), 60, 100).unwrap();
+        drop(busy);
+        assert_sound(&map);
+        assert_eq!(map.evicted(), 0);
+    }
+}
+
 /// Threads that come and go on one map: the counter is right, nothing is lost,
 /// and what was let in above the ceiling is made up for.
 #[test]

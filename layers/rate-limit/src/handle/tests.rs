@@ -137,6 +137,23 @@ async fn quotas_chosen_by_a_closure_are_not_the_handles() {
     );
 }
 
+/// It used to be converted as if it had been spent of the limit's own quota,
+/// which nobody has: nearly all of it was forgotten.
+#[tokio::test(start_paused = true)]
+async fn what_was_spent_of_a_chosen_quota_is_still_owed_under_ones_own() {
+    let quota = Quota::per_minute(600).check().unwrap();
+    let (layer, handle) = layer(Limit::new(Quota::per_minute(1)).quota_by(move |_| quota));
+    let ann = by_user().key("ann");
+    assert_eq!(send(&layer, "ann", 300).await, 300);
+    let own = Quota::per_minute(1_000);
+    handle.set_quota_for("users", &ann, Some(own)).unwrap();
+    assert_eq!(remaining(&handle, "ann"), 500);
+    assert_eq!(send(&layer, "ann", 100).await, 100);
+    // 36 of 60 seconds are owed: 240 of 600 are left.
+    handle.set_quota_for("users", &ann, None).unwrap();
+    assert_eq!(send(&layer, "ann", 600).await, 240);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_ceiling_is_kept_and_counted() {
     let limit = Limit::new(Quota::per_minute(1)).max_keys(10);
@@ -175,4 +192,28 @@ fn mistakes_are_named() {
         error.source().unwrap().to_string(),
         "a quota's limit must be at least 1"
     );
+}
+
+/// Two that replaced a quota at once overtook each other on their way through
+/// the shards, and keys of one limit were left with different quotas.
+#[test]
+fn quotas_replaced_at_once_leave_one() {
+    let (_layer, handle) = layer(Limit::new(Quota::per_second(10)));
+    let start = std::sync::Barrier::new(8);
+    for _ in 0..100 {
+        std::thread::scope(|scope| {
+            for thread in 1..=8 {
+                let (handle, start) = (&handle, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    handle
+                        .set_quota("users", Quota::per_second(thread))
+                        .unwrap();
+                });
+            }
+        });
+        let limit = |n: u64| handle.usage("users", &Key::from(n)).unwrap().limit;
+        let first = limit(0);
+        assert!((1..1_000).all(|n| limit(n) == first));
+    }
 }
