@@ -240,6 +240,24 @@ impl<V: View> Limit<V> {
     }
 }
 
+impl<V: View> Clone for Limit<V> {
+    /// The same settings. Two layers built of it have a state each.
+    fn clone(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            quota: self.quota,
+            quota_by: self.quota_by.clone(),
+            exceptions: self.exceptions.clone(),
+            key: self.key.clone(),
+            cost: self.cost,
+            cost_by: self.cost_by.clone(),
+            missing: self.missing,
+            max_keys: self.max_keys,
+            when_full: self.when_full,
+        }
+    }
+}
+
 impl<V: View> fmt::Debug for Limit<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Limit")
@@ -294,7 +312,7 @@ impl RateLimitBuilder<Http, Respond> {
 
     /// Makes refusals into responses. Default:
     /// [`ProblemResponder`](buttress_core::ProblemResponder). The rate limit's
-    /// headers are added to what it returns.
+    /// headers are added to what it returns, `Retry-After` where it has none.
     pub fn responder(mut self, responder: impl Responder) -> Self {
         self.mode.responder = SharedResponder::new(responder);
         self
