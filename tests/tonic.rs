@@ -304,3 +304,33 @@ async fn in_front_of_a_client() {
     let mut other = HealthClient::new(limit.layer(bed.channel().await));
     assert!(other.check(HealthCheckRequest::default()).await.is_err());
 }
+
+/// Waiting in front of a channel.
+#[cfg(feature = "wait")]
+#[tokio::test]
+async fn a_client_that_waits() {
+    use buttress::clock;
+
+    let layer = hourly(8);
+    let bed = Bed::start(layer.clone()).await;
+    let wait = RateLimitLayer::builder()
+        .limit(Limit::new(
+            Quota::new(1, Duration::from_millis(40)).burst(1),
+        ))
+        .errors()
+        .build_waiting(LONG, 100)
+        .unwrap();
+    let client = HealthClient::new(wait.layer(bed.channel().await));
+    let start = clock::now();
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let mut client = client.clone();
+        calls.spawn(async move { client.check(HealthCheckRequest::default()).await.is_ok() });
+    }
+    assert_eq!(calls.join_all().await, [true; 8]);
+    assert!(clock::now() - start >= Duration::from_millis(7 * 40));
+    assert_eq!(wait.waiting(), 0);
+    // Each was sent once.
+    let usage = layer.handle().usage("default", &Key::global()).unwrap();
+    assert_eq!(usage.remaining, 0);
+}

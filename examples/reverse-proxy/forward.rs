@@ -40,14 +40,23 @@ use crate::{
 /// The upstream's answer, holding what the request holds until it has ended.
 pub(crate) type Body = GuardedBody<Incoming, Ending>;
 
-/// The service.
+/// The service. Cheap to clone, as each request does.
 #[derive(Clone)]
-pub(crate) struct Forward {
+pub(crate) struct Forward(Arc<Rules>);
+
+/// What a route says of its requests.
+pub(crate) struct Rules {
     pub(crate) balance: Balance,
     pub(crate) limits: Arc<Limits>,
     pub(crate) client_ip: ClientIp,
     /// The prefix to take off the path; empty for none.
-    pub(crate) strip: Arc<str>,
+    pub(crate) strip: String,
+}
+
+impl Forward {
+    pub(crate) fn new(rules: Rules) -> Self {
+        Self(Arc::new(rules))
+    }
 }
 
 impl Service<Request<Incoming>> for Forward {
@@ -60,12 +69,12 @@ impl Service<Request<Incoming>> for Forward {
     }
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
-        let this = self.clone();
-        Box::pin(async move { this.forward(request).await })
+        let rules = Arc::clone(&self.0);
+        Box::pin(async move { rules.forward(request).await })
     }
 }
 
-impl Forward {
+impl Rules {
     async fn forward(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
         self.screen(&request)?;
         let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();

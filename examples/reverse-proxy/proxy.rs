@@ -19,7 +19,7 @@ use tower::{
 use crate::{
     access::{Line, Meters},
     balance::Balance,
-    forward::{self, Forward},
+    forward::{self, Forward, Rules},
     headers,
     serve::Busy,
     settings::{self, Key, LimitHeaders, Limits, Settings},
@@ -188,12 +188,12 @@ impl Route {
         } else {
             ""
         };
-        let forward = Forward {
+        let forward = Forward::new(Rules {
             balance: balance.clone(),
             limits: Arc::clone(limits),
             client_ip: client_ip.clone(),
-            strip: strip.into(),
-        };
+            strip: strip.to_owned(),
+        });
 
         // Outermost first. The limiter sees the errors of all others as
         // responses, and so tells every client how it stands.

@@ -242,6 +242,11 @@ impl Pulse {
         }
     }
 
+    /// How long the phase has lasted.
+    fn lasted(&self) -> Duration {
+        clock::now() - Instant::from_nanos(self.since.load(Relaxed))
+    }
+
     /// Ends when a phase has lasted longer than allowed.
     async fn overdue(&self, limits: &Limits) -> Phase {
         let (head, idle) = (limits.header_timeout.0, limits.idle_timeout.0);
@@ -251,8 +256,7 @@ impl Pulse {
             } else {
                 (Phase::Idle, idle)
             };
-            let since = Instant::from_nanos(self.since.load(Relaxed));
-            let lasted = clock::now() - since;
+            let lasted = self.lasted();
             let rest = if self.is_busy() {
                 head
             } else if lasted >= allowed {
@@ -370,29 +374,27 @@ impl AsyncWrite for Socket {
     /// overtake the answer (a 413, say) on its way to the client's program.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.pulse.is_busy() {
+            // A tunnel closes one way, and still carries bytes the other.
+            return Pin::new(&mut this.stream).poll_shutdown(cx);
+        }
         if this.lingers.is_none() {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+            // Who has lain idle for longer has nothing under way.
+            let rest = LINGER.saturating_sub(this.pulse.lasted());
+            this.lingers = Some(Box::pin(tokio::time::sleep(rest)));
         }
         // First the time: one who sends fast enough would never let us look.
-        if let Some(until) = &mut this.lingers
-            && until.as_mut().poll(cx).is_ready()
-        {
+        let until = this.lingers.as_mut().expect("just set");
+        if until.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Ok(()));
         }
         let mut waste = [0; 16 << 10];
         loop {
             let mut waste = ReadBuf::new(&mut waste);
-            match Pin::new(&mut this.stream).poll_read(cx, &mut waste) {
-                Poll::Ready(Ok(())) if !waste.filled().is_empty() => {
-                    this.lingers
-                        .get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-                }
-                Poll::Ready(_) => return Poll::Ready(Ok(())),
-                // Nothing came at all, so that nothing is cut short.
-                Poll::Pending => match &mut this.lingers {
-                    None => return Poll::Ready(Ok(())),
-                    Some(until) => return until.as_mut().poll(cx).map(Ok),
-                },
+            let read = ready!(Pin::new(&mut this.stream).poll_read(cx, &mut waste));
+            if read.is_err() || waste.filled().is_empty() {
+                return Poll::Ready(Ok(()));
             }
         }
     }

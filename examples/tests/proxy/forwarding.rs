@@ -445,12 +445,19 @@ async fn the_upstream_says_continue_not_the_proxy() {
     let mut raw = Raw::connect(proxy.listen).await;
     raw.send(ask("/no")).await;
     assert!(raw.until("no").await.starts_with("HTTP/1.1 403 "));
+    let refused = tokio::time::Instant::now();
 
     let all = || heads.lock().unwrap().clone();
     eventually("the refusing upstream's connection to close", || async {
         all().iter().any(|line| line.starts_with("after no"))
     })
     .await;
+    // At once, and not when the patience with silent ones is over.
+    assert!(
+        refused.elapsed().as_millis() < 700,
+        "{:?}",
+        refused.elapsed()
+    );
     let all = all();
     assert!(all.iter().any(|line| line == "after no: 0"), "{all:?}");
     assert_eq!(
@@ -511,6 +518,37 @@ async fn an_upgrade_becomes_a_tunnel_once_the_upstream_says_so() {
         raw.send(ask(path, protocol)).await;
         assert!(raw.until("\r\n\r\n").await.starts_with("HTTP/1.1 426 "));
     }
+}
+
+#[tokio::test]
+async fn a_tunnel_closes_each_way_by_itself() {
+    let (tell, mut told) = tokio::sync::mpsc::channel(1);
+    let upstream = Upstream::raw(move |mut stream| {
+        let tell = tell.clone();
+        async move {
+            read_head(&mut stream).await;
+            let head =
+                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nbye";
+            stream.write_all(head).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut rest = Vec::new();
+            stream.read_to_end(&mut rest).await.unwrap();
+            tell.send(rest.len()).await.unwrap();
+        }
+    })
+    .await;
+    let proxy = Proxy::start(&to(upstream.address)).await;
+    let mut raw = Raw::connect(proxy.listen).await;
+    raw.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n")
+        .await;
+    raw.until("\r\n\r\nbye").await;
+    assert_eq!(raw.rest().await, "");
+    for _ in 0..20 {
+        raw.send([b'x'; 1000]).await;
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    raw.0.shutdown().await.unwrap();
+    assert_eq!(soon("the upstream's end", told.recv()).await, Some(20_000));
 }
 
 #[tokio::test]

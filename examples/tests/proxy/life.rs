@@ -3,13 +3,18 @@
 use std::{sync::Arc, time::Duration};
 
 use http_body_util::Full;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
-    io::AsyncReadExt,
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     sync::Notify,
     time::{Instant, timeout},
 };
 
-use crate::support::{Proxy, Raw, Upstream, eventually, fetch, get, json, nobody, reply, to};
+use crate::support::{
+    Proxy, Raw, Upstream, eventually, fetch, get, json, nobody, read_head, reply, soon, to,
+};
 
 /// An upstream that answers when told.
 async fn patient() -> (Upstream, Arc<Notify>) {
@@ -78,10 +83,7 @@ async fn a_slow_head_is_closed_and_an_idle_connection_is_not_taken_for_one() {
         let mut raw = connect().await;
         let start = Instant::now();
         for byte in head.bytes().cycle().filter(|byte| *byte != b'\n') {
-            if tokio::io::AsyncWriteExt::write_all(&mut raw.0, &[byte])
-                .await
-                .is_err()
-            {
+            if raw.0.write_all(&[byte]).await.is_err() {
                 break;
             }
             if timeout(Duration::from_millis(20), raw.0.read_u8())
@@ -279,7 +281,7 @@ async fn told_to_stop_it_finishes_what_it_has_begun() {
         assert_eq!(idle.rest().await, "");
         // No new ones; but the admin port still says that it lives.
         eventually("the port to close", || async {
-            tokio::net::TcpStream::connect(proxy.listen).await.is_err()
+            TcpStream::connect(proxy.listen).await.is_err()
         })
         .await;
         assert_eq!(fetch(proxy.admin, get("/health/live")).await.status(), 200);
@@ -310,4 +312,68 @@ async fn a_second_signal_ends_it_at_once() {
         .await;
     proxy.signal("INT");
     assert_eq!(proxy.exit().await.code(), Some(1));
+}
+
+#[tokio::test]
+async fn an_open_tunnel_is_in_flight_too() {
+    let upstream = Upstream::raw(|mut stream| async move {
+        read_head(&mut stream).await;
+        let _ = stream
+            .write_all(
+                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
+            )
+            .await;
+        let (mut read, mut write) = stream.split();
+        let _ = tokio::io::copy(&mut read, &mut write).await;
+    })
+    .await;
+    let mut proxy = Proxy::start(&to(upstream.address)).await;
+    let mut raw = Raw::connect(proxy.listen).await;
+    raw.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n")
+        .await;
+    raw.until("\r\n\r\n").await;
+    proxy.signal("TERM");
+    proxy
+        .logged("stopping", |line| line["message"] == "stopping")
+        .await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    raw.send("still here").await;
+    raw.until("still here").await;
+    drop(raw);
+    assert_eq!(proxy.exit().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn an_http2_connection_may_be_opened_ahead_and_is_told_when_it_idles() {
+    let upstream = Upstream::start(|_| async { reply("yes") }).await;
+    let proxy = Proxy::start(&format!(
+        "limits: {{ header_timeout: 300ms, idle_timeout: 1200ms }}\n{}",
+        to(upstream.address)
+    ))
+    .await;
+    let stream = TcpStream::connect(proxy.listen).await.unwrap();
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    // Longer than a head may take.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    for _ in 0..2 {
+        let request = http::Request::get("http://a/")
+            .body(Full::<bytes::Bytes>::default())
+            .unwrap();
+        assert_eq!(sender.send_request(request).await.unwrap().status(), 200);
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    // A GOAWAY, and no reset: the client's connection ends without an error.
+    let start = Instant::now();
+    soon("the end of an idle connection", connection)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
 }

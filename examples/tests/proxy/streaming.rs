@@ -82,7 +82,7 @@ async fn large_bodies_pass_both_ways_with_backpressure_and_little_memory() {
     ))
     .await;
     proxy.metric("proxy_requests_total", &[]).await;
-    let (before, _) = proxy.memory();
+    let before = proxy.memory();
 
     // A client that does not read stops the upstream.
     let mut raw = Raw::connect(proxy.listen).await;
@@ -129,17 +129,19 @@ async fn large_bodies_pass_both_ways_with_backpressure_and_little_memory() {
     );
     assert!(raw.until("ok").await.starts_with("HTTP/1.1 200 "));
 
-    let (_, most) = proxy.memory();
-    assert!(most < before + 8 * 1024, "{before} KiB grew to {most} KiB");
+    if let (Some((before, _)), Some((_, most))) = (before, proxy.memory()) {
+        assert!(most < before + 8 * 1024, "{before} KiB grew to {most} KiB");
+    }
 }
 
 #[tokio::test]
 async fn a_client_that_goes_away_cancels_the_upstream() {
-    let (gone, mut going) = mpsc::channel(4);
+    let (tell, mut told) = mpsc::channel(4);
     let upstream = Upstream::raw(move |mut stream| {
-        let gone = gone.clone();
+        let tell = tell.clone();
         async move {
             let head = read_head(&mut stream).await.unwrap();
+            tell.send("arrived").await.unwrap();
             if head.starts_with("GET /body") {
                 let _ = stream
                     .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nsome")
@@ -147,7 +149,8 @@ async fn a_client_that_goes_away_cancels_the_upstream() {
             }
             // Until the proxy hangs up.
             let end = stream.read(&mut [0; 16]).await;
-            gone.send(matches!(end, Ok(0) | Err(_))).await.unwrap();
+            let gone = matches!(end, Ok(0) | Err(_));
+            tell.send(if gone { "gone" } else { "more" }).await.unwrap();
         }
     })
     .await;
@@ -157,12 +160,10 @@ async fn a_client_that_goes_away_cancels_the_upstream() {
         raw.send(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n"))
             .await;
         raw.until(sign).await;
-        eventually("the upstream to be reached", || async {
-            proxy.in_flight().await == 1.0
-        })
-        .await;
+        assert_eq!(soon("the request", told.recv()).await, Some("arrived"));
+        assert_eq!(proxy.in_flight().await, 1.0);
         drop(raw);
-        assert_eq!(soon("the cancellation", going.recv()).await, Some(true));
+        assert_eq!(soon("the cancellation", told.recv()).await, Some("gone"));
         let line = proxy.access(path).await;
         assert_eq!(line["status"], if sign.is_empty() { 499 } else { 200 });
         assert_eq!(line["bytes"], sign.len());

@@ -199,14 +199,17 @@ impl Proxy {
         self.metric("proxy_upstream_requests_in_flight", &[]).await
     }
 
-    /// Kibibytes of memory, now and at the most.
-    pub(crate) fn memory(&self) -> (u64, u64) {
+    /// Kibibytes of memory, now and at the most, where the system tells.
+    pub(crate) fn memory(&self) -> Option<(u64, u64)> {
+        if !cfg!(target_os = "linux") {
+            return None;
+        }
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let field = |name: &str| {
             let line = status.lines().find(|line| line.starts_with(name)).unwrap();
             line.split_whitespace().nth(1).unwrap().parse().unwrap()
         };
-        (field("VmRSS:"), field("VmHWM:"))
+        Some((field("VmRSS:"), field("VmHWM:")))
     }
 
     pub(crate) fn signal(&self, name: &str) {

@@ -24,13 +24,13 @@ use crate::{
 
 /// The service of a [`RateLimitLayer`](crate::RateLimitLayer).
 ///
-/// Readiness is the inner service's: what is refused is refused in `call`. The
-/// decision is taken in `call`, too, and stays taken: a future that is dropped
-/// later has been charged.
+/// Readiness is the inner service's: what is refused is refused in `call`. An
+/// instance that has refused keeps what it was promised by the inner service
+/// (a slot of a concurrency limit, say) for its next call; dropping it gives
+/// it back.
 ///
-/// An instance that has refused keeps what the inner service promised it (a
-/// permit of a concurrency limit, say) for its next call, or until it is
-/// dropped. Servers that clone a service for each request drop it at once.
+/// The decision is taken in `call`, too, and stays taken: a future that is
+/// dropped later has been charged.
 pub struct RateLimit<S, V: View = Http, M = Respond> {
     inner: S,
     shared: Arc<Shared<V, M>>,

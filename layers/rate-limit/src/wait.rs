@@ -117,11 +117,12 @@ struct Line {
     ahead: Box<[u64]>,
 }
 
-/// A place in a line, left on drop.
+/// A place in a line, left on drop at the latest.
 struct Place {
     lines: Arc<Lines>,
     id: LineId,
     costs: Box<[u32]>,
+    left: bool,
 }
 
 impl Lines {
@@ -131,9 +132,11 @@ impl Lines {
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut state = self.lines.lock();
+impl Place {
+    fn leave(&mut self, state: &mut LinesState) {
+        if mem::replace(&mut self.left, true) {
+            return;
+        }
         state.waiting -= 1;
         let Some(line) = state.lines.get_mut(&self.id) else {
             return;
@@ -145,6 +148,15 @@ impl Drop for Place {
         }
         for (ahead, cost) in line.ahead.iter_mut().zip(&self.costs) {
             *ahead -= u64::from(*cost);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.left {
+            let lines = Arc::clone(&self.lines);
+            self.leave(&mut lines.lock());
         }
     }
 }
@@ -226,6 +238,7 @@ impl<V: View> Waiting<V> {
             lines: Arc::clone(&this.lines),
             id,
             costs,
+            left: false,
         };
         Entry::Wait(Box::pin(
             Arc::clone(this).turn(asks, place, front, now, longest),
@@ -236,27 +249,33 @@ impl<V: View> Waiting<V> {
     async fn turn(
         self: Arc<Self>,
         asks: Vec<Option<Ask>>,
-        place: Place,
+        mut place: Place,
         front: Arc<Semaphore>,
         start: Instant,
         longest: Duration,
     ) -> Result<(), Refusal> {
         // Those ahead may fare worse than was reckoned when others share a
-        // limit with them, so the longest wait is watched all the same: from
-        // the call, however late this is first polled.
-        let left = longest.saturating_sub(clock::now() - start);
-        let _front = match timeout(left, front.acquire()).await {
+        // limit with them, so the longest wait is watched all the same; from
+        // the call on, however late this is polled.
+        let rest = longest.saturating_sub(clock::now() - start);
+        let _front = match timeout(rest, front.acquire()).await {
             Ok(permit) => permit.expect("the line's semaphore is never closed"),
             Err(_) => {
                 let behind = self.limiter.wait_behind(&asks, &[], clock::now());
                 return Err(self.refusal(RefusalKind::RateLimited, behind));
             }
         };
-        // Left before the front is free again: whoever comes then finds the
-        // line as it is.
-        let _place = place;
         loop {
-            let decision = self.limiter.decide(&asks);
+            // Charged and out of the line in one step: who comes in between
+            // would reckon with both.
+            let decision = {
+                let mut state = self.lines.lock();
+                let decision = self.limiter.decide(&asks);
+                if !matches!(decision.verdict, Verdict::Wait { .. }) {
+                    place.leave(&mut state);
+                }
+                decision
+            };
             let Verdict::Wait { limit, wait } = decision.verdict else {
                 return match self.limiter.conclude(decision) {
                     Admission::Refuse(refusal, ..) => Err(refusal),

@@ -420,6 +420,23 @@ async fn shadow_mode_charges_and_refuses_nobody_and_says_nothing() {
     }
 }
 
+/// What would be refused for another reason passes, too.
+#[tokio::test(start_paused = true)]
+async fn shadow_mode_lets_everything_by() {
+    for limit in [
+        Limit::new(Quota::per_hour(1)).cost_by(|_| 2),
+        Limit::new(Quota::per_hour(1))
+            .key(key::header("x-user"))
+            .missing_key(MissingKey::Refuse),
+    ] {
+        let layer = RateLimitLayer::builder().limit(limit).shadow(true);
+        let service = layer.build().unwrap().layer(inner());
+        let response = send(&service, web::get("/")).await;
+        assert_eq!(response.status(), 200);
+        assert!(response.headers().is_empty());
+    }
+}
+
 /// Shadow mode tries a rule out, the whole of it.
 #[tokio::test(start_paused = true)]
 async fn shadow_mode_gives_refunds() {

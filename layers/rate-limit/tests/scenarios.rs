@@ -10,7 +10,7 @@ use buttress_core::{
     testing::{Script, Scripted, Step, advance, web},
 };
 use buttress_rate_limit::{
-    Handle, HeaderFormat, Limit, Quota, RateLimit, RateLimitBuilder, RateLimitLayer,
+    Handle, HeaderFormat, Limit, Quota, RateLimit, RateLimitBuilder, RateLimitLayer, WhenFull,
 };
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -349,6 +349,42 @@ async fn what_one_limit_refuses_is_charged_to_none() {
         assert_eq!(bed.get().await.number("x-ratelimit-limit"), 10);
     }
     assert_eq!(bed.remaining("b"), 10);
+}
+
+/// Of 25's kind: for want of room, too.
+#[tokio::test(start_paused = true)]
+async fn what_finds_no_room_is_charged_to_none() {
+    let by_client = || key::header("x-client");
+    let bed = Bed::new(
+        RateLimitLayer::builder()
+            .limit(Limit::new(Quota::per_second(10)).name("all"))
+            .limit(
+                Limit::new(Quota::per_hour(10))
+                    .name("roomy")
+                    .key(by_client()),
+            )
+            .limit(
+                Limit::new(Quota::per_hour(10))
+                    .name("narrow")
+                    .key(by_client())
+                    .max_keys(1)
+                    .when_full(WhenFull::Refuse),
+            ),
+    );
+    let by = |client: &'static str| {
+        let mut request = web::get("/");
+        request
+            .headers_mut()
+            .insert("x-client", client.parse().unwrap());
+        bed.send(request)
+    };
+    assert!(by("first").await.passed());
+    for _ in 0..20 {
+        assert_eq!(by("second").await.status, 503);
+    }
+    assert_eq!(bed.remaining("all"), 9);
+    assert_eq!(bed.handle.keys("roomy").unwrap(), 1);
+    assert!(by("first").await.passed());
 }
 
 /// Of 25's kind: where both refuse, waiting for the longer is what helps.

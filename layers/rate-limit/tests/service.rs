@@ -5,7 +5,7 @@ use std::{
     convert::Infallible,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -14,11 +14,11 @@ use buttress_core::{
     Any, Head, Refusal, RefusalKind,
     clock::{self, Instant},
     key::{self, Key},
-    testing::{ReadinessProbe, Script, Step, web},
+    testing::{ReadinessProbe, Script, Step, advance, web},
 };
 use buttress_rate_limit::{Errors, Limit, Quota, RateLimitLayer};
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body_util::Full;
 use tokio::task::JoinSet;
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
@@ -106,6 +106,27 @@ async fn errors_of_the_inner_service_pass_untouched() {
     script.fail_readiness("gone");
     let gone = assert_ready!(service.enter(|cx, mut service| service.poll_ready(cx)));
     assert_eq!(gone, Err("gone"));
+}
+
+/// A refusal is an answer to one request, not the end of the service: a
+/// `Buffer` in front, which gives up for good when readiness fails, goes on.
+#[tokio::test(start_paused = true)]
+async fn behind_a_buffer() {
+    let (inner, script) = Script::<u32, u32, Infallible>::new()
+        .otherwise(|n| Step::ok(*n))
+        .build();
+    let layer = numbers(Quota::per_second(2));
+    let service = tower::buffer::Buffer::new(layer.layer(inner), 8);
+    for _ in 0..3 {
+        assert_eq!(service.clone().oneshot(1).await.unwrap(), 1);
+        assert_eq!(service.clone().oneshot(2).await.unwrap(), 2);
+        for _ in 0..5 {
+            let error = service.clone().oneshot(3).await.unwrap_err();
+            assert!(error.is::<Refusal>(), "{error}");
+        }
+        advance(Duration::from_secs(1)).await;
+    }
+    assert_eq!(script.call_count(), 6);
 }
 
 /// The charge is taken in `call` and stays taken, whatever becomes of the
@@ -284,6 +305,93 @@ fn contention_admits_exactly_the_burst() {
     }
 }
 
+/// A quota raised under load: what was spent before is not spent again.
+#[test]
+fn a_quota_replaced_under_load() {
+    for (before, after) in [(1000, 3000), (3000, 1000)] {
+        let layer = numbers(Quota::per_hour(1).burst(before));
+        let handle = layer.handle();
+        let halfway = before / 2;
+        let admitted = Arc::new(AtomicUsize::new(0));
+        let replaced = Arc::new(AtomicBool::new(false));
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                let (layer, admitted) = (layer.clone(), Arc::clone(&admitted));
+                let replaced = Arc::clone(&replaced);
+                std::thread::spawn(move || {
+                    loop {
+                        // Up to a refusal by the new quota.
+                        let last = replaced.load(Ordering::Acquire);
+                        if knock(&layer, 0) {
+                            admitted.fetch_add(1, Ordering::Relaxed);
+                        } else if last {
+                            return;
+                        }
+                    }
+                })
+            })
+            .collect();
+        while admitted.load(Ordering::Relaxed) < halfway as usize {
+            std::thread::yield_now();
+        }
+        let usage = || handle.usage("default", &Key::global()).unwrap();
+        handle
+            .set_quota("default", Quota::per_hour(1).burst(after))
+            .unwrap();
+        replaced.store(true, Ordering::Release);
+        let spent_then = before.max(after);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let admitted = admitted.load(Ordering::Relaxed);
+        assert!(admitted <= spent_then as usize, "{admitted}");
+        assert!(admitted >= after.min(halfway) as usize, "{admitted}");
+        if after > before {
+            // Every charge was kept, so just as many were left as fit.
+            assert_eq!(admitted, after as usize);
+        }
+        assert_eq!((usage().limit, usage().remaining), (after, 0));
+    }
+}
+
+/// Refunds from many threads: in the end all is as if nothing had come.
+#[test]
+fn refunds_contend() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
+        .build()
+        .unwrap();
+    let layer = RateLimitLayer::builder()
+        .limit(Limit::new(Quota::per_hour(1).burst(500)).name("a").cost(2))
+        .limit(Limit::new(Quota::per_hour(1).burst(300)).name("b"))
+        .refund_if(|status, _| status == 204)
+        .build()
+        .unwrap();
+    let service = layer.layer(service_fn(|request: Request<Body>| async move {
+        tokio::task::yield_now().await;
+        let keep = request.uri().path() == "/keep";
+        Ok::<_, Infallible>(web::response(if keep { 200 } else { 204 }, ""))
+    }));
+    runtime.block_on(async {
+        let mut tasks = JoinSet::new();
+        for n in 0..200 {
+            let service = service.clone();
+            let path = if n % 10 == 0 { "/keep" } else { "/" };
+            tasks.spawn(async move { service.oneshot(web::get(path)).await.unwrap().status() });
+        }
+        let statuses = tasks.join_all().await;
+        assert!(statuses.iter().all(StatusCode::is_success));
+    });
+    let left = |limit| {
+        layer
+            .handle()
+            .usage(limit, &Key::global())
+            .unwrap()
+            .remaining
+    };
+    assert_eq!((left("a"), left("b")), (460, 280));
+}
+
 /// Decides as fast as it can, for a million keys.
 fn knock(layer: &Numbers, n: u32) -> bool {
     let mut service = layer.layer(service_fn(|_: u32| {
@@ -352,7 +460,7 @@ async fn while_debtors_are_fewer_than_the_ceiling_none_is_forgotten() {
         for n in keys {
             assert!(!knock(&layer, n));
         }
-        buttress_core::testing::advance(Duration::from_secs(2)).await;
+        advance(Duration::from_secs(2)).await;
         assert_eq!(handle.keys("default").unwrap(), 0);
     }
     assert_eq!(handle.evicted("default").unwrap(), 0);

@@ -286,6 +286,21 @@ async fn the_front_is_handed_on() {
     assert_eq!(script.arrivals(), [Duration::ZERO, 100 * MS]);
 }
 
+/// The one ahead sleeps through its turn, and this one is polled late: it
+/// waits no longer for that, counted from its call. (It did.)
+#[tokio::test(start_paused = true)]
+async fn the_longest_wait_begins_with_the_call() {
+    let (_layer, mut service, _script) = bed(slow(), 250 * MS, 10);
+    service.ready().await.unwrap().call(1).await.unwrap();
+    let _stuck = stand(&mut service, 1).await;
+    let late = call(&mut service, 1).await;
+    advance(200 * MS).await;
+    let (took, result) = elapsed(late).await;
+    assert_eq!(took, 50 * MS);
+    // By now a request would fit, if it were its turn.
+    assert_eq!(refusal(result).retry_after(), Some(Duration::ZERO));
+}
+
 /// A wake-up that is not its own changes nothing.
 #[tokio::test(start_paused = true)]
 async fn polling_again_charges_once() {

@@ -1,0 +1,180 @@
+//! What is counted, under the names that the documentation gives.
+
+use std::{collections::BTreeMap, convert::Infallible, time::Duration};
+
+use buttress_core::{
+    Any,
+    key::{self, Key},
+    testing::settle,
+};
+use buttress_rate_limit::{Limit, MissingKey, Quota, RateLimitLayer};
+use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+/// Name and labels as Prometheus would write them, and the value.
+fn values(snapshotter: &Snapshotter) -> BTreeMap<String, f64> {
+    let snapshot = snapshotter.snapshot().into_vec();
+    let values = snapshot.into_iter().map(|(key, _, description, value)| {
+        assert!(description.is_some(), "{key:?} is not described");
+        let (_, key) = key.into_parts();
+        let labels = key
+            .labels()
+            .map(|label| format!("{}={}", label.key(), label.value()));
+        let name = format!("{}{{{}}}", key.name(), labels.collect::<Vec<_>>().join(","));
+        let value = match value {
+            DebugValue::Counter(count) => count as f64,
+            DebugValue::Gauge(value) => value.into_inner(),
+            DebugValue::Histogram(_) => panic!("{name} is a histogram"),
+        };
+        (name, value)
+    });
+    values.filter(|(_, value)| *value != 0.0).collect()
+}
+
+fn expected<const N: usize>(values: [(&str, u32); N]) -> BTreeMap<String, f64> {
+    values
+        .map(|(name, value)| (name.to_owned(), value.into()))
+        .into()
+}
+
+fn inner() -> impl Service<u64, Response = (), Error = Infallible, Future: Send> + Clone + Send {
+    service_fn(async |_: u64| Ok(()))
+}
+
+fn by_number(n: &u64) -> Option<Key> {
+    (*n != 0).then(|| Key::from(*n))
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_refusals_evictions_and_keys() {
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let _here = metrics::set_default_local_recorder(&recorder);
+
+    let layer = RateLimitLayer::any()
+        .name("api")
+        .limit(
+            Limit::any(Quota::per_hour(2))
+                .name("all")
+                .cost_by(|n: &u64| if *n == 9 { 3 } else { 1 }),
+        )
+        .limit(
+            Limit::any(Quota::per_hour(1))
+                .name("each")
+                .key(by_number)
+                .max_keys(1),
+        )
+        .bypass(|n: &u64| *n == 7)
+        .build()
+        .unwrap();
+    let service = layer.layer(inner());
+    // Two pass, the second of which takes the first one's place in the table.
+    for request in [1, 2] {
+        service.clone().oneshot(request).await.unwrap();
+    }
+    for request in [2, 3, 3, 9] {
+        service.clone().oneshot(request).await.unwrap_err();
+    }
+    service.clone().oneshot(7).await.unwrap();
+    assert_eq!(
+        values(&snapshotter),
+        expected([
+            ("rate_limit_requests_total{name=api,result=allowed}", 2),
+            ("rate_limit_requests_total{name=api,result=refused}", 4),
+            ("rate_limit_requests_total{name=api,result=bypassed}", 1),
+            (
+                "rate_limit_refusals_total{name=api,limit=all,reason=rate_limited}",
+                2
+            ),
+            // The second request of 2: both refuse, and this one for longer.
+            (
+                "rate_limit_refusals_total{name=api,limit=each,reason=rate_limited}",
+                1
+            ),
+            (
+                "rate_limit_refusals_total{name=api,limit=all,reason=never_fits}",
+                1
+            ),
+            ("rate_limit_evictions_total{name=api,limit=each}", 1),
+            ("rate_limit_keys{name=api,limit=all}", 1),
+            ("rate_limit_keys{name=api,limit=each}", 1),
+        ])
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn shadow_mode_counts_what_would_have_been() {
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let _here = metrics::set_default_local_recorder(&recorder);
+
+    let layer = RateLimitLayer::any()
+        .shadow(true)
+        .limit(
+            Limit::any(Quota::per_hour(1))
+                .key(by_number)
+                .missing_key(MissingKey::Refuse),
+        )
+        .build()
+        .unwrap();
+    let service = layer.layer(inner());
+    for request in [1, 1, 1, 0] {
+        service.clone().oneshot(request).await.unwrap();
+    }
+    let values = values(&snapshotter);
+    assert_eq!(
+        values["rate_limit_requests_total{name=default,result=allowed}"],
+        1.0
+    );
+    assert_eq!(
+        values["rate_limit_requests_total{name=default,result=shadowed}"],
+        3.0
+    );
+    let refusals = "rate_limit_refusals_total{name=default,limit=default,reason=rate_limited}";
+    assert_eq!(values[refusals], 2.0);
+}
+
+/// Who waits is counted once, when it passes or is refused, and by the limit
+/// that is in the way. (It was the first one's, always.)
+#[tokio::test(start_paused = true)]
+async fn waiting_is_counted_when_it_ends() {
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let _here = metrics::set_default_local_recorder(&recorder);
+
+    let layer = RateLimitLayer::<Any<u64>, _>::any()
+        .limit(Limit::any(Quota::per_second(1000)).name("wide"))
+        .limit(
+            Limit::any(Quota::per_second(1))
+                .name("narrow")
+                .key(key::from_request(|n: &u64| Key::from(*n))),
+        )
+        .build_waiting(Duration::from_secs(2), 2)
+        .unwrap();
+    let service = layer.layer(inner());
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        calls.spawn(service.clone().oneshot(1));
+        settle().await;
+    }
+    let passed = calls
+        .join_all()
+        .await
+        .into_iter()
+        .filter(Result::is_ok)
+        .count();
+    assert_eq!(passed, 3);
+    assert_eq!(
+        values(&snapshotter),
+        expected([
+            ("rate_limit_requests_total{name=default,result=allowed}", 3),
+            ("rate_limit_requests_total{name=default,result=refused}", 1),
+            (
+                "rate_limit_refusals_total{name=default,limit=narrow,reason=overloaded}",
+                1
+            ),
+            ("rate_limit_keys{name=default,limit=wide}", 1),
+            ("rate_limit_keys{name=default,limit=narrow}", 1),
+        ])
+    );
+}
