@@ -390,22 +390,6 @@ async fn who_loses_its_turn_is_not_kept_beyond_the_longest_wait() {
     assert_eq!(layer.waiting(), 0);
 }
 
-/// The longest wait began anew with the first poll, past the deadline that it
-/// was cut to.
-#[tokio::test(start_paused = true)]
-async fn the_longest_wait_begins_with_the_call() {
-    let (_layer, mut service, _script) = bed(slow(), 250 * MS, 10);
-    service.clone().oneshot(1).await.unwrap();
-    // Stands in front, and is polled no more.
-    let _neglected = stand(&mut service, 1).await;
-    let mut late = call(&mut service, 1).await;
-    advance(200 * MS).await;
-    assert_pending!(late.poll());
-    advance(50 * MS).await;
-    assert!(late.is_woken());
-    refusal(assert_ready!(late.poll()));
-}
-
 /// The deadline of the request counts, where it is nearer than the longest
 /// wait, and only there.
 #[tokio::test(start_paused = true)]
