@@ -144,21 +144,27 @@ impl<V: View> Limit<V> {
     /// [checked](Quota::check) quotas, made beforehand; what it reads to
     /// choose may change while it serves.
     ///
-    /// A key is expected to have one quota at a time. When it changes, what
-    /// the key has spent stays spent, as the time that it takes to come back
-    /// under the old quota, at most a whole burst of the new one.
+    /// A key is expected to have one quota at a time: make what chooses the
+    /// quota a part of the key, or see to it that no client can choose. When it
+    /// changes, what the key has spent stays spent, as the time that it takes
+    /// to come back under the old quota, at most a whole burst of the new one.
     ///
     /// ```
     /// use buttress_core::{Head, key};
     /// use buttress_rate_limit::{Limit, Quota};
     ///
+    /// /// What the layer that checks API keys attaches to a request. (A header
+    /// /// would let clients choose.)
+    /// #[derive(Clone)]
+    /// enum Tier { Free, Gold }
+    ///
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let (free, gold) = (Quota::per_minute(10).check()?, Quota::per_minute(600).check()?);
     /// let limit = Limit::new(Quota::per_minute(10))
     ///     .key(key::header("x-api-key"))
-    ///     .quota_by(move |head: Head<'_>| match head.headers.get("x-tier") {
-    ///         Some(tier) if tier == "gold" => gold,
-    ///         _ => free,
+    ///     .quota_by(move |head: Head<'_>| match head.extensions.get() {
+    ///         Some(Tier::Gold) => gold,
+    ///         Some(Tier::Free) | None => free,
     ///     });
     /// # Ok(())
     /// # }
