@@ -144,21 +144,27 @@ impl<V: View> Limit<V> {
     /// [checked](Quota::check) quotas, made beforehand; what it reads to
     /// choose may change while it serves.
     ///
-    /// A key is expected to have one quota at a time. When it changes, what
-    /// the key has spent stays spent, as the time that it takes to come back
-    /// under the old quota, at most a whole burst of the new one.
+    /// A key is expected to have one quota at a time: make what chooses the
+    /// quota a part of the key, or see to it that no client can choose. When it
+    /// changes, what the key has spent stays spent, as the time that it takes
+    /// to come back under the old quota, at most a whole burst of the new one.
     ///
     /// ```
     /// use buttress_core::{Head, key};
     /// use buttress_rate_limit::{Limit, Quota};
     ///
+    /// /// What the layer that checks API keys attaches to a request. (A header
+    /// /// would let clients choose.)
+    /// #[derive(Clone)]
+    /// enum Tier { Free, Gold }
+    ///
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let (free, gold) = (Quota::per_minute(10).check()?, Quota::per_minute(600).check()?);
     /// let limit = Limit::new(Quota::per_minute(10))
     ///     .key(key::header("x-api-key"))
-    ///     .quota_by(move |head: Head<'_>| match head.headers.get("x-tier") {
-    ///         Some(tier) if tier == "gold" => gold,
-    ///         _ => free,
+    ///     .quota_by(move |head: Head<'_>| match head.extensions.get() {
+    ///         Some(Tier::Gold) => gold,
+    ///         Some(Tier::Free) | None => free,
     ///     });
     /// # Ok(())
     /// # }
@@ -240,6 +246,24 @@ impl<V: View> Limit<V> {
     }
 }
 
+impl<V: View> Clone for Limit<V> {
+    /// The same settings. Two layers built of it have a state each.
+    fn clone(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            quota: self.quota,
+            quota_by: self.quota_by.clone(),
+            exceptions: self.exceptions.clone(),
+            key: self.key.clone(),
+            cost: self.cost,
+            cost_by: self.cost_by.clone(),
+            missing: self.missing,
+            max_keys: self.max_keys,
+            when_full: self.when_full,
+        }
+    }
+}
+
 impl<V: View> fmt::Debug for Limit<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Limit")
@@ -294,7 +318,7 @@ impl RateLimitBuilder<Http, Respond> {
 
     /// Makes refusals into responses. Default:
     /// [`ProblemResponder`](buttress_core::ProblemResponder). The rate limit's
-    /// headers are added to what it returns.
+    /// headers are added to what it returns, `Retry-After` where it has none.
     pub fn responder(mut self, responder: impl Responder) -> Self {
         self.mode.responder = SharedResponder::new(responder);
         self

@@ -173,6 +173,3 @@ mod off {
         pub(crate) fn keys(&self, _: &str, _: &[Table], _: usize) {}
     }
 }
-
-#[cfg(all(test, feature = "metrics"))]
-mod tests;

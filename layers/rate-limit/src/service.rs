@@ -7,8 +7,10 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::{BoxError, Head, Http, RefusalKind, Sees, View, body::ResponseBody};
-use http::{Request, Response};
+use buttress_core::{
+    BoxError, Head, Http, RefusalKind, Sees, View, body::ResponseBody, respond::integer,
+};
+use http::{Request, Response, header::RETRY_AFTER};
 use tower_service::Service;
 
 use crate::{
@@ -139,7 +141,14 @@ where
                     let policy = limiter.tables()[violated.limit].name.to_string();
                     refusal = refusal.with_member("violated-policies", vec![policy]);
                 }
-                let response = mode.responder.respond(&refusal, head);
+                let mut response = mode.responder.respond(&refusal, head);
+                // gRPC has a field of its own for it, which is the responder's.
+                if let Some(secs) = refusal.retry_after_secs()
+                    && !head.is_grpc()
+                    && !response.headers().contains_key(RETRY_AFTER)
+                {
+                    response.headers_mut().insert(RETRY_AFTER, integer(secs));
+                }
                 let after = self.after(tightest.as_ref(), &all);
                 ResponseFuture::refused(response, after)
             }

@@ -604,3 +604,27 @@ async fn the_problem_names_the_policy_that_was_violated() {
     assert_eq!(violated(&[X, DRAFT]).await, serde_json::json!(["tight"]));
     assert_eq!(violated(&[X]).await, serde_json::Value::Null);
 }
+
+/// A responder that says nothing of when to come back used to have the last
+/// word.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_of_ones_own_tells_when_to_come_back() {
+    let refused = async |responder: fn(&Refusal, Head<'_>) -> Response<Bytes>, content_type| {
+        let layer = limit(Quota::per_minute(1)).responder(responder).build();
+        let service = layer.unwrap().layer(inner());
+        send(&service, web::get("/")).await;
+        let mut request = web::get("/");
+        let content_type = HeaderValue::from_static(content_type);
+        request.headers_mut().insert("content-type", content_type);
+        let response = send(&service, request).await;
+        response.headers().get("retry-after").cloned()
+    };
+    let silent = |_: &Refusal, _: Head<'_>| Response::new(Bytes::new());
+    assert_eq!(refused(silent, "text/plain").await.unwrap(), "60");
+    assert_eq!(refused(silent, "application/grpc").await, None);
+    let telling = |_: &Refusal, _: Head<'_>| {
+        let response = Response::builder().header("retry-after", "99");
+        response.body(Bytes::new()).unwrap()
+    };
+    assert_eq!(refused(telling, "text/plain").await.unwrap(), "99");
+}

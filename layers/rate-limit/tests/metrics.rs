@@ -132,6 +132,38 @@ async fn shadow_mode_counts_what_would_have_been() {
     );
     let refusals = "rate_limit_refusals_total{name=default,limit=default,reason=rate_limited}";
     assert_eq!(values[refusals], 2.0);
+    let refusals = "rate_limit_refusals_total{name=default,limit=default,reason=missing_key}";
+    assert_eq!(values[refusals], 1.0);
+}
+
+/// An insertion that makes up for others, let in above the ceiling while the
+/// shards were busy, costs several keys their place. (One was counted.)
+#[test]
+fn every_eviction_is_counted() {
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let _here = metrics::set_default_local_recorder(&recorder);
+
+    let limit = Limit::any(Quota::per_hour(9)).key(by_number).max_keys(64);
+    let layer = RateLimitLayer::any().limit(limit).build().unwrap();
+    let service = layer.layer(inner());
+    // The recorder is the one that the first request finds.
+    tokio_test::block_on(service.clone().oneshot(1)).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 1..=8 {
+            let service = service.clone();
+            scope.spawn(move || {
+                for n in 0..1_000 {
+                    let call = service.clone().oneshot(thread * 1_000 + n);
+                    tokio_test::block_on(call).unwrap();
+                }
+            });
+        }
+    });
+    let evicted = layer.handle().evicted("default").unwrap();
+    let counted = values(&snapshotter)["rate_limit_evictions_total{name=default,limit=default}"];
+    assert_eq!(counted, evicted as f64);
+    assert!(evicted >= 8_001 - 64 - 65);
 }
 
 /// Who waits is counted once, when it passes or is refused, and by the limit

@@ -489,7 +489,7 @@ fn what_the_last_look_frees_is_uncounted() {
         // Spread over the shard, so that one eighth is not in the next sweep.
         let others = map.room as u64 - 1;
         for n in 0..others {
-            let id = KeyId::from_hash(u64::MAX / others * n & !0xffff);
+            let id = KeyId::from_hash((u64::MAX / others * n) & !0xffff);
             let until = if n * 8 / others == spent { 60 } else { 100 };
             assert_eq!(put(&map, id, 7, until), Ok(None));
         }

@@ -444,3 +444,88 @@ proptest! {
         prop_assert!(spent_then <= (spent + slack).min(new_burst));
     }
 }
+
+/// Any quota that can be built, the ends of every range among them.
+fn any_quota() -> impl Strategy<Value = Gcra> {
+    let number = || prop_oneof![1..=9_u32, Just(1 << 20), 1..=u32::MAX, Just(u32::MAX)];
+    let period = prop_oneof![1..=99_u64, Just(SECOND), 1..=1_u64 << 58, Just(1 << 58)];
+    (number(), period, number()).prop_filter_map("cannot be built", |(limit, period, burst)| {
+        let quota = Quota::new(limit, Duration::from_nanos(period));
+        quota.burst(burst).check().ok()
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Decide { cost: u32 },
+    Refund { cost: u32 },
+    Convert { to: usize },
+    Pass { nanos: u64 },
+}
+
+fn any_op() -> impl Strategy<Value = Op> {
+    let cost = || prop_oneof![0..=9_u32, any::<u32>(), Just(u32::MAX)];
+    prop_oneof![
+        4 => cost().prop_map(|cost| Op::Decide { cost }),
+        1 => cost().prop_map(|cost| Op::Refund { cost }),
+        1 => (0..3_usize).prop_map(|to| Op::Convert { to }),
+        2 => prop_oneof![0..=99_u64, 1..=1_u64 << 50].prop_map(|nanos| Op::Pass { nanos }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Several quotas take turns at one state, as a closure's may: nothing
+    /// overflows, what is stored can be stored, and what is promised is kept.
+    #[test]
+    fn one_state_under_several_quotas(
+        quotas in prop::collection::vec(any_quota(), 3),
+        ops in prop::collection::vec((0..3_usize, any_op()), 1..60),
+        // A process's first moment, and one of a paused clock.
+        start in prop_oneof![Just(1_u64 << 40), Just(1_u64 << 58)],
+    ) {
+        let (mut tat, mut now) = (Tat::default(), start);
+        for (which, op) in ops {
+            let gcra = &quotas[which];
+            match op {
+                Op::Decide { cost } => match gcra.decide(tat, now, cost) {
+                    Ruling::Pass { tat: arrival } => {
+                        prop_assert!(cost == 0 || arrival.nanos_up() >= tat.nanos_up());
+                        prop_assert!(cost <= gcra.burst());
+                        if cost > 0 {
+                            tat = arrival;
+                        }
+                    }
+                    Ruling::Wait { wait, heal } => {
+                        tat = heal.unwrap_or(tat);
+                        let passes = |now| matches!(
+                            gcra.decide(tat, now, cost),
+                            Ruling::Pass { .. }
+                        );
+                        prop_assert!(passes(now + wait));
+                        prop_assert!(!passes(now + wait - 1));
+                    }
+                    Ruling::Never => prop_assert!(cost > gcra.burst()),
+                },
+                Op::Refund { cost } => {
+                    let back = gcra.refund(tat, now, cost);
+                    prop_assert!(gcra.until_full(back, now) <= gcra.until_full(tat, now));
+                    tat = back;
+                }
+                Op::Convert { to } => {
+                    tat = quotas[to].convert(tat, gcra, now);
+                    prop_assert!(quotas[to].until_full(tat, now) <= quotas[to].window());
+                }
+                Op::Pass { nanos } => now += nanos,
+            }
+            prop_assert_eq!(Tat::unpack(tat.pack()), tat);
+            for gcra in &quotas {
+                let (remaining, full) = (gcra.remaining(tat, now), gcra.until_full(tat, now));
+                let more = gcra.until_more(tat, now);
+                prop_assert!(remaining <= gcra.burst() && more <= full);
+                prop_assert!(remaining == gcra.burst() || gcra.remaining(tat, now + more) > remaining);
+            }
+        }
+    }
+}
