@@ -1,0 +1,71 @@
+//! The small examples do what they say, run as a reader would run them.
+
+use std::{
+    env,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+/// The example's program, which cargo builds beside the tests.
+fn program(name: &str) -> Command {
+    let test = env::current_exe().expect("a test is a file");
+    let folder = test.parent().and_then(|deps| deps.parent());
+    let path: PathBuf = folder.expect("target/…/deps").join("examples").join(name);
+    assert!(
+        path.exists(),
+        "the example is not built; run the tests by `cargo test -p buttress-examples`"
+    );
+    Command::new(path)
+}
+
+fn output(name: &str) -> String {
+    let output = program(name).output().expect("the program starts");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {errors}", output.status);
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn the_client_waits_or_is_told_so() {
+    let output = output("client");
+    // Two at once, five a second for a second; the others would be too late.
+    assert_eq!(output.matches("200 OK").count(), 7, "{output}");
+    assert_eq!(output.matches("not sent").count(), 3, "{output}");
+}
+
+#[test]
+fn the_grpc_client_heeds_the_pushback() {
+    let output = output("tonic");
+    assert_eq!(output.matches(": Serving").count(), 3, "{output}");
+    assert_eq!(output.matches("ResourceExhausted").count(), 1, "{output}");
+}
+
+#[test]
+fn the_server_refuses_the_sixth() {
+    let mut server = program("axum")
+        .arg("127.0.0.1:0")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let lines = BufReader::new(server.stdout.take().expect("piped")).lines();
+    let address = lines
+        .map_while(Result::ok)
+        .find_map(|line| Some(line.rsplit_once("http://")?.1.to_owned()))
+        .expect("it says where it listens");
+    let address = address.trim_end_matches("; done");
+    let statuses: Vec<String> = (0..6)
+        .map(|_| {
+            let mut stream = TcpStream::connect(address).expect("it listens");
+            let request = format!("GET / HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).expect("sent");
+            let mut response = String::new();
+            stream.read_to_string(&mut response).expect("answered");
+            response[9..12].to_owned()
+        })
+        .collect();
+    server.kill().expect("it still runs");
+    server.wait().expect("it has ended");
+    assert_eq!(statuses, ["200", "200", "200", "200", "200", "429"]);
+}
