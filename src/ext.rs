@@ -36,6 +36,14 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         self,
         layer: crate::rate_limit::RateLimitLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>>;
+
+    /// Lets requests wait for their turn: see
+    /// [`WaitLayer`](crate::rate_limit::WaitLayer).
+    #[cfg(feature = "wait")]
+    fn wait_for_rate<V: crate::View>(
+        self,
+        layer: crate::rate_limit::WaitLayer<V>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::WaitLayer<V>, L>>;
 }
 
 impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
@@ -44,6 +52,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
         self,
         layer: crate::rate_limit::RateLimitLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>> {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "wait")]
+    fn wait_for_rate<V: crate::View>(
+        self,
+        layer: crate::rate_limit::WaitLayer<V>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::WaitLayer<V>, L>> {
         self.layer(layer)
     }
 }

@@ -1,12 +1,13 @@
 //! Waiting for one's turn in place of being refused: for clients.
 
+mod line;
+
 use std::{
-    collections::HashMap,
     fmt,
     future::Future,
     mem,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -15,13 +16,10 @@ use buttress_core::{
     BoxError, Http, Refusal, RefusalKind, Sees, View,
     clock::{self, Instant},
     deadline::Deadline,
-    keyed::KeyId,
 };
+use line::{LineId, Lines, Place};
 use pin_project_lite::pin_project;
-use tokio::{
-    sync::Semaphore,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -54,8 +52,8 @@ use crate::{
 /// that is a permit of a concurrency limit, it is held while they wait, so put
 /// such limits further in only with that in mind. Dropping the future leaves
 /// the line, charges nothing, and lets the next one move up. A request comes
-/// when its response future is first polled: futures that were made and are
-/// not polled have no place before those that are.
+/// when it is called: one that stands in front and is not polled holds up its
+/// line, until those behind it have waited too long.
 ///
 /// Made by [`RateLimitBuilder::build_waiting`](crate::RateLimitBuilder::build_waiting).
 /// Needs a tokio runtime with timers, whose resolution (1 ms) is how late a
@@ -93,74 +91,6 @@ struct Waiting<V: View> {
     room: usize,
 }
 
-/// Who waits for what.
-#[derive(Default)]
-struct Lines {
-    state: Mutex<LinesState>,
-}
-
-#[derive(Default)]
-struct LinesState {
-    waiting: usize,
-    lines: HashMap<LineId, Line>,
-}
-
-/// The limits that apply to a request, and its key in each.
-type LineId = Box<[(usize, KeyId)]>;
-
-struct Line {
-    /// Has one permit, and hands it on in the order of asking: the front of
-    /// the line.
-    front: Arc<Semaphore>,
-    waiting: usize,
-    /// What all that wait cost, for each limit.
-    ahead: Box<[u64]>,
-}
-
-/// A place in a line, left on drop at the latest.
-struct Place {
-    lines: Arc<Lines>,
-    id: LineId,
-    costs: Box<[u32]>,
-    left: bool,
-}
-
-impl Lines {
-    fn lock(&self) -> MutexGuard<'_, LinesState> {
-        // Nothing under the lock is a user's, or panics.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Place {
-    fn leave(&mut self, state: &mut LinesState) {
-        if mem::replace(&mut self.left, true) {
-            return;
-        }
-        state.waiting -= 1;
-        let Some(line) = state.lines.get_mut(&self.id) else {
-            return;
-        };
-        line.waiting -= 1;
-        if line.waiting == 0 {
-            state.lines.remove(&self.id);
-            return;
-        }
-        for (ahead, cost) in line.ahead.iter_mut().zip(&self.costs) {
-            *ahead -= u64::from(*cost);
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if !self.left {
-            let lines = Arc::clone(&self.lines);
-            self.leave(&mut lines.lock());
-        }
-    }
-}
-
 /// What becomes of a request that comes.
 enum Entry {
     Pass,
@@ -194,7 +124,7 @@ impl<V: View> Waiting<V> {
         // Held while deciding, so that nobody who comes later gets in before
         // one who is just about to stand in line.
         let mut state = this.lines.lock();
-        let ahead = state.lines.get(&id).map(|line| &*line.ahead);
+        let ahead = state.ahead(&id);
         if ahead.is_none() {
             let decision = this.limiter.decide(&asks);
             let waits = matches!(decision.verdict, Verdict::Wait { .. });
@@ -212,7 +142,7 @@ impl<V: View> Waiting<V> {
         let kind = match behind.wait {
             // It would hold up the line, only to be refused at its end.
             None => Some(RefusalKind::NeverFits),
-            _ if state.waiting >= this.room => Some(RefusalKind::Overloaded),
+            _ if state.waiting() >= this.room => Some(RefusalKind::Overloaded),
             Some(wait) if wait > longest => Some(RefusalKind::RateLimited),
             Some(_) => None,
         };
@@ -221,28 +151,10 @@ impl<V: View> Waiting<V> {
             return Entry::Refuse(this.refusal(kind, behind));
         }
 
-        let costs: Box<[u32]> = asks.iter().flatten().map(|ask| ask.cost).collect();
-        state.waiting += 1;
-        let line = state.lines.entry(id.clone()).or_insert_with(|| Line {
-            front: Arc::new(Semaphore::new(1)),
-            waiting: 0,
-            ahead: vec![0; costs.len()].into(),
-        });
-        line.waiting += 1;
-        for (ahead, cost) in line.ahead.iter_mut().zip(&costs) {
-            *ahead += u64::from(*cost);
-        }
-        let front = Arc::clone(&line.front);
+        let costs = asks.iter().flatten().map(|ask| ask.cost).collect();
+        let place = state.join(&this.lines, id, costs);
         drop(state);
-        let place = Place {
-            lines: Arc::clone(&this.lines),
-            id,
-            costs,
-            left: false,
-        };
-        Entry::Wait(Box::pin(
-            Arc::clone(this).turn(asks, place, front, now, longest),
-        ))
+        Entry::Wait(Box::pin(Arc::clone(this).turn(asks, place, now, longest)))
     }
 
     /// Waits for the front of the line, then for the quota.
@@ -250,7 +162,6 @@ impl<V: View> Waiting<V> {
         self: Arc<Self>,
         asks: Vec<Option<Ask>>,
         mut place: Place,
-        front: Arc<Semaphore>,
         start: Instant,
         longest: Duration,
     ) -> Result<(), Refusal> {
@@ -258,13 +169,10 @@ impl<V: View> Waiting<V> {
         // limit with them, so the longest wait is watched all the same; from
         // the call on, however late this is polled.
         let rest = longest.saturating_sub(clock::now() - start);
-        let _front = match timeout(rest, front.acquire()).await {
-            Ok(permit) => permit.expect("the line's semaphore is never closed"),
-            Err(_) => {
-                let behind = self.limiter.wait_behind(&asks, &[], clock::now());
-                return Err(self.refusal(RefusalKind::RateLimited, behind));
-            }
-        };
+        if timeout(rest, place.front()).await.is_err() {
+            let behind = self.limiter.wait_behind(&asks, &[], clock::now());
+            return Err(self.refusal(RefusalKind::RateLimited, behind));
+        }
         loop {
             // Charged and out of the line in one step: who comes in between
             // would reckon with both.
@@ -321,7 +229,7 @@ impl<V: View> WaitLayer<V> {
     /// How many requests are waiting.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.shared.lines.lock().waiting
+        self.shared.lines.lock().waiting()
     }
 }
 

@@ -2,7 +2,10 @@ use std::{
     cell::RefCell,
     convert::Infallible,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use buttress_core::{
@@ -674,4 +677,21 @@ fn clones_contend() {
             *start - first
         );
     }
+}
+
+/// The order is that of the calls, whoever is polled first.
+#[tokio::test(start_paused = true)]
+async fn the_order_is_that_of_the_calls() {
+    let (_layer, mut service, script) = bed(slow(), 10 * SECOND, 10);
+    service.ready().await.unwrap().call(1).await.unwrap();
+    let mut first = call(&mut service, 1).await;
+    let mut second = call(&mut service, 1).await;
+    assert_pending!(second.poll());
+    assert_pending!(first.poll());
+    advance(100 * MS).await;
+    assert_pending!(second.poll());
+    assert!(assert_ready!(first.poll()).is_ok());
+    assert_eq!(script.call_count(), 2);
+    advance(100 * MS).await;
+    assert!(assert_ready!(second.poll()).is_ok());
 }
