@@ -29,7 +29,7 @@ fn main() {
 
     for keys in [100_000_u64, 300_000, 1_000_000] {
         let region = Region::new(ALLOCATOR);
-        let mut service = ours_by_key::<u64>(lasting().0, 1_000_000);
+        let mut service = ours_by_key::<u64>(lasting(keys).0, 1_000_000);
         for n in 0..keys {
             drive(&mut service, n).expect("the quota is endless");
         }
@@ -37,7 +37,7 @@ fn main() {
         drop(service);
 
         let region = Region::new(ALLOCATOR);
-        let limiter = governor_by_key::<u64>(lasting().1);
+        let limiter = governor_by_key::<u64>(lasting(keys).1);
         for n in 0..keys {
             limiter.check_key(&n).expect("the quota is endless");
         }

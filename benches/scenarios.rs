@@ -29,11 +29,6 @@ use tower_rate_tier::{RateTier, TierIdentity, TierLimitLayer};
 
 use crate::measure::{Run, drive};
 
-/// A quota that every call leaves a debt under, and that none uses up: keys
-/// stay remembered for the whole run.
-const HOURLY: u32 = 1_000_000;
-const ENDLESS: u32 = u32::MAX;
-
 /// Numbers below `count` in no order a cache could guess.
 #[derive(Clone, Debug)]
 pub struct Shuffled {
@@ -85,6 +80,7 @@ impl Number for IpAddr {
 
 /// Our decision for a key, its clock reading included: through the service of
 /// a layer over no service at all.
+#[must_use]
 pub fn ours_by_key<K: Number>(
     quota: Quota,
     max_keys: usize,
@@ -105,25 +101,33 @@ pub fn governor_by_key<K: Number>(quota: governor::Quota) -> Arc<DefaultKeyedRat
     Arc::new(RateLimiter::keyed(quota))
 }
 
-/// The quota of the keyed decisions, for each side.
+/// A quota for each side under which a key that is asked for every now and
+/// then stays in debt, and never uses up its burst. One key alone is asked for
+/// so often that its debt must be small, or it would be longer than a clock.
 ///
 /// # Panics
 ///
 /// Never: it is sound.
 #[must_use]
-pub fn lasting() -> (Quota, governor::Quota) {
-    let period = Duration::from_secs(3600) / HOURLY;
+pub fn lasting(keys: u64) -> (Quota, governor::Quota) {
+    let (secs, burst) = if keys == 1 {
+        (1, const { NonZeroU32::new(200_000_000).unwrap() })
+    } else {
+        (100, const { NonZeroU32::new(2_000_000).unwrap() })
+    };
+    let period = Duration::from_secs(secs);
     (
-        Quota::per_hour(HOURLY).burst(ENDLESS),
+        Quota::new(1, period).burst(burst.get()),
         governor::Quota::with_period(period)
             .expect("not zero")
-            .allow_burst(NonZeroU32::MAX),
+            .allow_burst(burst),
     )
 }
 
 /// Decisions on `count` keys, all of them known.
+#[must_use]
 pub fn our_decisions<K: Number>(count: u64) -> Run {
-    let mut service = ours_by_key::<K>(lasting().0, 1_000_000);
+    let mut service = ours_by_key::<K>(lasting(count).0, 1_000_000);
     for n in 0..count {
         drive(&mut service, K::nth(n)).expect("the quota is endless");
     }
@@ -137,8 +141,9 @@ pub fn our_decisions<K: Number>(count: u64) -> Run {
 }
 
 /// The same by governor.
+#[must_use]
 pub fn governor_decisions<K: Number>(count: u64) -> Run {
-    let limiter = governor_by_key::<K>(lasting().1);
+    let limiter = governor_by_key::<K>(lasting(count).1);
     for n in 0..count {
         limiter.check_key(&K::nth(n)).expect("the quota is endless");
     }
@@ -147,6 +152,17 @@ pub fn governor_decisions<K: Number>(count: u64) -> Run {
         for _ in 0..calls {
             let passed = limiter.check_key(&black_box(K::nth(keys.draw())));
             passed.expect("the quota is endless");
+        }
+    })
+}
+
+/// What the loop costs.
+#[must_use]
+pub fn the_loop() -> Run {
+    let mut keys = Shuffled::below(10_000);
+    Box::new(move |calls| {
+        for _ in 0..calls {
+            black_box(keys.draw());
         }
     })
 }
@@ -163,16 +179,18 @@ pub fn no_decisions() -> Run {
     })
 }
 
-/// Two of our runs that share one limiter, on different keys.
-pub fn our_pair(shared: bool) -> [Run; 2] {
-    let service = ours_by_key::<u64>(lasting().0, 1_000_000);
+/// Two of our runs on different keys, so many each, that share one limiter or
+/// do not.
+#[must_use]
+pub fn our_pair(keys: u64, shared: bool) -> [Run; 2] {
+    let service = ours_by_key::<u64>(lasting(keys).0, 1_000_000);
     let other = if shared {
         service.clone()
     } else {
-        ours_by_key::<u64>(lasting().0, 1_000_000)
+        ours_by_key::<u64>(lasting(keys).0, 1_000_000)
     };
     [(service, 0), (other, 1)].map(|(mut service, half)| {
-        let mut keys = Shuffled::below(1000);
+        let mut keys = Shuffled::below(keys);
         let run: Run = Box::new(move |calls| {
             for _ in 0..calls {
                 let passed = drive(&mut service, black_box(keys.draw() * 2 + half));
@@ -183,13 +201,13 @@ pub fn our_pair(shared: bool) -> [Run; 2] {
     })
 }
 
-/// The same by governor.
+/// The same by governor, with one limiter.
 #[must_use]
-pub fn governor_pair() -> [Run; 2] {
-    let limiter = governor_by_key::<u64>(lasting().1);
+pub fn governor_pair(keys: u64) -> [Run; 2] {
+    let limiter = governor_by_key::<u64>(lasting(keys).1);
     [0, 1].map(|half| {
         let limiter = Arc::clone(&limiter);
-        let mut keys = Shuffled::below(1000);
+        let mut keys = Shuffled::below(keys);
         let run: Run = Box::new(move |calls| {
             for _ in 0..calls {
                 let passed = limiter.check_key(&black_box(keys.draw() * 2 + half));
@@ -205,6 +223,8 @@ const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7));
 
 /// A quota that is whole again before the next call.
 const QUICK: (u32, u32) = (1_000_000_000, 900);
+/// One for ten thousand clients: in debt all the time, never refused.
+const BUSY: (u32, u32) = (1, 5000);
 /// One that is used up by the first.
 const SLOW: (u32, u32) = (1, 1);
 
@@ -360,6 +380,7 @@ pub fn http_peer_refused() -> Run {
 }
 
 /// tower-rate-tier, which always has a user's name and headers.
+#[must_use]
 pub fn http_tier(refusing: bool) -> Run {
     let quota = if refusing {
         tower_rate_tier::Quota::per_hour(1)
@@ -403,14 +424,14 @@ pub fn http_bare_clients() -> Run {
 /// Ours by the client's address, with the X- headers.
 #[must_use]
 pub fn http_ours_clients() -> Run {
-    let layer = ours(QUICK, [HeaderFormat::XRateLimit], ClientIp::new());
+    let layer = ours(BUSY, [HeaderFormat::XRateLimit], ClientIp::new());
     repeat(layer.layer(bare()), from_socket(PeerAddr))
 }
 
 /// `tower_governor` by the client's address, with its headers.
 #[must_use]
 pub fn http_peer_clients() -> Run {
-    let mut builder = peer_builder(QUICK).key_extractor(PeerIpKeyExtractor);
+    let mut builder = peer_builder(BUSY).key_extractor(PeerIpKeyExtractor);
     let config = builder.use_headers().finish().expect("the quota is sound");
     repeat(
         GovernorLayer::new(config).layer(bare()),
@@ -423,6 +444,7 @@ pub type Named = (&'static str, fn() -> Run);
 
 /// All that can be counted.
 pub const ALL: &[Named] = &[
+    ("loop", the_loop),
     ("no decision", no_decisions),
     ("decision, 1 key", || our_decisions::<u64>(1)),
     ("decision, 1 key, governor", || governor_decisions::<u64>(1)),

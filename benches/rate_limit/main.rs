@@ -19,10 +19,10 @@ fn main() {
         Some(word) if word == "--calls" => {
             let name = args.next().expect("a run's name");
             let calls = args.next().and_then(|calls| calls.parse().ok());
-            counted(
-                runs::named(&name).expect("a run's name"),
-                calls.expect("how many calls"),
-            );
+            let mut run = runs::named(&name).expect("a run's name");
+            // What is made once: clocks are calibrated for as long as it takes.
+            run(10);
+            counted(&mut run, calls.expect("how many calls"));
         }
         only => tell(&only.unwrap_or_default()),
     }
@@ -30,7 +30,7 @@ fn main() {
 
 /// Callgrind counts only what happens in here.
 #[inline(never)]
-fn counted(mut run: Run, calls: u64) {
+fn counted(run: &mut Run, calls: u64) {
     run(calls);
 }
 
@@ -103,13 +103,10 @@ fn instructions(name: &str) -> Option<f64> {
     Some((total(3000)? - total(1000)?) / 2000.0)
 }
 
-/// Ours over the peer's, both over the bare service's where there is one.
-fn instruction_ratio(ours: &str, peer: &str, bare: Option<&str>) -> Option<f64> {
-    let bare = match bare {
-        Some(bare) => instructions(bare)?,
-        None => 0.0,
-    };
-    Some((instructions(ours)? - bare) / (instructions(peer)? - bare))
+/// Ours over the peer's, each over what there is without it.
+fn instruction_ratio([our_bare, ours, bare, peer]: [&str; 4]) -> Option<f64> {
+    let over = |name, bare| Some(instructions(name)? - instructions(bare)?);
+    Some(over(ours, our_bare)? / over(peer, bare)?)
 }
 
 fn nanos(cost: f64) -> String {
@@ -130,14 +127,19 @@ fn decision(table: &mut Table, _: &Counts) {
         (addresses, "IpAddr", 10_000, "decision, 10^4 addresses"),
         (addresses, "IpAddr", 1_000_000, ""),
     ] {
-        let rounds = interleave(&mut [ours(count), peer(count)], 200);
-        let counted = (!name.is_empty()).then(|| (name, format!("{name}, governor")));
+        let controls = [runs::no_decisions(), runs::the_loop()];
+        let [service, control] = controls;
+        let mut all = [service, ours(count), control, peer(count)];
+        let rounds = interleave(&mut all, 200);
+        let peer = format!("{name}, governor");
         table.push(Row {
             what: format!("keyed decision, {count} keys ({kind}), over governor's"),
-            ours: nanos(rounds.cost(0)),
-            peer: nanos(rounds.cost(1)),
-            figure: rounds.median(|round| round[0] / round[1]),
-            instructions: counted.and_then(|(name, peer)| instruction_ratio(name, &peer, None)),
+            ours: nanos(rounds.median(|round| round[1] - round[0])),
+            peer: nanos(rounds.median(|round| round[3] - round[2])),
+            figure: rounds.median(|round| (round[1] - round[0]) / (round[3] - round[2])),
+            instructions: (!name.is_empty())
+                .then(|| instruction_ratio(["no decision", name, "loop", &peer]))
+                .flatten(),
             goal: Some(0.6),
         });
     }
@@ -157,7 +159,7 @@ fn http(table: &mut Table, counts: &Counts) {
             ours: nanos(rounds.median(|round| round[1] - round[0])),
             peer: nanos(rounds.median(|round| round[2] - round[0])),
             figure: rounds.median(|round| (round[1] - round[0]) / (round[2] - round[0])),
-            instructions: instruction_ratio(name, &peer_name, Some(bare)),
+            instructions: instruction_ratio([bare, name, bare, &peer_name]),
             goal,
         });
     };
@@ -281,7 +283,7 @@ fn millis(nanos: u64) -> f64 {
 }
 
 /// One row for a worst pause. The goal is for the thread's own time.
-fn pause(table: &mut Table, what: &str, ours: Worst, peer: Worst, goal: Option<f64>) {
+fn pause(table: &mut Table, what: &str, ours: Worst, peer: Option<Worst>, goal: Option<f64>) {
     let both = |worst: Worst| {
         format!(
             "{} (wall {}) ms",
@@ -292,7 +294,7 @@ fn pause(table: &mut Table, what: &str, ours: Worst, peer: Worst, goal: Option<f
     table.push(Row {
         what: what.to_owned(),
         ours: both(ours),
-        peer: both(peer),
+        peer: peer.map(both).unwrap_or_default(),
         figure: millis(ours.cpu),
         instructions: None,
         goal,
@@ -316,7 +318,7 @@ fn pauses(table: &mut Table, _: &Counts) {
         // All of these are in debt: each new one takes the place of another.
         full = full.or(Worst::of(MILLION / 4, |n| decide(2 * MILLION + n)));
 
-        let limiter = governor_by_key::<u64>(runs::lasting().1);
+        let limiter = governor_by_key::<u64>(runs::lasting(MILLION).1);
         peer_grown = peer_grown.or(Worst::of(MILLION, |n| {
             limiter.check_key(&n).expect("its first");
         }));
@@ -332,28 +334,28 @@ fn pauses(table: &mut Table, _: &Counts) {
         table,
         "worst decision, growing to 10^6 keys",
         grown,
-        peer_grown,
+        Some(peer_grown),
         Some(0.5),
     );
     pause(
         table,
         "worst decision, 10^6 expire, others come (governor: retain_recent)",
         others,
-        peer_swept,
+        Some(peer_swept),
         Some(0.5),
     );
     pause(
         table,
         "worst decision, 10^6 in debt, others come",
         full,
-        Worst { cpu: 0, wall: 0 },
+        None,
         Some(0.5),
     );
     pause(
         table,
         "worst turn of the loop alone (the machine's)",
         control,
-        control,
+        None,
         None,
     );
 }
@@ -388,18 +390,28 @@ fn threads(table: &mut Table, _: &Counts) {
         });
     };
     row(
-        "two threads, keys of their own, over one",
-        runs::our_pair(true),
+        "two threads, a key each, over one thread",
+        runs::our_pair(1, true),
+        Some(1.1),
+    );
+    row(
+        "two threads, 1000 keys each, over one thread",
+        runs::our_pair(1000, true),
         Some(1.1),
     );
     row(
         "the same, limiters of their own (the machine's)",
-        runs::our_pair(false),
+        runs::our_pair(1000, false),
         None,
     );
     row(
-        "the same by governor, one limiter",
-        runs::governor_pair(),
+        "the same by governor, a key each",
+        runs::governor_pair(1),
+        None,
+    );
+    row(
+        "the same by governor, 1000 keys each",
+        runs::governor_pair(1000),
         None,
     );
 }

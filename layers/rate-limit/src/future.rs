@@ -3,6 +3,7 @@
 use std::{
     fmt,
     future::Future,
+    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -50,7 +51,18 @@ impl After {
     }
 
     #[inline]
-    fn apply(self, status: StatusCode, headers: &mut HeaderMap) {
+    fn is_nothing(&self) -> bool {
+        self.x.is_none() && self.more.is_none()
+    }
+
+    fn told<B>(self, mut response: Response<B>) -> Response<ResponseBody<B>> {
+        let status = response.status();
+        self.apply(status, response.headers_mut());
+        response.map(ResponseBody::inner)
+    }
+
+    #[inline]
+    pub(crate) fn apply(self, status: StatusCode, headers: &mut HeaderMap) {
         let Self { mut x, more } = self;
         if let Some(more) = more {
             more.apply(status, headers, &mut x);
@@ -98,23 +110,21 @@ pin_project! {
 pin_project! {
     #[project = StateProj]
     enum State<F> {
-        Calling { #[pin] future: F, after: Option<After> },
+        Calling { #[pin] future: F, after: After },
         Refused { response: Option<Response<Bytes>> },
     }
 }
 
 impl<F> ResponseFuture<F> {
+    #[inline]
     pub(crate) fn calling(future: F, after: After) -> Self {
         Self {
-            state: State::Calling {
-                future,
-                after: Some(after),
-            },
+            state: State::Calling { future, after },
         }
     }
 
-    pub(crate) fn refused(mut response: Response<Bytes>, after: After) -> Self {
-        after.apply(response.status(), response.headers_mut());
+    #[inline]
+    pub(crate) fn refused(response: Response<Bytes>) -> Self {
         Self {
             state: State::Refused {
                 response: Some(response),
@@ -133,12 +143,14 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
             StateProj::Calling { future, after } => {
-                let mut response = ready!(future.poll(cx))?;
-                if let Some(after) = after.take() {
-                    let status = response.status();
-                    after.apply(status, response.headers_mut());
-                }
-                Poll::Ready(Ok(response.map(ResponseBody::inner)))
+                let response = ready!(future.poll(cx))?;
+                // Apart, for what is handed to other functions has to be
+                // copied once more.
+                Poll::Ready(Ok(if after.is_nothing() {
+                    response.map(ResponseBody::inner)
+                } else {
+                    mem::take(after).told(response)
+                }))
             }
             StateProj::Refused { response } => {
                 let response = response.take().expect("polled after completion");

@@ -176,18 +176,25 @@ impl Gcra {
     /// a key never seen before has the zero.
     #[inline]
     pub(crate) fn decide(&self, tat: Tat, now: u64, cost: u32) -> Ruling {
+        match self.pass(tat, now, cost) {
+            Some(tat) => Ruling::Pass { tat },
+            None => self.refuse(tat, now, cost),
+        }
+    }
+
+    /// What is to be stored, if it passes.
+    #[inline(always)]
+    pub(crate) fn pass(&self, tat: Tat, now: u64, cost: u32) -> Option<Tat> {
         let latest = self.plus(Tat::at(now), self.tolerance);
         let start = self.clamp(tat, now);
         let arrival = self.plus(start, self.times(cost));
-        if arrival <= latest {
-            return Ruling::Pass { tat: arrival };
-        }
-        self.refuse(tat, latest, now, cost)
+        (arrival <= latest).then_some(arrival)
     }
 
     /// Off the path of what passes.
     #[cold]
-    fn refuse(&self, tat: Tat, latest: Tat, now: u64, cost: u32) -> Ruling {
+    fn refuse(&self, tat: Tat, now: u64, cost: u32) -> Ruling {
+        let latest = self.plus(Tat::at(now), self.tolerance);
         if cost > self.burst {
             return Ruling::Never;
         }

@@ -1,6 +1,6 @@
 //! What clients are told: `X-RateLimit-*` and the IETF draft's fields.
 
-use std::{cmp::Reverse, fmt::Write, time::Duration};
+use std::{cmp::Reverse, fmt::Write, num::NonZeroU64, time::Duration};
 
 use buttress_core::respond::integer;
 use http::{HeaderMap, HeaderName, HeaderValue, header::ACCESS_CONTROL_EXPOSE_HEADERS};
@@ -40,7 +40,8 @@ pub enum HeaderFormat {
 pub(crate) struct XRateLimit {
     burst: u32,
     remaining: u32,
-    reset: u64,
+    /// Never zero, so that one that may not be there is no larger.
+    reset: NonZeroU64,
 }
 
 impl XRateLimit {
@@ -52,7 +53,7 @@ impl XRateLimit {
         Self {
             burst: standing.burst,
             remaining: standing.remaining,
-            reset,
+            reset: NonZeroU64::new(reset).unwrap_or(NonZeroU64::MIN),
         }
     }
 
@@ -64,7 +65,7 @@ impl XRateLimit {
             let read = |value: &HeaderValue| value.to_str().ok()?.parse::<u64>().ok();
             if let (Some(remaining), Some(reset)) =
                 (read(remaining), headers.get(RESET).and_then(read))
-                && (remaining, Reverse(reset)) <= (self.remaining.into(), Reverse(self.reset))
+                && (remaining, Reverse(reset)) <= (self.remaining.into(), Reverse(self.reset.get()))
             {
                 return;
             }
@@ -73,7 +74,7 @@ impl XRateLimit {
         }
         headers.insert(LIMIT, integer(self.burst.into()));
         headers.insert(REMAINING, integer(self.remaining.into()));
-        headers.insert(RESET, integer(self.reset));
+        headers.insert(RESET, integer(self.reset.get()));
     }
 }
 

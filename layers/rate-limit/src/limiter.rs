@@ -6,6 +6,7 @@ use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 use buttress_core::{
     Refusal, RefusalKind, View, clock,
     key::{ExtractKey, Key, SharedKey},
+    keyed::KeyId,
 };
 
 use crate::{
@@ -26,6 +27,16 @@ pub(crate) struct Rule<V: View> {
     pub(crate) missing: MissingKey,
 }
 
+impl<V: View> Rule<V> {
+    #[inline]
+    fn cost(&self, request: V::Ref<'_>) -> u32 {
+        match &self.cost_by {
+            Some(cost) => cost(request),
+            None => self.cost,
+        }
+    }
+}
+
 /// The state and the rules of a layer.
 pub(crate) struct Limiter<V: View> {
     name: Cow<'static, str>,
@@ -40,8 +51,9 @@ pub(crate) struct Limiter<V: View> {
 pub(crate) enum Admission {
     /// No decision was made.
     Bypass,
-    /// It passes, and was charged.
-    Pass(Decision),
+    /// It passes, and was charged: the tightest limit, and all of them, if
+    /// that was asked for.
+    Pass(Option<Standing>, Vec<Standing>),
     /// It passes, although it should not: shadow mode.
     Shadow,
     /// It does not pass.
@@ -79,22 +91,58 @@ impl<V: View> Limiter<V> {
     }
 
     /// Decides on a request.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn admit(&self, request: V::Ref<'_>, detail: Detail) -> Admission {
         if self.bypasses(request) {
             return Admission::Bypass;
         }
         // The common case keeps clear of the arrays of the other.
-        if let [rule] = &*self.rules {
-            return match self.ask(0, rule, request) {
-                Ok(Some(ask)) => {
-                    let decision = store::decide_one(&self.tables[0], &ask, clock::now(), detail);
-                    self.conclude(decision)
-                }
-                Ok(None) => self.bypassed(),
-                Err(refusal) => self.conclude_without(refusal),
+        if let ([rule], [table]) = (&*self.rules, &*self.tables) {
+            let id = match self.id(0, rule, request) {
+                Ok(Some(id)) => id,
+                Ok(None) => return self.bypassed(),
+                Err(refusal) => return self.conclude_without(refusal),
             };
+            let cost = rule.cost(request);
+            let common = rule.quota_by.is_none() && !table.has_exceptions();
+            if !common || detail == Detail::All {
+                return self.admit_one(id, cost, request, detail);
+            }
+            let mut held = table.hold(id, clock::now());
+            if let Some(tat) = held.charge_known(id, cost) {
+                let standing = (detail != Detail::None).then(|| held.stands(0, tat));
+                self.count(metrics::Result::Allowed);
+                return Admission::Pass(standing, Vec::new());
+            }
+            let quota = None;
+            let ask = Ask {
+                limit: 0,
+                id,
+                cost,
+                quota,
+            };
+            return self.conclude(store::decide_one(held, &ask, detail));
         }
+        self.admit_several(request, detail)
+    }
+
+    /// The only limit's decision, where the quota may be the key's own or
+    /// more is to be told.
+    #[inline(never)]
+    fn admit_one(&self, id: KeyId, cost: u32, request: V::Ref<'_>, detail: Detail) -> Admission {
+        let (rule, table) = (&self.rules[0], &self.tables[0]);
+        let ask = Ask {
+            limit: 0,
+            id,
+            cost,
+            quota: Self::quota(rule, table, id, request),
+        };
+        let held = table.hold(id, clock::now());
+        self.conclude(store::decide_one(held, &ask, detail))
+    }
+
+    #[inline(never)]
+    fn admit_several(&self, request: V::Ref<'_>, detail: Detail) -> Admission {
         let mut asks = [None; MAX_LIMITS];
         let mut len = 0;
         for (index, rule) in self.rules.iter().enumerate() {
@@ -203,36 +251,43 @@ impl<V: View> Limiter<V> {
         self.shadow
     }
 
-    #[inline]
+    /// What a request asks of one limit; `None` where it does not apply.
     fn ask(
         &self,
         limit: usize,
         rule: &Rule<V>,
         request: V::Ref<'_>,
     ) -> Result<Option<Ask>, Refusal> {
-        let key = match rule.key.extract(request) {
-            Some(key) => key,
-            None => match self.without_key(limit, rule)? {
-                Some(key) => key,
-                None => return Ok(None),
-            },
+        let Some(id) = self.id(limit, rule, request)? else {
+            return Ok(None);
         };
-        let table = &self.tables[limit];
-        let id = table.id(&key);
-        let chosen = || rule.quota_by.as_ref().map(|quota| quota(request));
         Ok(Some(Ask {
             limit,
             id,
-            cost: rule
-                .cost_by
-                .as_ref()
-                .map_or(rule.cost, |cost| cost(request)),
-            quota: table.exception(id).or_else(chosen),
+            cost: rule.cost(request),
+            quota: Self::quota(rule, &self.tables[limit], id, request),
         }))
     }
 
+    /// By what the request is counted, if it is.
+    #[inline(always)]
+    fn id(
+        &self,
+        limit: usize,
+        rule: &Rule<V>,
+        request: V::Ref<'_>,
+    ) -> Result<Option<KeyId>, Refusal> {
+        // Looked at where it was made: a key that is moved before it is hashed
+        // costs more than its hash.
+        match &rule.key.extract(request) {
+            Some(key) => Ok(Some(self.tables[limit].id(key))),
+            None => self.id_without_key(limit, rule),
+        }
+    }
+
+    /// The same, where the request has no key.
     #[cold]
-    fn without_key(&self, limit: usize, rule: &Rule<V>) -> Result<Option<Key>, Refusal> {
+    fn id_without_key(&self, limit: usize, rule: &Rule<V>) -> Result<Option<KeyId>, Refusal> {
         let table = &self.tables[limit];
         let name = &*self.name;
         match rule.missing {
@@ -250,7 +305,7 @@ impl<V: View> Limiter<V> {
                     );
                 }
                 // Nothing that a client can say makes this key.
-                Ok(Some(Key::global()))
+                Ok(Some(table.id(&Key::global())))
             }
             MissingKey::Skip => Ok(None),
             MissingKey::Refuse => {
@@ -264,6 +319,13 @@ impl<V: View> Limiter<V> {
         }
     }
 
+    /// The quota of a key, where it is not the limit's own.
+    #[inline(never)]
+    fn quota(rule: &Rule<V>, table: &Table, id: KeyId, request: V::Ref<'_>) -> Option<Gcra> {
+        let chosen = || rule.quota_by.as_ref().map(|quota| quota(request));
+        table.exception(id).or_else(chosen)
+    }
+
     #[inline]
     fn bypasses(&self, request: V::Ref<'_>) -> bool {
         let bypasses = self.bypass.as_ref().is_some_and(|bypass| bypass(request));
@@ -273,20 +335,21 @@ impl<V: View> Limiter<V> {
         bypasses
     }
 
+    #[inline(never)]
     pub(crate) fn bypassed(&self) -> Admission {
         self.count(metrics::Result::Bypassed);
         Admission::Bypass
     }
 
     /// Counts and tells of a decision.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn conclude(&self, decision: Decision) -> Admission {
         if decision.changes != Changes::default() {
             self.tell_changes(decision.changes);
         }
         if decision.verdict == Verdict::Pass {
             self.count(metrics::Result::Allowed);
-            return Admission::Pass(decision);
+            return Admission::Pass(decision.tightest, decision.all);
         }
         self.refuse(decision)
     }

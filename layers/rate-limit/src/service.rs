@@ -8,8 +8,9 @@ use std::{
 };
 
 use buttress_core::{
-    BoxError, Head, Http, RefusalKind, Sees, View, body::ResponseBody, respond::integer,
+    BoxError, Head, Http, Refusal, RefusalKind, Sees, View, body::ResponseBody, respond::integer,
 };
+use bytes::Bytes;
 use http::{Request, Response, header::RETRY_AFTER};
 use tower_service::Service;
 
@@ -103,68 +104,116 @@ where
         self.inner.poll_ready(cx)
     }
 
+    // Thin, so that it is inlined, and the one place that hands the request
+    // on: it is copied at each step that is not, and for each such place.
+    #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let Shared { limiter, mode } = &*self.shared;
-        let head = Head::from(&request);
-        let detail = mode.detail();
-        let (admission, asks) = if mode.refund.is_some() {
-            limiter.admit_and_tell(head, detail)
-        } else {
-            (limiter.admit(head, detail), Vec::new())
-        };
-        match admission {
-            Admission::Bypass | Admission::Shadow => {
-                ResponseFuture::calling(self.inner.call(request), After::default())
-            }
-            Admission::Pass(decision) => {
-                if let (true, Some(tightest)) = (mode.info, &decision.tightest) {
-                    let info = self.info(tightest);
-                    request.extensions_mut().insert(info);
-                }
-                // In shadow mode what fits is not told either: who sees the
-                // headers end would know that the limit was there.
-                let mut after = if limiter.is_shadow() {
-                    After::default()
-                } else {
-                    self.after(decision.tightest.as_ref(), &decision.all)
-                };
-                if mode.refund.is_some() {
-                    after.refund(Arc::clone(&self.shared), asks);
-                }
-                ResponseFuture::calling(self.inner.call(request), after)
-            }
-            Admission::Refuse(mut refusal, tightest, all) => {
-                if refusal.kind() == RefusalKind::RateLimited
-                    && mode.formats.contains(&HeaderFormat::Draft11)
-                    && let Some(violated) = &tightest
-                {
-                    let policy = limiter.tables()[violated.limit].name.to_string();
-                    refusal = refusal.with_member("violated-policies", vec![policy]);
-                }
-                let mut response = mode.responder.respond(&refusal, head);
-                // gRPC has a field of its own for it, which is the responder's.
-                if let Some(secs) = refusal.retry_after_secs()
-                    && !head.is_grpc()
-                    && !response.headers().contains_key(RETRY_AFTER)
-                {
-                    response.headers_mut().insert(RETRY_AFTER, integer(secs));
-                }
-                let after = self.after(tightest.as_ref(), &all);
-                ResponseFuture::refused(response, after)
-            }
+        match self.admit(&mut request) {
+            Ok(after) => ResponseFuture::calling(self.inner.call(request), after),
+            Err(refused) => ResponseFuture::refused(refused),
         }
     }
 }
 
 impl<S> RateLimit<S, Http, Respond> {
+    /// What is to be done with the response, or the response to a request that
+    /// does not pass.
+    #[inline(always)]
+    #[expect(
+        clippy::result_large_err,
+        reason = "a box would be an allocation a refusal"
+    )]
+    fn admit<B>(&self, request: &mut Request<B>) -> Result<After, Response<Bytes>> {
+        let Shared { limiter, mode } = &*self.shared;
+        if mode.refund.is_some() || mode.info {
+            return self.admit_and_tell(request);
+        }
+        // Made here, not handed over: as long as it is in registers it is not
+        // copied for each callback.
+        let head = Head::from(&*request);
+        match limiter.admit(head, mode.detail()) {
+            Admission::Pass(tightest, all) if !limiter.is_shadow() => {
+                Ok(self.after(tightest.as_ref(), &all))
+            }
+            Admission::Refuse(refusal, tightest, all) => {
+                Err(self.refuse(refusal, head, tightest.as_ref(), &all))
+            }
+            // In shadow mode what fits is not told either: who sees the
+            // headers end would know that the limit was there.
+            Admission::Pass(..) | Admission::Bypass | Admission::Shadow => Ok(After::default()),
+        }
+    }
+
+    /// The same, for what few ask for: refunds, and handlers that are told.
+    #[inline(never)]
+    #[expect(
+        clippy::result_large_err,
+        reason = "a box would be an allocation a refusal"
+    )]
+    fn admit_and_tell<B>(&self, request: &mut Request<B>) -> Result<After, Response<Bytes>> {
+        let Shared { limiter, mode } = &*self.shared;
+        let head = Head::from(&*request);
+        let (admission, asks) = limiter.admit_and_tell(head, mode.detail());
+        let mut after = After::default();
+        match admission {
+            Admission::Bypass | Admission::Shadow => {}
+            Admission::Pass(tightest, all) => {
+                if let (true, Some(tightest)) = (mode.info, &tightest) {
+                    let info = self.info(tightest);
+                    request.extensions_mut().insert(info);
+                }
+                if !limiter.is_shadow() {
+                    after = self.after(tightest.as_ref(), &all);
+                }
+                if mode.refund.is_some() {
+                    after.refund(Arc::clone(&self.shared), asks);
+                }
+            }
+            Admission::Refuse(refusal, tightest, all) => {
+                return Err(self.refuse(refusal, head, tightest.as_ref(), &all));
+            }
+        }
+        Ok(after)
+    }
+
+    /// The response to a request that does not pass.
+    #[cold]
+    fn refuse(
+        &self,
+        mut refusal: Refusal,
+        head: Head<'_>,
+        tightest: Option<&Standing>,
+        all: &[Standing],
+    ) -> Response<Bytes> {
+        let Shared { limiter, mode } = &*self.shared;
+        if refusal.kind() == RefusalKind::RateLimited
+            && mode.formats.contains(&HeaderFormat::Draft11)
+            && let Some(violated) = tightest
+        {
+            let policy = limiter.tables()[violated.limit].name.to_string();
+            refusal = refusal.with_member("violated-policies", vec![policy]);
+        }
+        let mut response = mode.responder.respond(&refusal, head);
+        // gRPC has a field of its own for it, which is the responder's.
+        if let Some(secs) = refusal.retry_after_secs()
+            && !head.is_grpc()
+            && !response.headers().contains_key(RETRY_AFTER)
+        {
+            response.headers_mut().insert(RETRY_AFTER, integer(secs));
+        }
+        self.after(tightest, all)
+            .apply(response.status(), response.headers_mut());
+        response
+    }
+
     /// What is to be done with the response.
     #[inline]
     fn after(&self, tightest: Option<&Standing>, all: &[Standing]) -> After {
         let Shared { limiter, mode } = &*self.shared;
-        let Some(tightest) = tightest else {
-            return After::default();
-        };
         let mut after = After::default();
+        let Some(tightest) = tightest else {
+            return after;
+        };
         for format in &mode.formats {
             match format {
                 HeaderFormat::XRateLimit => {

@@ -195,7 +195,7 @@ impl Exceptions {
 }
 
 /// A key's shard, locked for a decision.
-struct Held<'a> {
+pub(crate) struct Held<'a> {
     guard: Guard<'a, Cell>,
     tat: Tat,
     now: u64,
@@ -222,6 +222,12 @@ impl Table {
             told: AtomicU64::new(0),
             keyless: AtomicU64::new(0),
         }
+    }
+
+    /// Whether any key has a quota of its own.
+    #[inline]
+    pub(crate) fn has_exceptions(&self) -> bool {
+        self.exceptions.any.load(Ordering::Acquire)
     }
 
     /// The quota of a key that has one of its own.
@@ -269,6 +275,7 @@ impl Table {
         self.keyless.fetch_add(1, Ordering::Relaxed) + 1
     }
 
+    #[inline]
     pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
         self.map.id(key)
     }
@@ -277,8 +284,8 @@ impl Table {
         &self.map
     }
 
-    #[inline]
-    fn hold(&self, id: KeyId, now: Instant) -> Held<'_> {
+    #[inline(always)]
+    pub(crate) fn hold(&self, id: KeyId, now: Instant) -> Held<'_> {
         let mut guard = self.map.lock(id);
         let terms = guard.shared_mut();
         let now = terms.latest.max(now.as_nanos());
@@ -340,6 +347,34 @@ impl Table {
 }
 
 impl Held<'_> {
+    /// Charges a key that is known already under the limit's own quota, which
+    /// is most of what is ever asked. `None`, and nothing was changed, where it
+    /// is not so, or the request does not pass.
+    ///
+    /// Inlined, and the rest kept out of line, so that the common case is a
+    /// straight run of instructions that moves no large structs about.
+    #[inline(always)]
+    pub(crate) fn charge_known(&mut self, id: KeyId, cost: u32) -> Option<Tat> {
+        let (Some(cell), terms) = self.guard.parts() else {
+            return None;
+        };
+        if cost == 0 {
+            return None;
+        }
+        let tat = terms.gcra.pass(self.tat, self.now, cost)?;
+        *cell = Cell::new(id, tat);
+        Some(tat)
+    }
+
+    /// How the key stands after that, in the terms of the limit `limit`.
+    #[inline(always)]
+    pub(crate) fn stands(self, limit: usize, tat: Tat) -> Standing {
+        let (gcra, now) = (self.guard.shared().gcra, self.now);
+        // The numbers need a division: they are worked out without the lock.
+        drop(self);
+        Standing::of(limit, &gcra, tat, now, Detail::Tightest)
+    }
+
     /// Stores the charge of `ask`.
     #[inline]
     fn commit(&mut self, ask: &Ask, tat: Tat) -> Result<Stored, Full> {
@@ -426,15 +461,11 @@ enum Stored {
     Evicting,
 }
 
-/// Decides one limit.
-#[inline]
-pub(crate) fn decide_one(table: &Table, ask: &Ask, now: Instant, detail: Detail) -> Decision {
-    let mut held = table.hold(ask.id, now);
+/// Decides one limit, whose key's shard is held.
+#[inline(never)]
+pub(crate) fn decide_one(mut held: Held<'_>, ask: &Ask, detail: Detail) -> Decision {
     let (now, before) = (held.now, held.tat);
-    let gcra = match &ask.quota {
-        Some(gcra) => gcra,
-        None => &held.guard.shared().gcra,
-    };
+    let gcra = ask.quota.as_ref().unwrap_or(&held.guard.shared().gcra);
     let ruling = gcra.decide(before, now, ask.cost);
     // Copied only where it is needed once the lock is gone.
     let gcra = (detail != Detail::None).then_some(*gcra);
