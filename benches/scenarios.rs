@@ -14,7 +14,7 @@ use std::{
 
 use axum::{body::Body, extract::ConnectInfo};
 use buttress_core::{
-    Head,
+    Any, Head,
     key::{ClientIp, ExtractKey, Key, PeerAddr},
 };
 use buttress_rate_limit::{HeaderFormat, Limit, Quota, RateLimitLayer};
@@ -127,6 +127,29 @@ pub fn lasting(keys: u64) -> (Quota, governor::Quota) {
 /// Decisions on `count` keys, all of them known.
 #[must_use]
 pub fn our_decisions<K: Number>(count: u64) -> Run {
+    let limit = Limit::any(lasting(count).0).max_keys(1_000_000);
+    let layer: RateLimitLayer<Any<()>, _> = RateLimitLayer::any()
+        .limit(limit)
+        .build()
+        .expect("the quota is sound");
+    let limit = layer.handle().limit("default").expect("it has that one");
+    for n in 0..count {
+        limit
+            .check(&K::nth(n).into())
+            .expect("the quota is endless");
+    }
+    let mut keys = Shuffled::below(count);
+    Box::new(move |calls| {
+        for _ in 0..calls {
+            let passed = limit.check(&black_box(K::nth(keys.draw())).into());
+            passed.expect("the quota is endless");
+        }
+    })
+}
+
+/// The same as a service over requests that are their own keys.
+#[must_use]
+pub fn our_service_decisions<K: Number>(count: u64) -> Run {
     let mut service = ours_by_key::<K>(lasting(count).0, 1_000_000);
     for n in 0..count {
         drive(&mut service, K::nth(n)).expect("the quota is endless");
@@ -447,6 +470,10 @@ pub const ALL: &[Named] = &[
     ("loop", the_loop),
     ("no decision", no_decisions),
     ("decision, 1 key", || our_decisions::<u64>(1)),
+    ("service, 1 key", || our_service_decisions::<u64>(1)),
+    ("service, 10^4 keys", || {
+        our_service_decisions::<u64>(10_000)
+    }),
     ("decision, 1 key, governor", || governor_decisions::<u64>(1)),
     ("decision, 10^4 keys", || our_decisions::<u64>(10_000)),
     ("decision, 10^4 keys, governor", || {

@@ -127,20 +127,41 @@ fn decision(table: &mut Table, _: &Counts) {
         (addresses, "IpAddr", 10_000, "decision, 10^4 addresses"),
         (addresses, "IpAddr", 1_000_000, ""),
     ] {
-        let controls = [runs::no_decisions(), runs::the_loop()];
-        let [service, control] = controls;
-        let mut all = [service, ours(count), control, peer(count)];
+        let mut all = [ours(count), runs::the_loop(), peer(count)];
         let rounds = interleave(&mut all, 200);
         let peer = format!("{name}, governor");
         table.push(Row {
             what: format!("keyed decision, {count} keys ({kind}), over governor's"),
+            ours: nanos(rounds.median(|round| round[0] - round[1])),
+            peer: nanos(rounds.median(|round| round[2] - round[1])),
+            figure: rounds.median(|round| (round[0] - round[1]) / (round[2] - round[1])),
+            instructions: (!name.is_empty())
+                .then(|| instruction_ratio(["loop", name, "loop", &peer]))
+                .flatten(),
+            goal: Some(0.6),
+        });
+    }
+    for (count, name) in [(1, "1 key"), (10_000, "10^4 keys")] {
+        let mut all = [
+            runs::no_decisions(),
+            runs::our_service_decisions::<u64>(count),
+            runs::the_loop(),
+            runs::governor_decisions::<u64>(count),
+        ];
+        let rounds = interleave(&mut all, 200);
+        let names = [
+            "no decision",
+            &format!("service, {name}"),
+            "loop",
+            &format!("decision, {name}, governor"),
+        ];
+        table.push(Row {
+            what: format!("– as a service over any request, {count} keys (u64)"),
             ours: nanos(rounds.median(|round| round[1] - round[0])),
             peer: nanos(rounds.median(|round| round[3] - round[2])),
             figure: rounds.median(|round| (round[1] - round[0]) / (round[3] - round[2])),
-            instructions: (!name.is_empty())
-                .then(|| instruction_ratio(["no decision", name, "loop", &peer]))
-                .flatten(),
-            goal: Some(0.6),
+            instructions: instruction_ratio(names),
+            goal: None,
         });
     }
 }

@@ -2,11 +2,11 @@
 
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
-use buttress_core::{clock, key::Key};
+use buttress_core::{Refusal, clock, key::Key, keyed::KeyId};
 
 use crate::{
     ConfigError, Quota,
-    store::{Ask, Table},
+    store::{self, Ask, Detail, Table},
 };
 
 /// A handle on the state of a layer: what a key has left, and the means to
@@ -91,6 +91,19 @@ impl Handle {
     /// The names of the limits.
     pub fn limits(&self) -> impl Iterator<Item = &str> {
         self.tables.iter().map(|table| &*table.name)
+    }
+
+    /// One of the limits, to be asked without a service.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such limit.
+    pub fn limit(&self, limit: &str) -> Result<LimitHandle, HandleError> {
+        let (index, _) = self.table(limit)?;
+        Ok(LimitHandle {
+            tables: Arc::clone(&self.tables),
+            index,
+        })
     }
 
     /// A charge of `cost` to `key`, under the quota that a handle knows of.
@@ -227,6 +240,85 @@ impl Handle {
     /// Where there is no such limit.
     pub fn evicted(&self, limit: &str) -> Result<u64, HandleError> {
         Ok(self.table(limit)?.1.map().evicted())
+    }
+}
+
+/// One limit, for what is limited and is no request of a service: a job, a
+/// message, a log line. Shares its keys with the layer. Cheap to clone.
+///
+/// ```
+/// use buttress_core::key::Key;
+/// use buttress_rate_limit::{Limit, Quota, RateLimitLayer};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let layer = RateLimitLayer::builder()
+///     .limit(Limit::new(Quota::per_minute(3)).name("mails"))
+///     .build()?;
+/// let mails = layer.handle().limit("mails")?;
+/// let ann = Key::from("ann");
+/// assert!(mails.check(&ann).is_ok());
+/// assert!(mails.charge(&ann, 2).is_ok());
+/// let refusal = mails.check(&ann).unwrap_err();
+/// assert_eq!(refusal.retry_after_secs(), Some(20));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct LimitHandle {
+    tables: Arc<[Table]>,
+    index: usize,
+}
+
+impl LimitHandle {
+    /// Charges 1 to `key`: see [`charge`](Self::charge).
+    ///
+    /// # Errors
+    ///
+    /// As [`charge`](Self::charge).
+    #[inline]
+    pub fn check(&self, key: &Key) -> Result<(), Refusal> {
+        self.charge(key, 1)
+    }
+
+    /// Charges `cost` to `key` if it fits, under the key's own quota or the
+    /// limit's (not one that [`quota_by`](crate::Limit::quota_by) chooses).
+    ///
+    /// Decides this limit alone, and is not among the requests that the
+    /// layer's metrics count.
+    ///
+    /// # Errors
+    ///
+    /// Why it does not fit, and when it will. Nothing is charged then.
+    #[inline]
+    pub fn charge(&self, key: &Key, cost: u32) -> Result<(), Refusal> {
+        let table = &self.tables[self.index];
+        let id = table.id(key);
+        if !table.has_exceptions() {
+            let mut held = table.hold(id, clock::now());
+            if held.charge_known(id, cost).is_some() {
+                return Ok(());
+            }
+        }
+        self.charge_slowly(id, cost)
+    }
+
+    /// The same where the key is not there yet, does not fit or has a quota
+    /// of its own.
+    #[inline(never)]
+    fn charge_slowly(&self, id: KeyId, cost: u32) -> Result<(), Refusal> {
+        let table = &self.tables[self.index];
+        let ask = Ask {
+            limit: self.index,
+            id,
+            cost,
+            quota: table.exception(id),
+        };
+        let held = table.hold(id, clock::now());
+        let decision = store::decide_one(held, &ask, Detail::None);
+        match decision.verdict.refusal() {
+            None => Ok(()),
+            Some((_, refusal)) => Err(refusal),
+        }
     }
 }
 

@@ -20,7 +20,7 @@ pub use config::{Limit, MissingKey, RateLimitBuilder, WhenFull};
 pub use error::ConfigError;
 pub use future::{ErrorFuture, ResponseFuture};
 pub use gcra::Gcra;
-pub use handle::{Handle, HandleError, Usage};
+pub use handle::{Handle, HandleError, LimitHandle, Usage};
 pub use headers::HeaderFormat;
 pub use layer::{Errors, RateLimitLayer, Respond};
 pub use quota::Quota;

@@ -1,7 +1,9 @@
 //! From a request to a decision: bypass, keys, costs, quotas, and then the
 //! store; and what is counted and told of it.
 
-use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
+#[cfg(feature = "wait")]
+use std::time::Duration;
+use std::{borrow::Cow, fmt, sync::Arc};
 
 use buttress_core::{
     Refusal, RefusalKind, View, clock,
@@ -356,20 +358,7 @@ impl<V: View> Limiter<V> {
 
     #[cold]
     fn refuse(&self, decision: Decision) -> Admission {
-        let (limit, refusal) = match decision.verdict {
-            Verdict::Pass => unreachable!("only refusals come here"),
-            Verdict::Wait { limit, wait } => (
-                limit,
-                Refusal::new(RefusalKind::RateLimited).with_retry_after(Duration::from_nanos(wait)),
-            ),
-            Verdict::Never { limit } => (limit, Refusal::new(RefusalKind::NeverFits)),
-            Verdict::NoRoom { limit } => (
-                limit,
-                Refusal::new(RefusalKind::Overloaded)
-                    .with_detail("too many clients are being limited at once")
-                    .with_retry_after(Duration::from_secs(1)),
-            ),
-        };
+        let (limit, refusal) = decision.verdict.refusal().expect("it does not pass");
         self.tell_refusal(limit, &refusal);
         if self.shadow {
             self.count(metrics::Result::Shadowed);

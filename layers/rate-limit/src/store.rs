@@ -1,7 +1,5 @@
 //! Where the arrival times are kept: one table of 16-byte cells a limit.
 
-#[cfg(feature = "wait")]
-use std::time::Duration;
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
@@ -10,9 +8,11 @@ use std::{
         PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use buttress_core::{
+    Refusal, RefusalKind,
     clock::Instant,
     keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, SlotId, WhenFull},
     sync::Mutex,
@@ -140,6 +140,28 @@ pub(crate) enum Verdict {
     NoRoom {
         limit: usize,
     },
+}
+
+impl Verdict {
+    /// What a client is told, and the limit that says so.
+    #[cold]
+    pub(crate) fn refusal(self) -> Option<(usize, Refusal)> {
+        Some(match self {
+            Self::Pass => return None,
+            Self::Wait { limit, wait } => {
+                let wait = Duration::from_nanos(wait);
+                let refusal = Refusal::new(RefusalKind::RateLimited).with_retry_after(wait);
+                (limit, refusal)
+            }
+            Self::Never { limit } => (limit, Refusal::new(RefusalKind::NeverFits)),
+            Self::NoRoom { limit } => {
+                let refusal = Refusal::new(RefusalKind::Overloaded)
+                    .with_detail("too many clients are being limited at once")
+                    .with_retry_after(Duration::from_secs(1));
+                (limit, refusal)
+            }
+        })
+    }
 }
 
 /// One limit's keys.

@@ -217,3 +217,27 @@ fn quotas_replaced_at_once_leave_one() {
         assert!((1..1_000).all(|n| limit(n) == first));
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_is_asked_without_a_service() {
+    let gold = by_user().key("gold");
+    let limit = Limit::new(Quota::per_minute(3));
+    let (layer, handle) = layer(limit);
+    let limit = handle.limit("users").unwrap();
+    let ann = by_user().key("ann");
+    assert_eq!(send(&layer, "ann", 1).await, 1);
+    limit.charge(&ann, 2).unwrap();
+    // One quota for both.
+    assert_eq!(send(&layer, "ann", 1).await, 0);
+    let refusal = limit.check(&ann).unwrap_err();
+    assert_eq!(refusal.retry_after(), Some(Duration::from_secs(20)));
+    assert_eq!(limit.charge(&ann, 0), Ok(()));
+    assert_eq!(limit.charge(&ann, 4).unwrap_err().retry_after(), None);
+
+    handle
+        .set_quota_for("users", &gold, Some(Quota::per_minute(5)))
+        .unwrap();
+    let passed = (0..9).filter(|_| limit.check(&gold).is_ok()).count();
+    assert_eq!(passed, 5);
+    assert!(handle.limit("nobody").is_err());
+}
