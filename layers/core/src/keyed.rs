@@ -115,7 +115,7 @@ use std::{
     num::{NonZeroU64, NonZeroUsize},
 };
 
-use shard::{Fill, NEVER, Shard, Survey};
+use shard::{NEVER, Shard, Survey};
 
 use crate::{
     clock::Instant,
@@ -134,10 +134,6 @@ const SMALL_SHARD_KEYS: usize = 32;
 const SMALL_SHARDS: usize = 64;
 /// As many as the 16 low bits of a hash can choose.
 const MAX_SHARDS: usize = 1 << 16;
-
-/// In a map for more keys than this, memory counts for more than the probes'
-/// length: most of a decision's time is one cache miss.
-const DENSE_KEYS: usize = 1 << 17;
 
 /// Slots swept for each new key.
 const SWEEP: usize = 8;
@@ -334,14 +330,9 @@ impl<T: Entry> KeyedMap<T> {
         } else {
             max_keys.saturating_add(max_keys / 64 + 64)
         };
-        let fill = if max_keys > DENSE_KEYS {
-            Fill::Dense
-        } else {
-            Fill::Loose
-        };
         Self {
             shards: (0..shards)
-                .map(|_| Padded(Mutex::new(Shard::new(fill, shared.clone()))))
+                .map(|_| Padded(Mutex::new(Shard::new(shared.clone()))))
                 .collect(),
             bounds: (0..shards)
                 .map(|_| AtomicU64::new(NEVER.as_nanos()))

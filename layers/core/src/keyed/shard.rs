@@ -15,10 +15,10 @@ pub(super) const NEVER: Instant = Instant::from_nanos(u64::MAX);
 /// clock looks the same as a vacant slot.
 const LAST: Instant = Instant::from_nanos(u64::MAX - 1);
 
-/// How full a shard's table may be.
+/// How full a shard's table may be: by how many entries it was made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fill {
-    /// From a half to three quarters: most probes end at once.
+enum Fill {
+    /// From a third to two thirds: most probes end at once.
     Loose,
     /// From three quarters to seven eighths: slots of 16 bytes come to at most
     /// 21.4 bytes a key.
@@ -26,10 +26,15 @@ pub(super) enum Fill {
 }
 
 impl Fill {
+    /// A shard of a map that is far from its ceiling has memory to spare.
+    const fn of(len: usize) -> Self {
+        if len < 256 { Self::Loose } else { Self::Dense }
+    }
+
     /// How many entries a table holds before it grows.
     const fn most(self, slots: usize) -> usize {
         match self {
-            Self::Loose => slots / 4 * 3 + slots % 4 * 3 / 4,
+            Self::Loose => slots / 3 * 2 + slots % 3 * 2 / 3,
             Self::Dense => slots / 8 * 7 + slots % 8 * 7 / 8,
         }
     }
@@ -37,7 +42,7 @@ impl Fill {
     /// How many a table just grown is made for.
     const fn least(self, slots: usize) -> usize {
         match self {
-            Self::Loose => slots / 2,
+            Self::Loose => slots / 3,
             Self::Dense => slots / 4 * 3 + slots % 4 * 3 / 4,
         }
     }
@@ -45,7 +50,7 @@ impl Fill {
     /// The table of which `len` is the [`least`](Self::least).
     const fn slots(self, len: usize) -> usize {
         match self {
-            Self::Loose => len * 2,
+            Self::Loose => len * 3,
             Self::Dense => (len * 4).div_ceil(3),
         }
     }
@@ -77,10 +82,10 @@ pub(super) struct Survey {
 }
 
 impl<T: Entry> Shard<T> {
-    pub(super) fn new(fill: Fill, shared: T::Shared) -> Self {
+    pub(super) fn new(shared: T::Shared) -> Self {
         Self {
             slots: Box::default(),
-            fill,
+            fill: Fill::of(0),
             len: 0,
             cursor: 0,
             pass_least: NEVER,
@@ -282,13 +287,14 @@ impl<T: Entry> Shard<T> {
     }
 
     fn shrink(&mut self) {
-        if self.slots.len() > MIN_SLOTS && self.len < self.slots.len() / 4 {
+        if self.slots.len() > MIN_SLOTS && self.len < self.slots.len() / 8 {
             self.resize(self.len);
         }
     }
 
     /// Moves to a table made for `len` entries.
     fn resize(&mut self, len: usize) {
+        self.fill = Fill::of(len);
         let slots = if len == 0 {
             0
         } else {

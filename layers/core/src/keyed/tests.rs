@@ -286,7 +286,7 @@ fn bounds_out_of_date_cost_no_debtor() {
 /// A removal moves an entry from before the cursor's eyes to behind its back.
 #[test]
 fn a_pass_does_not_forget_what_moved_past_it() {
-    let mut shard: Shard<Cell> = Shard::new(Fill::Loose, 0);
+    let mut shard: Shard<Cell> = Shard::new(0);
     // All want slot 0 and stand in the slots 0, 1 and 2.
     for (id, until) in [(1, 100), (2, 100), (3, 50)] {
         let slot = SlotId::new(id).unwrap();
