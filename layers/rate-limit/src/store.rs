@@ -3,9 +3,10 @@
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
+    mem,
     num::NonZeroUsize,
     sync::{
-        PoisonError, RwLock, RwLockReadGuard,
+        Arc, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -54,9 +55,11 @@ impl Entry for Cell {
 /// What each shard of a table knows, under the lock that a decision takes
 /// anyway: reading the quota costs nothing, and replacing it no request waits
 /// for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Terms {
-    gcra: Gcra,
+    /// One for all shards: it stays in the nearest cache, and what a shard has
+    /// of its own fits the line of its lock.
+    gcra: Arc<Gcra>,
     /// The latest time a decision was taken at. A thread that read the clock
     /// and was then suspended must not turn it back.
     latest: u64,
@@ -230,6 +233,7 @@ impl Table {
         max_keys: NonZeroUsize,
         when_full: WhenFull,
     ) -> Self {
+        let gcra = Arc::new(gcra);
         let terms = Terms { gcra, latest: 0 };
         let config = Config {
             max_keys,
@@ -271,7 +275,7 @@ impl Table {
             // and the next decision cuts it to a whole burst.
             return;
         }
-        let common = held.guard.shared().gcra;
+        let common = *held.guard.shared().gcra;
         let (old, new) = (old.unwrap_or(common), gcra.unwrap_or(common));
         let tat = new.convert(held.tat, &old, held.now);
         let ask = Ask {
@@ -319,7 +323,7 @@ impl Table {
     /// How a key stands, charging nothing.
     pub(crate) fn peek(&self, ask: &Ask, now: Instant) -> Standing {
         let held = self.hold(ask.id, now);
-        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        let gcra = ask.quota.unwrap_or(*held.guard.shared().gcra);
         Standing::of(ask.limit, &gcra, held.tat, held.now, Detail::All)
     }
 
@@ -328,7 +332,7 @@ impl Table {
     #[cfg(feature = "wait")]
     pub(crate) fn wait_behind(&self, ask: &Ask, ahead: u64, now: Instant) -> Option<Duration> {
         let held = self.hold(ask.id, now);
-        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        let gcra = ask.quota.unwrap_or(*held.guard.shared().gcra);
         let wait = || gcra.wait_behind(held.tat, held.now, ahead + u64::from(ask.cost));
         (ask.cost <= gcra.burst()).then(|| Duration::from_nanos(wait()))
     }
@@ -336,7 +340,7 @@ impl Table {
     /// Gives a charge back.
     pub(crate) fn refund(&self, ask: &Ask, now: Instant) {
         let mut held = self.hold(ask.id, now);
-        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        let gcra = ask.quota.unwrap_or(*held.guard.shared().gcra);
         let tat = gcra.refund(held.tat, held.now, ask.cost);
         held.put_back(ask, tat);
     }
@@ -353,10 +357,10 @@ impl Table {
     pub(crate) fn replace(&self, gcra: Gcra, now: Instant) {
         let _changing = self.changing.lock();
         let excepted: HashSet<_> = self.exceptions.read().keys().map(|id| id.slot()).collect();
+        let gcra = Arc::new(gcra);
         self.map.change_all(|terms, cells| {
-            let old = terms.gcra;
+            let old = mem::replace(&mut terms.gcra, Arc::clone(&gcra));
             let now = terms.latest.max(now.as_nanos());
-            terms.gcra = gcra;
             for cell in cells {
                 if cell.id().is_some_and(|id| excepted.contains(&id)) {
                     continue;
@@ -391,7 +395,7 @@ impl Held<'_> {
     /// How the key stands after that, in the terms of the limit `limit`.
     #[inline(always)]
     pub(crate) fn stands(self, limit: usize, tat: Tat) -> Standing {
-        let (gcra, now) = (self.guard.shared().gcra, self.now);
+        let (gcra, now) = (*self.guard.shared().gcra, self.now);
         // The numbers need a division: they are worked out without the lock.
         drop(self);
         Standing::of(limit, &gcra, tat, now, Detail::Tightest)
@@ -608,7 +612,7 @@ pub(crate) fn decide_all(
         .zip(asks.iter().flatten())
         .zip(&mut states)
     {
-        let gcra = ask.quota.unwrap_or(held.guard.shared().gcra);
+        let gcra = ask.quota.unwrap_or(*held.guard.shared().gcra);
         *state = Some((gcra, held.tat, held.now));
     }
     drop(held);

@@ -56,11 +56,14 @@ impl Fill {
     }
 }
 
+/// What every look at a key reads comes first, so that it shares a cache line
+/// with the lock before it.
+#[repr(C)]
 pub(super) struct Shard<T: Entry> {
     /// Linear probing from `home`; never full, so that every probe ends at a
     /// vacant slot. Not allocated while there is no entry.
     slots: Box<[T]>,
-    fill: Fill,
+    pub(super) shared: T::Shared,
     len: usize,
     /// The next slot to sweep; a pass goes from slot 0 to the last.
     cursor: usize,
@@ -69,7 +72,7 @@ pub(super) struct Shard<T: Entry> {
     pass_least: Instant,
     /// No entry is spent before this, as far as the shard was told.
     pub(super) least: Instant,
-    pub(super) shared: T::Shared,
+    fill: Fill,
 }
 
 /// What a look through a whole shard has found.

@@ -224,8 +224,10 @@ fn a_million_keys_do_not_pass_the_ceiling() {
         assert_eq!(map.live(at(1_000_000)) as u64, max_keys);
         assert_eq!(refused + map.evicted(), 9 * max_keys);
         assert_eq!(refused > 0, when_full == WhenFull::Refuse);
-        // 16 bytes a slot, at least half full.
-        assert!(map.allocated_bytes() as u64 <= max_keys * 34);
+        // 16 bytes a slot; small shards, as a debug build has, are a third
+        // full at least, larger ones three quarters.
+        let most = if cfg!(debug_assertions) { 50 } else { 24 };
+        assert!(map.allocated_bytes() as u64 <= max_keys * most);
         assert_sound(&map);
     }
 }

@@ -116,7 +116,7 @@ fn a_quota_replaced_meanwhile_loses_no_charge() {
             other[0].replace(quota, NOW);
         });
         let one = ask(&*tables, 0, 7).unwrap();
-        let verdict = decide_one(&tables[0], &one, NOW, Detail::None).verdict;
+        let verdict = decide_one(tables[0].hold(one.id, NOW), &one, Detail::None).verdict;
         assert_eq!(verdict, Verdict::Pass);
         other.join().unwrap();
         assert_eq!(left(&*tables, 0, 7), 9);
