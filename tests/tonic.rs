@@ -216,7 +216,7 @@ async fn a_stream_passes_and_is_charged_once() {
 }
 
 #[tokio::test]
-async fn what_never_fits_has_no_pushback() {
+async fn what_never_fits_is_not_to_be_retried() {
     let layer = RateLimitLayer::builder()
         .limit(Limit::new(Quota::per_second(5)).cost_by(|head| {
             let cost = head
@@ -236,7 +236,8 @@ async fn what_never_fits_has_no_pushback() {
         refused.message(),
         "the request costs more than its limit can ever hold"
     );
-    assert_eq!(metadata(&refused, "grpc-retry-pushback-ms"), None);
+    // A negative pushback forbids the retry.
+    assert_eq!(metadata(&refused, "grpc-retry-pushback-ms"), Some("-1"));
     assert_eq!(metadata(&refused, "x-ratelimit-limit"), Some("5"));
 }
 

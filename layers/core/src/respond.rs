@@ -32,7 +32,7 @@ use http::{
     request::Parts,
 };
 
-use crate::{Head, Refusal};
+use crate::{Head, Refusal, RefusalKind};
 
 /// `grpc-status`.
 pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -81,10 +81,9 @@ pub struct ProblemResponder;
 
 impl Responder for ProblemResponder {
     fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes> {
-        if request.is_grpc() {
-            grpc(refusal)
-        } else {
-            problem(refusal)
+        match grpc_type(request) {
+            Some(content_type) => grpc(refusal, content_type),
+            None => problem(refusal),
         }
     }
 
@@ -102,6 +101,7 @@ pub struct KeptHead(Kept);
 enum Kept {
     Http,
     Grpc,
+    GrpcWeb,
     Whole(Box<Parts>),
 }
 
@@ -110,10 +110,10 @@ impl KeptHead {
     /// of it has no other header.
     #[must_use]
     pub fn protocol(request: Head<'_>) -> Self {
-        Self(if request.is_grpc() {
-            Kept::Grpc
-        } else {
-            Kept::Http
+        Self(match grpc_type(request) {
+            Some(GRPC_WEB) => Kept::GrpcWeb,
+            Some(_) => Kept::Grpc,
+            None => Kept::Http,
         })
     }
 
@@ -134,20 +134,39 @@ impl KeptHead {
     #[must_use]
     pub fn head(&self) -> Head<'_> {
         static HTTP: LazyLock<Request<()>> = LazyLock::new(Request::default);
-        static GRPC: LazyLock<Request<()>> = LazyLock::new(|| {
-            let mut request = Request::default();
-            *request.method_mut() = Method::POST;
-            let grpc = HeaderValue::from_static("application/grpc");
-            request.headers_mut().insert(CONTENT_TYPE, grpc);
-            request
-        });
+        static GRPC: LazyLock<Request<()>> = LazyLock::new(|| grpc_request(self::GRPC));
+        static WEB: LazyLock<Request<()>> = LazyLock::new(|| grpc_request(GRPC_WEB));
 
         match &self.0 {
             Kept::Http => Head::from(&*HTTP),
             Kept::Grpc => Head::from(&*GRPC),
+            Kept::GrpcWeb => Head::from(&*WEB),
             Kept::Whole(parts) => Head::from(&**parts),
         }
     }
+}
+
+const GRPC: &str = "application/grpc";
+const GRPC_WEB: &str = "application/grpc-web";
+
+fn grpc_request(content_type: &'static str) -> Request<()> {
+    let mut request = Request::default();
+    *request.method_mut() = Method::POST;
+    let content_type = HeaderValue::from_static(content_type);
+    request.headers_mut().insert(CONTENT_TYPE, content_type);
+    request
+}
+
+/// How to answer a gRPC request: browsers speak their own kind.
+fn grpc_type(request: Head<'_>) -> Option<&'static str> {
+    if !request.is_grpc() {
+        return None;
+    }
+    let asked = request.headers.get(CONTENT_TYPE)?.as_bytes();
+    let web = asked
+        .get(..GRPC_WEB.len())
+        .is_some_and(|start| start.eq_ignore_ascii_case(GRPC_WEB.as_bytes()));
+    Some(if web { GRPC_WEB } else { GRPC })
 }
 
 fn problem(refusal: &Refusal) -> Response<Bytes> {
@@ -195,21 +214,24 @@ fn document(refusal: &Refusal) -> Bytes {
     serde_json::Value::Object(document).to_string().into()
 }
 
-fn grpc(refusal: &Refusal) -> Response<Bytes> {
+fn grpc(refusal: &Refusal, content_type: &'static str) -> Response<Bytes> {
     let mut response = Response::new(Bytes::new());
     *response.status_mut() = StatusCode::OK;
     let headers = response.headers_mut();
     headers.reserve(6);
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(GRPC_STATUS, integer(refusal.kind().grpc_code().into()));
     headers.insert(GRPC_MESSAGE, percent_encoded(refusal.detail()));
     if let Some(wait) = refusal.retry_after() {
         let millis = wait.as_nanos().div_ceil(1_000_000);
-        // A gRPC client reads it as i32; what does not fit means "never".
+        // A gRPC client reads it into 32 bits: 24 days.
         let millis = u64::try_from(millis)
             .unwrap_or(u64::MAX)
             .min(i32::MAX as u64);
         headers.insert(GRPC_RETRY_PUSHBACK, integer(millis));
+    } else if refusal.kind() == RefusalKind::NeverFits {
+        // Not ever, in the words of gRFC A6.
+        headers.insert(GRPC_RETRY_PUSHBACK, HeaderValue::from_static("-1"));
     }
     response
 }
@@ -299,7 +321,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::RefusalKind;
 
     fn respond(refusal: &Refusal, content_type: &str) -> Response<Bytes> {
         let request = Request::builder()
@@ -376,6 +397,21 @@ mod tests {
         assert_eq!((head.method, head.uri), (request.method(), request.uri()));
         assert_eq!(head.headers, request.headers());
         assert_eq!(head.extensions.get(), Some(&7_u8));
+    }
+
+    #[test]
+    fn grpc_clients_are_told_never_and_browsers_their_own_type() {
+        let never = Refusal::new(RefusalKind::NeverFits);
+        let response = respond(&never, "application/grpc-web+proto");
+        assert_eq!(response.headers()["grpc-retry-pushback-ms"], "-1");
+        assert_eq!(response.headers()["content-type"], "application/grpc-web");
+        let request = Request::builder()
+            .header(CONTENT_TYPE, "application/grpc-web-text")
+            .body(())
+            .unwrap();
+        let kept = ProblemResponder.keep(Head::from(&request));
+        let late = ProblemResponder.respond(&never, kept.head());
+        assert_eq!(late.headers()["content-type"], "application/grpc-web");
     }
 
     #[test]
