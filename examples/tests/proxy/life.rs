@@ -285,6 +285,8 @@ async fn told_to_stop_it_finishes_what_it_has_begun() {
         })
         .await;
         assert_eq!(fetch(proxy.admin, get("/health/live")).await.status(), 200);
+        // Each connection hears of it by itself; nothing tells when all have.
+        tokio::time::sleep(Duration::from_millis(250)).await;
         go.notify_one();
         let answer = raw.rest().await;
         assert!(
