@@ -379,3 +379,27 @@ async fn an_http2_connection_may_be_opened_ahead_and_is_told_when_it_idles() {
         start.elapsed()
     );
 }
+
+#[tokio::test]
+async fn pings_keep_no_idle_connection_open() {
+    let upstream = Upstream::start(|_| async { reply("yes") }).await;
+    let proxy = Proxy::start(&format!(
+        "limits: {{ header_timeout: 300ms, idle_timeout: 500ms }}\n{}",
+        to(upstream.address)
+    ))
+    .await;
+    let mut raw = Raw::connect(proxy.listen).await;
+    raw.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+    raw.send([0, 0, 0, 4, 0, 0, 0, 0, 0]).await;
+    let (mut reads, mut writes) = raw.0.into_split();
+    let pings = tokio::spawn(async move {
+        let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        while writes.write_all(&ping).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let mut bytes = Vec::new();
+    let end = timeout(Duration::from_secs(3), reads.read_to_end(&mut bytes)).await;
+    pings.abort();
+    assert!(end.is_ok(), "it is still open");
+}
