@@ -200,6 +200,23 @@ async fn the_access_line_says_what_was_and_never_the_query() {
     assert_eq!(requests("live", "2xx").await, 1.0);
     assert_eq!(requests("dead", "5xx").await, 1.0);
     assert_eq!(requests("", "4xx").await, 1.0);
+
+    // The status was sent before it broke off; the line knows.
+    let upstream = Upstream::raw(|mut stream| async move {
+        read_head(&mut stream).await;
+        let _ = stream
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhello")
+            .await;
+    })
+    .await;
+    let other = Proxy::start(&to(upstream.address)).await;
+    let mut raw = Raw::connect(other.listen).await;
+    raw.send("GET /half HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert!(raw.rest().await.ends_with("hello"));
+    let line = other.access("/half").await;
+    assert_eq!((&line["status"], &line["bytes"]), (&200.into(), &5.into()));
+    assert_eq!(line["error"], "the response broke off");
+
     assert_eq!(
         proxy
             .metric("proxy_request_duration_seconds_count", &["route=\"live\""])
