@@ -98,8 +98,12 @@ impl Line {
 }
 
 impl BodyGuard for Line {
-    fn ended(mut self, _end: BodyEnd<'_>, bytes: u64) {
+    fn ended(mut self, end: BodyEnd<'_>, bytes: u64) {
         self.bytes = bytes;
+        if matches!(end, BodyEnd::Failed) {
+            // The status was sent long ago, and knows nothing of it.
+            let _ = self.facts.error.set("the response broke off".to_owned());
+        }
     }
 }
 

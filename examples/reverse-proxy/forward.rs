@@ -136,6 +136,10 @@ impl Rules {
 
         // The version is of the hop; hyper writes the client's own.
         *response.version_mut() = Version::HTTP_11;
+        if headers::is_coded(response.headers()) {
+            let _ = facts.error.set("a transfer coding but chunked".to_owned());
+            return Err(RefusalKind::BadGateway.into());
+        }
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         let protocol = response.headers().get(UPGRADE).cloned();
         headers::strip_hop_by_hop(response.headers_mut());

@@ -29,19 +29,19 @@ const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 static PSEUDONYM: LazyLock<String> =
     LazyLock::new(|| format!("buttress-{:08x}", fastrand::u32(..)));
 
-/// The comma-separated members of all lines of a field, in order.
-fn members<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+/// The comma-separated members of all lines of a field, in order. As bytes: a
+/// member that is no text must not hide those beside it.
+fn members<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
     headers
         .get_all(name)
         .iter()
-        .filter_map(|line| line.to_str().ok())
-        .flat_map(|line| line.split(','))
-        .map(str::trim)
+        .flat_map(|line| line.as_bytes().split(|&b| b == b','))
+        .map(<[u8]>::trim_ascii)
         .filter(|member| !member.is_empty())
 }
 
 fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
-    members(headers, name).any(|member| member.eq_ignore_ascii_case(token))
+    members(headers, name).any(|member| member.eq_ignore_ascii_case(token.as_bytes()))
 }
 
 /// The protocol that an HTTP/1.1 client asks to change to. HTTP/2 by upgrade
@@ -65,11 +65,12 @@ pub(crate) fn expects_continue(headers: &HeaderMap) -> bool {
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     // Every `Connection` line counts, not only the first.
     let named: Vec<HeaderName> = members(headers, &CONNECTION)
-        .filter_map(|name| name.parse().ok())
+        .filter_map(|name| HeaderName::from_bytes(name).ok())
         .collect();
     for name in named {
-        // What the next hop cannot do without is not for a sender to remove.
-        if name != HOST && name != CONTENT_LENGTH {
+        // What the next hop cannot do without is not for a sender to remove,
+        // nor what is looked at below or was added by us already.
+        if ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING, X_REQUEST_ID].contains(&name) {
             headers.remove(name);
         }
     }
@@ -110,9 +111,11 @@ pub(crate) fn authority(head: &Parts) -> Result<Option<Authority>, Refusal> {
         (Some(target), Some(host)) if head.version == Version::HTTP_2 && *target != host => {
             bad("Host and :authority differ")
         }
+        (Some(target), _) if target.as_str().contains('@') => bad("the authority is no host"),
+        (_, None) if head.version == Version::HTTP_11 => bad("the Host is missing"),
         // The target's counts, also on HTTP/1.1 (RFC 9112 §3.2.2).
         (Some(target), _) => Ok(Some(target.clone())),
-        (None, None) if head.version == Version::HTTP_11 => bad("the Host is missing"),
+        (None, None) if head.version == Version::HTTP_2 => bad("the :authority is missing"),
         (None, host) => Ok(host),
     }
 }
@@ -123,12 +126,7 @@ pub(crate) fn unambiguous(head: &Parts) -> Result<(), Refusal> {
         let detail = "CONNECT is not supported";
         return Err(Refusal::new(RefusalKind::NotImplemented).with_detail(detail));
     }
-    // hyper has decoded one `chunked`. Under any other coding the bytes would
-    // go on without the word that says what they are.
-    let mut codings = members(&head.headers, &TRANSFER_ENCODING);
-    if let Some(coding) = codings.next()
-        && (!coding.eq_ignore_ascii_case("chunked") || codings.next().is_some())
-    {
+    if is_coded(&head.headers) {
         let detail = "no transfer coding but chunked is supported";
         return Err(Refusal::new(RefusalKind::NotImplemented).with_detail(detail));
     }
@@ -137,6 +135,16 @@ pub(crate) fn unambiguous(head: &Parts) -> Result<(), Refusal> {
         return Err(Refusal::new(RefusalKind::BadRequest).with_detail(detail));
     }
     Ok(())
+}
+
+/// Whether a message has a transfer coding beside `chunked`. hyper has decoded
+/// that one; under any other the bytes would go on without the word that says
+/// what they are.
+pub(crate) fn is_coded(headers: &HeaderMap) -> bool {
+    let mut codings = members(headers, &TRANSFER_ENCODING);
+    codings
+        .next()
+        .is_some_and(|coding| !coding.eq_ignore_ascii_case(b"chunked") || codings.next().is_some())
 }
 
 /// Whether a path, as some upstream may decode it, leads out of its prefix,
@@ -150,8 +158,11 @@ fn path_can_climb(path: &str) -> bool {
         .replace("%2e", ".")
         .replace("%2f", "/")
         .replace("%5c", "/")
+        .replace("%3b", ";")
         .replace('\\', "/");
-    path.contains("%00") || path.split('/').any(|segment| matches!(segment, "." | ".."))
+    // Servlet containers take what follows a `;` off before they look.
+    let is_dots = |segment: &str| matches!(segment.split(';').next(), Some("." | ".."));
+    path.contains("%00") || path.split('/').any(is_dots)
 }
 
 /// Bytes that the head's fields take up in HTTP/1.1.
@@ -164,7 +175,12 @@ pub(crate) fn size(headers: &HeaderMap) -> usize {
 
 /// Whether this very process has sent the request on before.
 pub(crate) fn has_passed_here(headers: &HeaderMap) -> bool {
-    members(headers, &VIA).any(|hop| hop.split_whitespace().nth(1) == Some(&PSEUDONYM))
+    members(headers, &VIA).any(|hop| {
+        let mut parts = hop
+            .split(u8::is_ascii_whitespace)
+            .filter(|it| !it.is_empty());
+        parts.nth(1) == Some(PSEUDONYM.as_bytes())
+    })
 }
 
 /// Where a request came from.
@@ -362,6 +378,19 @@ mod tests {
     }
 
     #[test]
+    fn a_line_that_is_no_text_hides_nothing() {
+        let mut headers = map(&[("x-one", "1")]);
+        let junk = HeaderValue::from_bytes(b"x-\xff, x-one").unwrap();
+        headers.append(CONNECTION, junk);
+        strip_hop_by_hop(&mut headers);
+        assert_eq!(headers, map(&[]));
+
+        headers.append(TRANSFER_ENCODING, HeaderValue::from_bytes(b"\xff").unwrap());
+        headers.append(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        assert!(is_coded(&headers));
+    }
+
+    #[test]
     fn paths_that_climb_are_seen_through_their_encodings() {
         for path in [
             "/a/../b",
@@ -373,6 +402,9 @@ mod tests {
             "/a%2f..%2fb",
             "/a/..\\b",
             "/a/..%5Cb",
+            "/a/..;/b",
+            "/a/..;x=1",
+            "/a/%2e.%3bx/b",
             "/a%00",
         ] {
             assert!(path_can_climb(path), "{path}");
@@ -382,6 +414,7 @@ mod tests {
             "/a/.well-known/b",
             "/a/...",
             "/a..b/c",
+            "/a/b;..",
             "/group%2Fproject",
             "/100%25",
         ] {

@@ -43,6 +43,10 @@ use crate::settings::Limits;
 /// How long a client that goes on sending is listened to after our last word.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// HTTP/2 writes no more than this at once where it only keeps a connection
+/// up: a few frames of 9 to 17 bytes.
+const UPKEEP: usize = 64;
+
 /// Tells connections to stop, and who waits for them, when they have.
 #[derive(Clone)]
 pub(crate) struct Stop {
@@ -236,8 +240,11 @@ impl Pulse {
     }
 
     /// Bytes went out: the end of a response on a slow line is no idleness.
-    fn wrote(&self) {
-        if !self.head.load(Relaxed) {
+    /// Neither pings nor their answers are a response, and both sides may send
+    /// them for ever.
+    fn wrote(&self, bytes: usize) {
+        let upkeep = self.http2.load(Relaxed) && bytes <= UPKEEP;
+        if !upkeep && !self.head.load(Relaxed) {
             self.since.store(clock::now().as_nanos(), Relaxed);
         }
     }
@@ -346,9 +353,9 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let wrote = ready!(Pin::new(&mut self.stream).poll_write(cx, buf));
-        self.pulse.wrote();
-        Poll::Ready(wrote)
+        let wrote = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
+        self.pulse.wrote(wrote);
+        Poll::Ready(Ok(wrote))
     }
 
     fn poll_write_vectored(
@@ -356,9 +363,9 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let wrote = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs));
-        self.pulse.wrote();
-        Poll::Ready(wrote)
+        let wrote = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs))?;
+        self.pulse.wrote(wrote);
+        Poll::Ready(Ok(wrote))
     }
 
     fn is_write_vectored(&self) -> bool {

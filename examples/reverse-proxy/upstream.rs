@@ -39,6 +39,19 @@ const MAX_IDLE: usize = 1024;
 /// nothing in flight, and would otherwise look like the least loaded of all.
 const REST: Duration = Duration::from_secs(1);
 
+/// How much of one response an HTTP/2 upstream may send ahead of its client.
+const STREAM_WINDOW: u32 = 256 << 10;
+
+/// What all responses on a connection together may: as much as HTTP/2 can say.
+/// They share it, so that under any less a few clients that do not read would
+/// bring everyone else's responses to a halt; memory is bounded by each stream.
+const MAX_WINDOW: u32 = (1 << 31) - 1;
+
+/// How much the fields of a response may come to on HTTP/2, and how many they
+/// may be on HTTP/1.1: what its upstream may say there is what any may.
+const MAX_LIST: u32 = 256 << 10;
+const MAX_FIELDS: usize = 256;
+
 /// An endpoint.
 pub(crate) struct Endpoint {
     /// As it is written in the settings.
@@ -125,7 +138,10 @@ impl Endpoint {
                 {
                     return Ok(Connection::Http1(sender, Age::Reused));
                 }
-                let (sender, connection) = http1::handshake(self.dial().await?)
+                let (sender, connection) = http1::Builder::new()
+                    // As many as a client may send.
+                    .max_headers(MAX_FIELDS)
+                    .handshake(self.dial().await?)
                     .await
                     .map_err(io::Error::other)?;
                 tokio::spawn(connection.with_upgrades());
@@ -151,6 +167,9 @@ impl Endpoint {
                     .timer(TokioTimer::new())
                     // A peer that vanished without a word is found out.
                     .keep_alive_interval(Duration::from_secs(20))
+                    .max_header_list_size(MAX_LIST)
+                    .initial_stream_window_size(STREAM_WINDOW)
+                    .initial_connection_window_size(MAX_WINDOW)
                     .handshake(self.dial().await?)
                     .await
                     .map_err(io::Error::other)?;

@@ -33,8 +33,10 @@ pub(crate) use scalar::{Count, Name, Secret, Size, Span};
 pub(crate) struct Settings {
     pub(crate) listen: Address,
     pub(crate) admin: Address,
+    #[serde(deserialize_with = "present")]
     pub(crate) log_format: Option<LogFormat>,
     pub(crate) trusted_proxies: Vec<Network>,
+    #[serde(deserialize_with = "present")]
     pub(crate) admin_token: Option<Secret>,
     pub(crate) limits: Limits,
     pub(crate) routes: Vec<Route>,
@@ -85,6 +87,7 @@ impl Default for Limits {
 pub(crate) struct Route {
     pub(crate) name: Name,
     pub(crate) path: Prefix,
+    #[serde(default, deserialize_with = "present")]
     pub(crate) host: Option<Host>,
     #[serde(default)]
     pub(crate) strip_prefix: bool,
@@ -92,7 +95,17 @@ pub(crate) struct Route {
     pub(crate) upstream: Vec<Upstream>,
     #[serde(default = "thirty_seconds")]
     pub(crate) timeout: Span,
+    #[serde(default, deserialize_with = "present")]
     pub(crate) rate_limit: Option<RateLimit>,
+}
+
+/// Reads what need not be there, but is. YAML takes a key with nothing behind
+/// it for null, and serde takes that for an absent one: an empty `rate_limit:`
+/// would be no limit, an empty `admin_token:` an open door.
+fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 const fn thirty_seconds() -> Span {
@@ -106,6 +119,7 @@ pub(crate) struct RateLimit {
     pub(crate) limit: Count,
     #[serde(default = "one_second")]
     pub(crate) period: Span,
+    #[serde(default, deserialize_with = "present")]
     pub(crate) burst: Option<Count>,
     #[serde(default)]
     pub(crate) key: Key,
@@ -212,7 +226,8 @@ impl FromStr for Host {
     fn from_str(text: &str) -> Result<Self, String> {
         text.parse::<http::uri::Authority>()
             .ok()
-            .filter(|host| host.host() == text)
+            // A wildcard would be one that no request ever has.
+            .filter(|host| host.host() == text && !text.contains('*'))
             .map(|host| Self(host.host().to_ascii_lowercase()))
             .ok_or_else(|| {
                 format!("expected a host name without a port such as api.example.com, got `{text}`")
@@ -257,7 +272,8 @@ impl FromStr for Upstream {
         let authority = match parsed.port() {
             Some(port) if port.as_u16() == 0 => return Err(expected()),
             Some(_) => authority.to_owned(),
-            None if authority.ends_with(':') => return Err(expected()),
+            // There is something behind the host, but no port.
+            None if authority != parsed.host() => return Err(expected()),
             None => format!("{authority}:80"),
         };
         Ok(Self {
@@ -392,6 +408,9 @@ const NOT_YET: &[&str] = &[
     "on_store_error",
 ];
 
+/// The longest target that `http::Uri` takes.
+const MAX_PATH: u64 = u16::MAX as u64 - 1;
+
 /// A setting that makes no sense, as the one line that the program ends with.
 #[derive(Debug)]
 pub(crate) struct Nonsense(String);
@@ -441,6 +460,12 @@ impl Settings {
                     "expected a token, because admin ({}) is not a loopback address",
                     self.admin.0
                 ),
+            );
+        }
+        if self.limits.max_path.0 > MAX_PATH {
+            return nonsense(
+                "limits.max_path",
+                format!("expected at most {MAX_PATH}B, the longest that is understood"),
             );
         }
         if self.routes.is_empty() {

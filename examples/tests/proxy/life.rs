@@ -200,6 +200,23 @@ async fn the_access_line_says_what_was_and_never_the_query() {
     assert_eq!(requests("live", "2xx").await, 1.0);
     assert_eq!(requests("dead", "5xx").await, 1.0);
     assert_eq!(requests("", "4xx").await, 1.0);
+
+    // The status was sent before it broke off; the line knows.
+    let upstream = Upstream::raw(|mut stream| async move {
+        read_head(&mut stream).await;
+        let _ = stream
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhello")
+            .await;
+    })
+    .await;
+    let other = Proxy::start(&to(upstream.address)).await;
+    let mut raw = Raw::connect(other.listen).await;
+    raw.send("GET /half HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert!(raw.rest().await.ends_with("hello"));
+    let line = other.access("/half").await;
+    assert_eq!((&line["status"], &line["bytes"]), (&200.into(), &5.into()));
+    assert_eq!(line["error"], "the response broke off");
+
     assert_eq!(
         proxy
             .metric("proxy_request_duration_seconds_count", &["route=\"live\""])
@@ -378,4 +395,28 @@ async fn an_http2_connection_may_be_opened_ahead_and_is_told_when_it_idles() {
         "{:?}",
         start.elapsed()
     );
+}
+
+#[tokio::test]
+async fn pings_keep_no_idle_connection_open() {
+    let upstream = Upstream::start(|_| async { reply("yes") }).await;
+    let proxy = Proxy::start(&format!(
+        "limits: {{ header_timeout: 300ms, idle_timeout: 500ms }}\n{}",
+        to(upstream.address)
+    ))
+    .await;
+    let mut raw = Raw::connect(proxy.listen).await;
+    raw.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+    raw.send([0, 0, 0, 4, 0, 0, 0, 0, 0]).await;
+    let (mut reads, mut writes) = raw.0.into_split();
+    let pings = tokio::spawn(async move {
+        let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        while writes.write_all(&ping).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let mut bytes = Vec::new();
+    let end = timeout(Duration::from_secs(3), reads.read_to_end(&mut bytes)).await;
+    pings.abort();
+    assert!(end.is_ok(), "it is still open");
 }

@@ -247,6 +247,30 @@ fn nonsense_ends_it_with_one_line() {
         (with("tls: {}"), "tls", "not built in yet"),
         (with("shutdown: {}"), "shutdown", "not built in yet"),
         (with("lisen: 127.0.0.1:1"), "lisen", "unknown key"),
+        // A key with nothing behind it is a mistake, not an absent one.
+        (
+            route_with("rate_limit: "),
+            "routes[1].rate_limit",
+            "expected a section of keys",
+        ),
+        (with("admin_token:"), "admin_token", "got nothing"),
+        (with("log_format: ~"), "log_format", "text or json"),
+        (route_with("host: "), "routes[1].host", "a host name"),
+        (
+            route_with("host: '*.a.example'"),
+            "routes[1].host",
+            "a host name",
+        ),
+        (
+            "routes: [{ name: a, path: /a, upstream: ['http://h:99999'] }]".into(),
+            "routes[0].upstream[0]",
+            "http://HOST:PORT",
+        ),
+        (
+            with("limits: { max_path: 64KiB }"),
+            "limits.max_path",
+            "at most 65534B",
+        ),
         ("routes: [".into(), "expected YAML", ""),
         ("- 1".into(), "expected", "map"),
     ];

@@ -399,3 +399,39 @@ async fn chunks_arrive_as_they_are_sent() {
     assert_eq!(proxy.access("/ticks").await["bytes"], 20);
     assert_eq!(fetch(proxy.admin, get("/health/live")).await.status(), 200);
 }
+
+#[tokio::test]
+async fn clients_that_do_not_read_hold_up_no_one_else_on_their_connection() {
+    let upstream = Upstream::start(|request| async move {
+        let length = match request.uri().path() {
+            // More than the kernel takes in for a client that does not.
+            "/large" => 32 * MIB,
+            _ => 5,
+        };
+        reply(vec![b'x'; length])
+    })
+    .await;
+    let proxy = Proxy::start(&format!(
+        "routes: [{{ name: a, path: /, upstream: ['h2c://{}'] }}]",
+        upstream.address
+    ))
+    .await;
+    let mut idle = Vec::new();
+    for _ in 0..4 {
+        let mut raw = Raw::connect(proxy.listen).await;
+        raw.send("GET /large HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        raw.until("\r\n\r\n").await;
+        idle.push(raw);
+    }
+    // Until nothing moves any more.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let small = tokio::time::timeout(Duration::from_secs(4), proxy.get("/small"));
+    assert_eq!(small.await.expect("nobody is in the way").body(), "xxxxx");
+    assert_eq!(proxy.in_flight().await, 4.0);
+    assert_eq!(upstream.connections.load(SeqCst), 1);
+    drop(idle);
+    eventually("nothing is in flight", || async {
+        proxy.in_flight().await == 0.0
+    })
+    .await;
+}
