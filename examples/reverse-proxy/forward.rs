@@ -9,7 +9,7 @@ use std::{
     net::IpAddr,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use buttress::{
@@ -24,8 +24,12 @@ use http::{
     uri::{Authority, PathAndQuery},
 };
 use http_body::Body as _;
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper::{
+    body::Incoming,
+    upgrade::{OnUpgrade, Upgraded},
+};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tower::Service;
 
 use crate::{
@@ -461,11 +465,53 @@ impl Tunnel {
         let Ok((client, upstream)) = tokio::try_join!(client, upstream) else {
             return;
         };
-        let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
-        if let Ok((_, to_client)) = tokio::io::copy_bidirectional(&mut client, &mut upstream).await
-        {
-            line.add_bytes(to_client);
+        let mut client = Counted {
+            io: TokioIo::new(client),
+            written: 0,
+        };
+        let mut upstream = TokioIo::new(upstream);
+        let copied = tokio::io::copy_bidirectional(&mut client, &mut upstream).await;
+        if let Err(error) = copied {
+            let _ = line.facts.error.set(format!("tunnel: {error}"));
         }
+        line.add_bytes(client.written);
         drop(in_flight);
+    }
+}
+
+/// Counts what is written to it: a tunnel that ends with a reset, as most that
+/// a browser has do, has carried bytes all the same.
+struct Counted {
+    io: TokioIo<Upgraded>,
+    written: u64,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.io).poll_write(cx, buf))?;
+        self.written += written as u64;
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

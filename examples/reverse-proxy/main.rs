@@ -131,8 +131,7 @@ async fn run() -> Result<ExitCode, End> {
         },
     ));
     let serving = tokio::spawn(serve(listener, limits, stop, move |request, peer, busy| {
-        let proxy = Arc::clone(&proxy);
-        async move { proxy.answer(request, peer, busy).await }
+        proxy.answer(request, peer, busy)
     }));
     tracing::info!(%listen, %admin, "listening");
     if demo {

@@ -90,13 +90,14 @@ impl Proxy {
         })
     }
 
-    /// Answers a request.
-    pub(crate) async fn answer(
+    /// Answers a request. It has its line of the log before the future is
+    /// polled: hyper may see a client go, and never poll it.
+    pub(crate) fn answer(
         &self,
         request: Request<Incoming>,
         peer: SocketAddr,
         busy: Busy,
-    ) -> Response<Body> {
+    ) -> impl Future<Output = Response<Body>> + Send + use<> {
         let (mut head, body) = request.into_parts();
         let id = headers::request_id(&mut head.headers);
         let route = headers::unambiguous(&head)
@@ -115,42 +116,45 @@ impl Proxy {
             Err(_) => self.unrouted.clone(),
         };
         let mut line = Line::new(&head, id.clone(), labels, busy);
-        let facts = Arc::clone(&line.facts);
+        let service = route.map(|route| route.service.clone());
 
-        let mut response = match route {
-            Ok(route) => {
-                head.extensions.insert(PeerAddr(peer));
-                head.extensions.insert(Arc::clone(&facts));
-                let request = Request::from_parts(head, body);
-                match route.service.clone().oneshot(request).await {
-                    Ok(response) => response,
-                    Err(never) => match never {},
+        async move {
+            let facts = Arc::clone(&line.facts);
+            let mut response = match service {
+                Ok(service) => {
+                    head.extensions.insert(PeerAddr(peer));
+                    head.extensions.insert(Arc::clone(&facts));
+                    let request = Request::from_parts(head, body);
+                    match service.oneshot(request).await {
+                        Ok(response) => response,
+                        Err(never) => match never {},
+                    }
                 }
-            }
-            Err(refusal) => {
-                let mut response = ProblemResponder.respond(&refusal, Head::from(&head));
-                if refusal.kind() != RefusalKind::NoRoute && head.version != Version::HTTP_2 {
-                    // Where a request is not understood, nobody can be sure
-                    // where the next one begins.
-                    response
-                        .headers_mut()
-                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                Err(refusal) => {
+                    let mut response = ProblemResponder.respond(&refusal, Head::from(&head));
+                    if refusal.kind() != RefusalKind::NoRoute && head.version != Version::HTTP_2 {
+                        // Where a request is not understood, nobody can be sure
+                        // where the next one begins.
+                        response
+                            .headers_mut()
+                            .insert(CONNECTION, HeaderValue::from_static("close"));
+                    }
+                    response.map(RouteBody::refusal)
                 }
-                response.map(RouteBody::refusal)
-            }
-        };
+            };
 
-        response
-            .headers_mut()
-            .entry(headers::X_REQUEST_ID)
-            .or_insert(id);
-        line.status = response.status().as_u16();
-        if let Some(tunnel) = facts.take_tunnel() {
-            // The 101 has to leave before either side is there.
-            tokio::spawn(tunnel.run(line));
-            return response.map(|body| GuardedBody::new(body, Last(None)));
+            response
+                .headers_mut()
+                .entry(headers::X_REQUEST_ID)
+                .or_insert(id);
+            line.status = response.status().as_u16();
+            if let Some(tunnel) = facts.take_tunnel() {
+                // The 101 has to leave before either side is there.
+                tokio::spawn(tunnel.run(line));
+                return response.map(|body| GuardedBody::new(body, Last(None)));
+            }
+            response.map(|body| GuardedBody::new(body, Last(Some(line))))
         }
-        response.map(|body| GuardedBody::new(body, Last(Some(line))))
     }
 
     /// Writes what is in flight into the gauges: read when someone looks, so

@@ -200,6 +200,48 @@ async fn the_access_line_says_what_was_and_never_the_query() {
     assert_eq!(requests("live", "2xx").await, 1.0);
     assert_eq!(requests("dead", "5xx").await, 1.0);
     assert_eq!(requests("", "4xx").await, 1.0);
+    assert_eq!(
+        proxy
+            .metric("proxy_request_duration_seconds_count", &["route=\"live\""])
+            .await,
+        1.0
+    );
+}
+
+#[tokio::test]
+async fn there_is_a_line_whatever_the_end_was() {
+    // A client may be gone before it has had any answer at all.
+    let upstream = Upstream::start(|_| async { reply("hello") }).await;
+    let proxy = Proxy::start(&to(upstream.address)).await;
+    for _ in 0..20 {
+        let mut raw = Raw::connect(proxy.listen).await;
+        raw.send("GET /gone HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        raw.0.shutdown().await.unwrap();
+        proxy.access("/gone").await;
+    }
+
+    // Nor does a tunnel need an end in peace.
+    let upstream = Upstream::raw(|mut stream| async move {
+        read_head(&mut stream).await;
+        let head =
+            b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello";
+        stream.write_all(head).await.unwrap();
+        stream.read_u8().await.unwrap();
+        stream.set_zero_linger().unwrap();
+    })
+    .await;
+    let other = Proxy::start(&to(upstream.address)).await;
+    let mut raw = Raw::connect(other.listen).await;
+    raw.send("GET /tunnel HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n")
+        .await;
+    raw.until("hello").await;
+    raw.send("x").await;
+    let line = other.access("/tunnel").await;
+    assert_eq!((&line["status"], &line["bytes"]), (&101.into(), &5.into()));
+    assert!(
+        line["error"].as_str().unwrap().starts_with("tunnel: "),
+        "{line}"
+    );
 
     // The status was sent before it broke off; the line knows.
     let upstream = Upstream::raw(|mut stream| async move {
@@ -216,13 +258,6 @@ async fn the_access_line_says_what_was_and_never_the_query() {
     let line = other.access("/half").await;
     assert_eq!((&line["status"], &line["bytes"]), (&200.into(), &5.into()));
     assert_eq!(line["error"], "the response broke off");
-
-    assert_eq!(
-        proxy
-            .metric("proxy_request_duration_seconds_count", &["route=\"live\""])
-            .await,
-        1.0
-    );
 }
 
 #[tokio::test]
