@@ -2,7 +2,7 @@
 //! (RFC 9110 §7.6.1), says where a request came from, and refuses what two
 //! parties could read in two ways.
 
-use std::{net::IpAddr, sync::LazyLock};
+use std::{borrow::Cow, net::IpAddr, sync::LazyLock};
 
 use buttress::{Refusal, RefusalKind};
 use http::{
@@ -216,6 +216,7 @@ pub(crate) fn forward(headers: &mut HeaderMap, origin: &Origin<'_>) {
         ] {
             headers.remove(name);
         }
+        drop_lookalikes(headers);
     } else if !headers.contains_key(X_FORWARDED_FOR) && origin.client != origin.peer {
         // The chain came in `Forwarded`. Upstreams that look at this header
         // first must not take the peer for the client.
@@ -230,6 +231,20 @@ pub(crate) fn forward(headers: &mut HeaderMap, origin: &Origin<'_>) {
         && !headers.contains_key(X_FORWARDED_HOST)
     {
         headers.insert(X_FORWARDED_HOST, value(host.to_string()));
+    }
+}
+
+/// Takes off what CGI and its heirs cannot tell from the fields above: they
+/// make `_` of `-`, and so of `X_Forwarded_For` what we say ourselves.
+fn drop_lookalikes(headers: &mut HeaderMap) {
+    let names: Vec<_> = headers
+        .keys()
+        .filter(|name| name.as_str().contains('_'))
+        .filter(|name| name.as_str().replace('_', "-").starts_with("x-forwarded-"))
+        .cloned()
+        .collect();
+    for name in names {
+        headers.remove(name);
     }
 }
 
@@ -320,24 +335,75 @@ pub(crate) fn accepts_trailers(headers: &HeaderMap) -> bool {
     has_token(headers, &TE, "trailers")
 }
 
+/// A path as routes are chosen by: what is encoded though it need not be is
+/// decoded (RFC 3986 §6.2.2.2), and slashes in a row are one, as upstreams
+/// read it. Else `/%61dmin` would go past the limits of `/admin`.
+pub(crate) fn plain_path(path: &str) -> Cow<'_, str> {
+    if !path.contains('%') && !path.contains("//") {
+        return Cow::Borrowed(path);
+    }
+    let mut plain = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some(next) = rest.chars().next() {
+        let hex = rest.get(1..3).filter(|_| next == '%');
+        let decoded = hex
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok())
+            .map(char::from)
+            .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '~'));
+        let (c, length) = match decoded {
+            Some(decoded) => (decoded, 3),
+            None => (next, next.len_utf8()),
+        };
+        if c != '/' || !plain.ends_with('/') {
+            plain.push(c);
+        }
+        rest = &rest[length..];
+    }
+    Cow::Owned(plain)
+}
+
 /// The path without a route's prefix.
 pub(crate) fn strip_prefix(target: &PathAndQuery, prefix: &str) -> PathAndQuery {
-    let rest = target
-        .as_str()
-        .strip_prefix(prefix)
-        .unwrap_or(target.as_str());
-    let rest = if rest.starts_with('/') {
-        rest.to_owned()
-    } else {
-        // Nothing, or a query only.
-        format!("/{rest}")
+    let rest = match target.path().strip_prefix(prefix) {
+        Some(rest) => Cow::Borrowed(rest),
+        // The route was chosen by another spelling of the same path.
+        None => {
+            let plain = plain_path(target.path());
+            Cow::Owned(plain.strip_prefix(prefix).unwrap_or(&plain).to_owned())
+        }
     };
-    rest.parse().expect("the end of a target is a target")
+    let slash = if rest.starts_with('/') { "" } else { "/" };
+    let query = target.query().map(|query| format!("?{query}"));
+    let query = query.unwrap_or_default();
+    let target = format!("{slash}{rest}{query}");
+    target.parse().expect("the end of a target is a target")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_path_has_one_spelling() {
+        for (path, plain) in [
+            ("/admin", "/admin"),
+            ("/%61dmin/%7Eme", "/admin/~me"),
+            ("/a%2fb%20c", "/a%2fb%20c"),
+            ("//admin///x", "/admin/x"),
+            ("/100%", "/100%"),
+            ("/%6", "/%6"),
+            ("/%zz%C3%A9", "/%zz%C3%A9"),
+        ] {
+            assert_eq!(plain_path(path), plain, "{path}");
+        }
+        let strip = |target: &str| {
+            let target = target.parse().unwrap();
+            strip_prefix(&target, "/admin").to_string()
+        };
+        assert_eq!(strip("/admin/a%20b?c=/admin"), "/a%20b?c=/admin");
+        assert_eq!(strip("/%61dmin/x"), "/x");
+        assert_eq!(strip("/admin?c"), "/?c");
+    }
 
     fn map(lines: &[(&'static str, &'static str)]) -> HeaderMap {
         let mut map = HeaderMap::new();

@@ -77,6 +77,9 @@ impl Proxy {
     }
 
     fn find(&self, host: Option<&str>, path: &str) -> Option<&Route> {
+        let path = headers::plain_path(path);
+        // The dot at the end of a full name says nothing more.
+        let host = host.map(|host| host.strip_suffix('.').unwrap_or(host));
         self.routes.iter().find(|route| {
             let here = match (&route.host, host) {
                 (None, _) => true,

@@ -32,6 +32,10 @@ use crate::{
 /// that is just being closed is lost, unless it may go again.
 const IDLE: Duration = Duration::from_secs(4);
 
+/// How long connecting may take. A host that is gone answers nothing at all,
+/// and would look like the least loaded of all for as long.
+const CONNECT: Duration = Duration::from_secs(2);
+
 /// How many idle connections are kept for a burst to come.
 const MAX_IDLE: usize = 1024;
 
@@ -184,7 +188,11 @@ impl Endpoint {
     }
 
     async fn dial(&self) -> io::Result<TokioIo<TcpStream>> {
-        let connected = TcpStream::connect(&self.authority).await;
+        let connecting = TcpStream::connect(&self.authority);
+        let connected = match tokio::time::timeout(CONNECT, connecting).await {
+            Ok(connected) => connected,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        };
         let since = match connected {
             Ok(_) => 0,
             Err(_) => clock::now().as_nanos(),

@@ -115,6 +115,7 @@ async fn forwarding_fields_are_added_to_for_the_trusted_and_replaced_for_others(
     let claim = || {
         let mut request = get("/");
         for (name, value) in [
+            ("x_forwarded_for", "192.0.2.9"),
             ("x-forwarded-for", "192.0.2.1"),
             ("x-forwarded-for", "192.0.2.2"),
             ("x-forwarded-proto", "https"),
@@ -130,6 +131,7 @@ async fn forwarding_fields_are_added_to_for_the_trusted_and_replaced_for_others(
     let proxy = Proxy::start(&to(upstream.address)).await;
     let response = fetch(proxy.listen, claim()).await;
     assert_eq!(seen(&response, "x-forwarded-for"), ["127.0.0.1"]);
+    assert!(seen(&response, "x_forwarded_for").is_empty());
     assert_eq!(seen(&response, "x-forwarded-proto"), ["http"]);
     assert_eq!(seen(&response, "x-forwarded-host"), ["test.example"]);
     assert!(seen(&response, "forwarded").is_empty());
@@ -236,6 +238,11 @@ async fn the_longest_prefix_wins_on_whole_segments_and_a_hosts_own_first() {
         ("OWN.example:8080", "/ab", "host", "/ab"),
         ("own.example", "/a", "host", "/a"),
         ("own.example", "/a/b?x", "hosta", "/?x"),
+        // Another spelling is no way round a route and its limits.
+        ("x", "/%61/x", "a", "/%61/x"),
+        ("x", "//a", "a", "//a"),
+        ("x", "/a/%62/c%20d?e", "ab", "/c%20d?e"),
+        ("own.example.", "/q", "host", "/q"),
     ] {
         let mut request = get(path);
         request.headers_mut().insert("host", host.parse().unwrap());
