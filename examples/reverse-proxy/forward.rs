@@ -87,7 +87,7 @@ impl Rules {
         let _ = facts.upstream.set(Arc::clone(&endpoint.url));
         let connection = connection.map_err(|error| {
             let _ = facts.error.set(format!("connect: {error}"));
-            Refusal::new(RefusalKind::BadGateway)
+            unreachable(&error)
         })?;
 
         // A tunnel needs HTTP/1.1 on both sides.
@@ -130,7 +130,10 @@ impl Rules {
                     Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
                     Some(Cut::Client) => Refusal::new(RefusalKind::BadRequest)
                         .with_detail("the request body broke off"),
-                    _ => RefusalKind::BadGateway.into(),
+                    _ => match &error {
+                        SendError::Connect(error) => unreachable(error),
+                        SendError::Send(_) => RefusalKind::BadGateway.into(),
+                    },
                 });
             }
         };
@@ -401,6 +404,14 @@ fn is_stale(error: &hyper::Error) -> bool {
 enum SendError {
     Connect(io::Error),
     Send(hyper::Error),
+}
+
+/// Who says no is a bad gateway; who says nothing has run out of time.
+fn unreachable(error: &io::Error) -> Refusal {
+    match error.kind() {
+        io::ErrorKind::TimedOut => RefusalKind::TimedOut.into(),
+        _ => RefusalKind::BadGateway.into(),
+    }
 }
 
 /// An error with its causes, for the operator.

@@ -161,6 +161,43 @@ async fn the_drafts_headers_are_there_if_asked_for() {
     );
 }
 
+/// A host that is gone says nothing at all, as a socket does whose queue of
+/// connections is full. Connecting has two seconds; then another endpoint has
+/// its turn, or the answer is that time ran out.
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer_costs_two_seconds() {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let silent = socket.listen(0).unwrap();
+    let silent = (silent.local_addr().unwrap(), silent);
+    let mut queued = Vec::new();
+    loop {
+        let connect = tokio::net::TcpStream::connect(silent.0);
+        match tokio::time::timeout(Duration::from_millis(200), connect).await {
+            Ok(stream) => queued.push(stream.unwrap()),
+            Err(_) => break,
+        }
+        assert!(queued.len() < 100, "the queue never fills");
+    }
+    let alive = Upstream::mirror().await;
+    let proxy = Proxy::start(&format!(
+        "routes:
+- {{ name: alone, path: /alone, upstream: ['http://{0}'] }}
+- {{ name: both, path: /both, upstream: ['http://{0}', 'http://{1}'] }}
+",
+        silent.0, alive.address
+    ))
+    .await;
+    let before = tokio::time::Instant::now();
+    problem(&proxy.get("/alone").await, 504, "timed_out");
+    let took = before.elapsed();
+    assert!((1500..4000).contains(&took.as_millis()), "{took:?}");
+    // Whichever of the two is picked first.
+    for _ in 0..3 {
+        assert_eq!(proxy.get("/both").await.status(), 200);
+    }
+}
+
 #[tokio::test]
 async fn the_limiter_is_outermost() {
     // Of errors, too: the upstream's, the proxy's, and what is too large.
