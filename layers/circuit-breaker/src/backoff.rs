@@ -94,6 +94,11 @@ impl ReopenBackoff {
         Ok(())
     }
 
+    /// Whether one opening says anything about the next.
+    pub(crate) fn grows(&self) -> bool {
+        self.factor > 1.0
+    }
+
     /// The wait at this level; `draw` is random.
     pub(crate) fn wait(&self, base: Duration, level: u32, draw: u64) -> Duration {
         let level = i32::try_from(level.min(MAX_LEVEL)).unwrap_or(i32::MAX);

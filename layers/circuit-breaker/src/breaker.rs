@@ -17,10 +17,11 @@ use buttress_core::{
 
 use crate::{
     Cause, CircuitOpen, ConfigError, Error, Event, Permit, Settings, State, TransitionError,
-    cell::{Lease, Observer, Outlook, Rejection},
+    cell::{Lease, Observer, Outlook, Rejection, Ticket},
     error::Problem,
     event::Listener,
     metrics::Metrics,
+    settings::Plan,
 };
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
@@ -110,24 +111,63 @@ impl BreakerBuilder {
             listeners,
             random,
         } = self;
-        let printable = name
-            .bytes()
-            .all(|byte| byte.is_ascii_graphic() || byte == b' ');
-        if name.is_empty() || name.len() > 128 || !printable {
-            return Err(Problem::Name.into());
-        }
+        check_name(&name)?;
         let plan = settings.plan()?;
         let observer = Arc::new(Observer {
             metrics: Metrics::new(&name),
             listeners: listeners.into_boxed_slice(),
             name,
         });
-        let lease = Lease::take(Arc::clone(&observer), plan, random, clock::now());
-        Ok(Breaker(Arc::new(Owner {
+        Ok(Breaker::observed(observer, settings, plan, random))
+    }
+}
+
+pub(crate) fn check_name(name: &str) -> Result<(), ConfigError> {
+    let printable = name
+        .bytes()
+        .all(|byte| byte.is_ascii_graphic() || byte == b' ');
+    if name.is_empty() || name.len() > 128 || !printable {
+        return Err(Problem::Name.into());
+    }
+    Ok(())
+}
+
+/// What became of a call that asked while a lock was held over the breaker:
+/// to be told once it is not.
+#[must_use = "a call that was let through must be recorded"]
+pub(crate) struct Admission {
+    lease: Lease,
+    result: Result<Ticket, Rejection>,
+    observer: Option<Arc<Observer>>,
+}
+
+impl Admission {
+    /// Tells who listens.
+    #[inline]
+    pub(crate) fn tell(self) -> Result<Permit, CircuitOpen> {
+        let Self {
             lease,
+            result,
             observer,
-            settings: Mutex::new(settings),
-        })))
+        } = self;
+        match result {
+            Ok(ticket) => {
+                let permit = Permit::new(lease.cell, ticket, observer.clone());
+                if let Some(observer) = observer {
+                    observer.tell(&Event::Call);
+                }
+                Ok(permit)
+            }
+            Err(Rejection {
+                reason,
+                retry_after,
+            }) => {
+                if let Some(observer) = observer {
+                    observer.tell(&Event::Rejected(reason));
+                }
+                Err(CircuitOpen::of(lease, reason, retry_after))
+            }
+        }
     }
 }
 
@@ -178,6 +218,21 @@ impl Breaker {
         }
     }
 
+    /// One of settings that have been checked.
+    pub(crate) fn observed(
+        observer: Arc<Observer>,
+        settings: Settings,
+        plan: Plan,
+        random: SharedRandom,
+    ) -> Self {
+        let lease = Lease::take(Arc::clone(&observer), plan, random, clock::now());
+        Self(Arc::new(Owner {
+            lease,
+            observer,
+            settings: Mutex::new(settings),
+        }))
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &Arc<str> {
@@ -205,6 +260,33 @@ impl Breaker {
             }
             Err(rejection) => Err(self.rejected(rejection)),
         }
+    }
+
+    /// As [`try_acquire`](Self::try_acquire), to be called under a lock: nobody
+    /// is told, and `None` is the answer where the state would have to change
+    /// first. Not for probes: their place is another thread's to give.
+    #[inline]
+    pub(crate) fn admit_settled(&self) -> Option<Admission> {
+        let Owner {
+            lease, observer, ..
+        } = &*self.0;
+        let result = lease.cell.admit_settled(clock::now)?;
+        let heard = match &result {
+            Ok(ticket) => ticket.observed,
+            Err(_) => observer.hears_calls(),
+        };
+        Some(Admission {
+            lease: *lease,
+            result,
+            observer: heard.then(|| Arc::clone(observer)),
+        })
+    }
+
+    /// Ends the breaker's last generation, if there is nothing to lose: see
+    /// [`Cell::retire`](crate::cell::Cell::retire). Only for who has the one
+    /// handle, and then lets go of it.
+    pub(crate) fn retire(&self, now: Instant, stale: bool) -> bool {
+        self.0.lease.cell.retire(now, stale)
     }
 
     #[inline]

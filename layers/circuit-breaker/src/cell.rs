@@ -230,6 +230,36 @@ impl Cell {
         self.admit_unless_open(word, now)
     }
 
+    /// The same where no change of state and no place among the probes is
+    /// needed for it: `None` where it is. Takes no lock, calls no listener.
+    #[inline]
+    pub(crate) fn admit_settled(
+        &self,
+        now: impl Fn() -> Instant,
+    ) -> Option<Result<Ticket, Rejection>> {
+        let word = self.word();
+        match word.state() {
+            State::Closed | State::MetricsOnly => Some(Ok(Ticket::of(word, Kind::Call))),
+            State::ForcedClosed => Some(Ok(Ticket::of(word, Kind::Free))),
+            State::ForcedOpen => Some(Err(Rejection {
+                reason: Reason::ForcedOpen,
+                retry_after: None,
+            })),
+            State::Open => {
+                let until = self.until();
+                let now = now();
+                let settled = now < until && self.word().generation() == word.generation();
+                settled.then(|| {
+                    Err(Rejection {
+                        reason: Reason::Open,
+                        retry_after: Some(until - now),
+                    })
+                })
+            }
+            State::HalfOpen => None,
+        }
+    }
+
     fn admit_unless_open(
         &self,
         mut word: Word,
@@ -832,6 +862,43 @@ impl Cell {
 
     // ---- Settings, and who looks on.
 
+    /// Ends the cell's generation, so that it may be given back and nothing is
+    /// lost: only when it is closed, with no failure and no slow call counted
+    /// and no opening remembered; or `stale`, when these may be forgotten.
+    /// Whether it has. What comes later finds another generation, so that what
+    /// has been retired never opens.
+    pub(crate) fn retire(&self, now: Instant, stale: bool) -> bool {
+        let blank = |word: Word| word.state() == State::Closed && (stale || word.in_a_row() == 0);
+        if !blank(self.word()) {
+            return false;
+        }
+        let cold = self.lock();
+        loop {
+            let word = self.word();
+            if !blank(word) {
+                return false;
+            }
+            if !stale {
+                let sums = self.sums(word, || now);
+                let level = cold.plan.as_ref().map_or(0, |plan| {
+                    let healthy = now - cold.since;
+                    let backoff = &plan.backoff;
+                    if backoff.grows() {
+                        backoff.decayed(cold.level, healthy, plan.reset_timeout)
+                    } else {
+                        0
+                    }
+                });
+                if sums.failed > 0 || sums.slow > 0 || level > 0 {
+                    return false;
+                }
+            }
+            if self.swap(word, word.next(State::Closed)) {
+                return true;
+            }
+        }
+    }
+
     /// New settings. The state stays, with the wait that it had; what was
     /// counted, and the calls in flight, count no more.
     pub(crate) fn set_plan(&self, plan: Plan, now: Instant) {
@@ -1047,10 +1114,13 @@ impl Lease {
         let mut news = self
             .cell
             .publish(&mut cold, next, NEVER, now, Cause::Manual, None);
-        news.event = None;
+        let last = news.event.take();
         let observer = cold.observer.take();
         cold.random = SharedRandom::default();
         drop(cold);
+        if let (Some(observer), Some(Event::StateChange(last))) = (&observer, last) {
+            observer.metrics.gone(last.from);
+        }
         // Listeners are the user's: their drop does not run under the lock.
         drop(observer);
         self.cell.tell(news);

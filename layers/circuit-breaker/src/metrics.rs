@@ -7,6 +7,10 @@
 //! | `circuit_breaker_requests_total` | counter | `name`, `result`: `success`, `failure`, `ignored` | calls that were let through, when their result is known |
 //! | `circuit_breaker_rejections_total` | counter | `name`, `reason`: `open`, `half_open`, `forced_open` | calls refused |
 //!
+//! Where the breakers of a registry share a name (see
+//! [`name_keys`](crate::RegistryBuilder::name_keys)), the counters are of all of
+//! them, and the gauge is of the worst: 2 if one is open.
+//!
 //! They go to the recorder that is installed when the breaker is built.
 
 #[cfg(feature = "metrics")]
@@ -17,6 +21,8 @@ pub(crate) use off::Metrics;
 
 #[cfg(feature = "metrics")]
 mod on {
+    use std::sync::atomic::{AtomicI64, Ordering::SeqCst};
+
     use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 
     use crate::{Event, Reason, State};
@@ -34,9 +40,48 @@ mod on {
         failure: Counter,
         ignored: Counter,
         rejections: [Counter; 3],
+        /// Where several breakers share the name.
+        tally: Option<Tally>,
+    }
+
+    /// How many breakers are not closed. What is told of them comes in any
+    /// order, so that these are below zero at times.
+    #[derive(Default)]
+    struct Tally {
+        half_open: AtomicI64,
+        open: AtomicI64,
+    }
+
+    impl Tally {
+        fn add(&self, state: State, more: i64) {
+            match state {
+                State::Closed | State::ForcedClosed | State::MetricsOnly => return,
+                State::HalfOpen => &self.half_open,
+                State::Open | State::ForcedOpen => &self.open,
+            }
+            .fetch_add(more, SeqCst);
+        }
+
+        fn worst(&self) -> State {
+            if self.open.load(SeqCst) > 0 {
+                State::Open
+            } else if self.half_open.load(SeqCst) > 0 {
+                State::HalfOpen
+            } else {
+                State::Closed
+            }
+        }
     }
 
     impl Metrics {
+        /// Those of all breakers that share this name.
+        pub(crate) fn of_many(name: &std::sync::Arc<str>) -> Self {
+            Self {
+                tally: Some(Tally::default()),
+                ..Self::new(name)
+            }
+        }
+
         pub(crate) fn new(name: &std::sync::Arc<str>) -> Self {
             describe_gauge!(STATE, "0 closed, 1 half-open, 2 open.");
             describe_counter!(CHANGES, "Changes of a circuit breaker's state.");
@@ -55,6 +100,7 @@ mod on {
                     counter!(REJECTIONS, "name" => name, "reason" => reason.as_str())
                 }),
                 name: std::sync::Arc::clone(name),
+                tally: None,
             }
         }
 
@@ -68,6 +114,11 @@ mod on {
                     let (from, to) = (transition.from.as_str(), transition.to.as_str());
                     let name = std::sync::Arc::clone(&self.name);
                     counter!(CHANGES, "name" => name, "from" => from, "to" => to).increment(1);
+                    if let Some(tally) = &self.tally {
+                        tally.add(transition.from, -1);
+                        tally.add(transition.to, 1);
+                        self.show_worst(tally);
+                    }
                 }
                 Event::Success { .. } => self.success.increment(1),
                 Event::Failure { .. } => self.failure.increment(1),
@@ -79,6 +130,30 @@ mod on {
 
         /// Called in the order of the changes, which events need not be.
         pub(crate) fn state(&self, state: State) {
+            if self.tally.is_none() {
+                self.show(state);
+            }
+        }
+
+        /// A breaker is gone, in this state.
+        pub(crate) fn gone(&self, state: State) {
+            if let Some(tally) = &self.tally {
+                tally.add(state, -1);
+                self.show_worst(tally);
+            }
+        }
+
+        fn show_worst(&self, tally: &Tally) {
+            loop {
+                let worst = tally.worst();
+                self.show(worst);
+                if tally.worst() == worst {
+                    break;
+                }
+            }
+        }
+
+        fn show(&self, state: State) {
             self.state.set(match state {
                 State::Closed | State::ForcedClosed | State::MetricsOnly => 0.0,
                 State::HalfOpen => 1.0,
@@ -101,6 +176,10 @@ mod off {
             Self(())
         }
 
+        pub(crate) fn of_many(_: &std::sync::Arc<str>) -> Self {
+            Self(())
+        }
+
         pub(crate) const fn is_on() -> bool {
             false
         }
@@ -109,5 +188,7 @@ mod off {
         pub(crate) fn event(&self, _: &Event) {}
         #[inline]
         pub(crate) fn state(&self, _: State) {}
+        #[inline]
+        pub(crate) fn gone(&self, _: State) {}
     }
 }
