@@ -29,11 +29,11 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
     /// Breaks the circuit to a service that fails: see
     /// [`CircuitBreakerLayer`](crate::circuit_breaker::CircuitBreakerLayer).
     #[cfg(feature = "circuit-breaker")]
-    fn circuit_breaker<V: crate::View, M, C>(
+    fn circuit_breaker<V: crate::View, M, C, P>(
         self,
-        layer: crate::circuit_breaker::CircuitBreakerLayer<V, M, C>,
+        layer: crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>,
     ) -> tower::ServiceBuilder<
-        tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C>, L>,
+        tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>, L>,
     >;
 
     /// Limits the rate of requests: see
@@ -58,11 +58,11 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
 
 impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
     #[cfg(feature = "circuit-breaker")]
-    fn circuit_breaker<V: crate::View, M, C>(
+    fn circuit_breaker<V: crate::View, M, C, P>(
         self,
-        layer: crate::circuit_breaker::CircuitBreakerLayer<V, M, C>,
+        layer: crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>,
     ) -> tower::ServiceBuilder<
-        tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C>, L>,
+        tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>, L>,
     > {
         self.layer(layer)
     }

@@ -68,9 +68,9 @@ impl Drop for Owner {
 /// Makes a [`Breaker`].
 pub struct BreakerBuilder {
     pub(crate) name: Arc<str>,
-    settings: Settings,
-    listeners: Vec<Listener>,
-    random: SharedRandom,
+    pub(crate) settings: Settings,
+    pub(crate) listeners: Vec<Listener>,
+    pub(crate) random: SharedRandom,
 }
 
 impl BreakerBuilder {

@@ -6,25 +6,26 @@ use buttress_core::{
     Any, Http, Responder, View,
     classify::HttpClassifier,
     clock::{SharedWallClock, WallClock},
+    key::{ExtractKey, SharedKey},
     random::Random,
     respond::SharedResponder,
 };
 use http::Request;
 
 use crate::{
-    Breaker, BreakerBuilder, CircuitBreakerLayer, CircuitOpen, ConfigError, Event, ServiceFallback,
-    Settings,
+    Breaker, BreakerBuilder, CircuitBreakerLayer, CircuitOpen, ConfigError, Event, PerKey,
+    Registry, RegistryBuilder, ServiceFallback, Settings,
     error::Problem,
-    layer::{Errors, Hold, Instead, Respond, ResultClassifier, Shared, Source},
+    layer::{Errors, Hold, Instead, Respond, ResultClassifier, Shared},
 };
 
 /// Builds a [`CircuitBreakerLayer`].
 #[must_use = "nothing is protected before `build()`"]
-pub struct CircuitBreakerBuilder<V: View = Http, M = Respond, C = HttpClassifier> {
+pub struct CircuitBreakerBuilder<V: View = Http, M = Respond, C = HttpClassifier, P = One> {
     own: BreakerBuilder,
     /// Whether something was said of it.
     described: bool,
-    given: Option<Breaker>,
+    scope: P,
     classifier: C,
     retry_after: Option<Duration>,
     wall_clock: SharedWallClock,
@@ -34,13 +35,30 @@ pub struct CircuitBreakerBuilder<V: View = Http, M = Respond, C = HttpClassifier
     view: PhantomData<fn(V)>,
 }
 
+/// One breaker for all requests.
+#[derive(Debug, Default)]
+pub struct One {
+    given: Option<Breaker>,
+}
+
+/// A breaker for each key.
+pub struct Per<V: View> {
+    key: SharedKey<V>,
+    given: Option<Registry>,
+    /// Whether something was said of a registry of its own.
+    described: bool,
+    /// Whether one breaker for all was given before.
+    breaker_given: bool,
+    own: RegistryBuilder,
+}
+
 impl CircuitBreakerBuilder {
     pub(crate) fn respond() -> Self {
         Self::with(Respond::default(), HttpClassifier::new())
     }
 }
 
-impl<C> CircuitBreakerBuilder<Http, Respond, C> {
+impl<C, P> CircuitBreakerBuilder<Http, Respond, C, P> {
     /// Makes refusals into responses. Default:
     /// [`ProblemResponder`](buttress_core::ProblemResponder), a 503, or gRPC's
     /// UNAVAILABLE. `Retry-After` is added where it made none: the seconds
@@ -53,12 +71,12 @@ impl<C> CircuitBreakerBuilder<Http, Respond, C> {
     /// Refuses with errors in place of responses, for clients: the service's
     /// error becomes [`Error`](crate::Error), and a response's body still
     /// tells the breaker how it ended.
-    pub fn errors(self) -> CircuitBreakerBuilder<Http, Errors, C> {
+    pub fn errors(self) -> CircuitBreakerBuilder<Http, Errors, C, P> {
         self.map(|_| Errors::default())
     }
 }
 
-impl<M, C> CircuitBreakerBuilder<Http, M, C> {
+impl<M, C, P> CircuitBreakerBuilder<Http, M, C, P> {
     /// Heeds a callee that asks to be left alone: a 503 or 429 with
     /// `Retry-After`, a gRPC UNAVAILABLE or RESOURCE_EXHAUSTED with
     /// `grpc-retry-pushback-ms`, in its headers or trailers. The breaker opens
@@ -110,7 +128,7 @@ impl<M, C> CircuitBreakerBuilder<Http, M, C> {
     pub fn fallback<F, B, Fut, T, E>(
         self,
         fallback: F,
-    ) -> CircuitBreakerBuilder<Http, Instead<F>, C>
+    ) -> CircuitBreakerBuilder<Http, Instead<F>, C, P>
     where
         F: Fn(Request<B>, CircuitOpen) -> Fut,
         Fut: Future<Output = Result<T, E>>,
@@ -125,14 +143,14 @@ impl<Req: 'static> CircuitBreakerBuilder<Any<Req>, Errors, ResultClassifier> {
     }
 }
 
-impl<Req: 'static, M, C> CircuitBreakerBuilder<Any<Req>, M, C> {
+impl<Req: 'static, M, C, P> CircuitBreakerBuilder<Any<Req>, M, C, P> {
     /// Answers what does not pass by a closure in place of a refusal: from a
     /// cache, say. The error type stays the inner one. Its answers are not
     /// judged.
     pub fn fallback<F, Fut, T, E>(
         self,
         fallback: F,
-    ) -> CircuitBreakerBuilder<Any<Req>, Instead<F>, C>
+    ) -> CircuitBreakerBuilder<Any<Req>, Instead<F>, C, P>
     where
         F: Fn(Req, CircuitOpen) -> Fut,
         Fut: Future<Output = Result<T, E>>,
@@ -146,7 +164,7 @@ impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
         Self {
             own: Breaker::builder("default"),
             described: false,
-            given: None,
+            scope: One::default(),
             classifier,
             retry_after: None,
             wall_clock: SharedWallClock::default(),
@@ -157,11 +175,170 @@ impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
         }
     }
 
-    fn map<N>(self, mode: impl FnOnce(M) -> N) -> CircuitBreakerBuilder<V, N, C> {
+    /// Uses a breaker that is there already: shared with another layer, or
+    /// with what is no service. It has its name, settings, listeners and
+    /// randomness; giving these here too is an error.
+    pub fn breaker(mut self, breaker: Breaker) -> Self {
+        self.scope.given = Some(breaker);
+        self
+    }
+
+    /// A breaker for each key in place of one for all: for each host, endpoint,
+    /// route, tenant, or whatever fails by itself.
+    ///
+    /// What was said of the breaker is said of each of them: settings,
+    /// listeners, randomness. The name is the [`Registry`]'s, and by default
+    /// all breakers' in metrics and logs, since a client may choose the key.
+    /// Requests that have no key share one, [`Key::global`]; name another with
+    /// [`or`](buttress_core::key::ExtractKeyExt::or).
+    ///
+    /// Not for use with [back-pressure](Self::back_pressure): before there is
+    /// a request there is no key.
+    ///
+    /// ```
+    /// use buttress_circuit_breaker::{CircuitBreakerLayer, State};
+    /// use buttress_core::key;
+    /// use http::{Request, Response};
+    /// use tower::{Layer, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let layer = CircuitBreakerLayer::builder()
+    ///     .name("upstreams")
+    ///     .per(key::host())
+    ///     .max_keys(200)
+    ///     .build()?;
+    /// let service = layer.layer(service_fn(async |request: Request<String>| {
+    ///     let status = if request.uri().host() == Some("dead") { 502 } else { 200 };
+    ///     Response::builder().status(status).body(String::new())
+    /// }));
+    /// let call = async |uri: &'static str| {
+    ///     let request = Request::builder().uri(uri).body(String::new()).unwrap();
+    ///     service.clone().oneshot(request).await.unwrap().status().as_u16()
+    /// };
+    /// for _ in 0..5 {
+    ///     assert_eq!(call("http://dead/").await, 502);
+    /// }
+    /// assert_eq!(call("http://dead/").await, 503);
+    /// assert_eq!(call("http://alive/").await, 200);
+    /// let states: Vec<_> = layer.registry().statuses().into_iter()
+    ///     .map(|(name, status)| (name.to_string(), status.state))
+    ///     .collect();
+    /// assert_eq!(states, [("alive".into(), State::Closed), ("dead".into(), State::Open)]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// [`Key::global`]: buttress_core::key::Key::global
+    pub fn per(self, key: impl ExtractKey<V>) -> CircuitBreakerBuilder<V, M, C, Per<V>> {
+        CircuitBreakerBuilder {
+            described: self.described,
+            own: self.own,
+            scope: Per {
+                key: SharedKey::new(key),
+                given: None,
+                described: false,
+                breaker_given: self.scope.given.is_some(),
+                own: Registry::builder("default"),
+            },
+            classifier: self.classifier,
+            retry_after: self.retry_after,
+            wall_clock: self.wall_clock,
+            #[cfg(feature = "back-pressure")]
+            back_pressure: self.back_pressure,
+            mode: self.mode,
+            view: PhantomData,
+        }
+    }
+}
+
+impl<V: View, M, C> CircuitBreakerBuilder<V, M, C, Per<V>> {
+    fn describe_all(mut self, own: impl FnOnce(RegistryBuilder) -> RegistryBuilder) -> Self {
+        self.scope.own = own(self.scope.own);
+        self.scope.described = true;
+        self
+    }
+
+    /// The most breakers that there may be: see
+    /// [`RegistryBuilder::max_keys`]. Default: 1000.
+    pub fn max_keys(self, max_keys: usize) -> Self {
+        self.describe_all(|own| own.max_keys(max_keys))
+    }
+
+    /// Settings that differ by key: see [`RegistryBuilder::settings_for`].
+    pub fn settings_for<F>(self, settings: F) -> Self
+    where
+        F: Fn(&str) -> Option<Settings> + Send + Sync + 'static,
+    {
+        self.describe_all(|own| own.settings_for(settings))
+    }
+
+    /// Whether breakers are named by their keys, in metrics too: see
+    /// [`RegistryBuilder::name_keys`]. Only where the keys are few and no
+    /// client's choice. Default: no.
+    pub fn name_keys(self, name_keys: bool) -> Self {
+        self.describe_all(|own| own.name_keys(name_keys))
+    }
+
+    /// Uses a registry that is there already: shared with another layer, or
+    /// with what is no service. It has its name, settings, listeners,
+    /// randomness and bound; giving these here too is an error.
+    pub fn registry(mut self, registry: Registry) -> Self {
+        self.scope.given = Some(registry);
+        self
+    }
+
+    /// Checks the settings and makes the state that all clones of the layer
+    /// share.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the settings: see [`ConfigError`].
+    pub fn build(self) -> Result<CircuitBreakerLayer<V, M, C, PerKey<V>>, ConfigError> {
+        if self.scope.breaker_given {
+            return Err(Problem::BreakerAndKeys.into());
+        }
+        #[cfg(feature = "back-pressure")]
+        if self.back_pressure {
+            return Err(Problem::KeyedBackPressure.into());
+        }
+        let described = self.described;
+        self.finish(|scope, own| {
+            let registry = match scope.given {
+                Some(_) if described || scope.described => {
+                    return Err(Problem::SharedRegistry.into());
+                }
+                Some(registry) => registry,
+                None => scope.own.described_by(own).build()?,
+            };
+            Ok(PerKey::new(scope.key, registry))
+        })
+    }
+}
+
+impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
+    /// Checks the settings and makes the state that all clones of the layer
+    /// share.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the settings: see [`ConfigError`].
+    pub fn build(self) -> Result<CircuitBreakerLayer<V, M, C>, ConfigError> {
+        let described = self.described;
+        self.finish(|scope, own| match scope.given {
+            Some(_) if described => Err(Problem::SharedBreaker.into()),
+            Some(breaker) => Ok(breaker),
+            None => own.build(),
+        })
+    }
+}
+
+impl<V: View, M, C, P> CircuitBreakerBuilder<V, M, C, P> {
+    fn map<N>(self, mode: impl FnOnce(M) -> N) -> CircuitBreakerBuilder<V, N, C, P> {
         CircuitBreakerBuilder {
             own: self.own,
             described: self.described,
-            given: self.given,
+            scope: self.scope,
             classifier: self.classifier,
             retry_after: self.retry_after,
             wall_clock: self.wall_clock,
@@ -205,25 +382,17 @@ impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
         self.describe(|own| own.random(random))
     }
 
-    /// Uses a breaker that is there already: shared with another layer, or
-    /// with what is no service. It has its name, settings, listeners and
-    /// randomness; giving these here too is an error.
-    pub fn breaker(mut self, breaker: Breaker) -> Self {
-        self.given = Some(breaker);
-        self
-    }
-
     /// What is a failure, what a success, and what counts as nothing: a
     /// [classifier](buttress_core::classify) or a closure over the result.
     /// Default on HTTP: [`HttpClassifier`], errors and 5xx, and for gRPC by
     /// its status, trailers too. Elsewhere: [`ResultClassifier`].
     ///
     /// It is cloned into every call, so it should be cheap to clone.
-    pub fn classify<D>(self, classifier: D) -> CircuitBreakerBuilder<V, M, D> {
+    pub fn classify<D>(self, classifier: D) -> CircuitBreakerBuilder<V, M, D, P> {
         CircuitBreakerBuilder {
             own: self.own,
             described: self.described,
-            given: self.given,
+            scope: self.scope,
             classifier,
             retry_after: self.retry_after,
             wall_clock: self.wall_clock,
@@ -240,7 +409,7 @@ impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
     pub fn fallback_service<S>(
         self,
         service: S,
-    ) -> CircuitBreakerBuilder<V, Instead<ServiceFallback<S>>, C> {
+    ) -> CircuitBreakerBuilder<V, Instead<ServiceFallback<S>>, C, P> {
         self.map(|_| Instead(ServiceFallback::new(service)))
     }
 
@@ -261,13 +430,10 @@ impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
         self
     }
 
-    /// Checks the settings and makes the state that all clones of the layer
-    /// share.
-    ///
-    /// # Errors
-    ///
-    /// What is wrong with the settings: see [`ConfigError`].
-    pub fn build(self) -> Result<CircuitBreakerLayer<V, M, C>, ConfigError> {
+    fn finish<S>(
+        self,
+        source: impl FnOnce(P, BreakerBuilder) -> Result<S, ConfigError>,
+    ) -> Result<CircuitBreakerLayer<V, M, C, S>, ConfigError> {
         if self.retry_after.is_some_and(|max| max.is_zero()) {
             return Err(Problem::RetryAfterMax.into());
         }
@@ -275,13 +441,8 @@ impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
         let hold = self
             .retry_after
             .map(|max| Arc::new(Hold { max, wall_clock }));
-        let breaker = match self.given {
-            Some(_) if self.described => return Err(Problem::SharedBreaker.into()),
-            Some(breaker) => breaker,
-            None => self.own.build()?,
-        };
         Ok(CircuitBreakerLayer::new(Shared {
-            source: Source::One(breaker, PhantomData),
+            source: source(self.scope, self.own)?,
             classifier: self.classifier,
             hold,
             #[cfg(feature = "back-pressure")]
@@ -291,11 +452,20 @@ impl<V: View, M, C> CircuitBreakerBuilder<V, M, C> {
     }
 }
 
-impl<V: View, M, C> fmt::Debug for CircuitBreakerBuilder<V, M, C> {
+impl<V: View> fmt::Debug for Per<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Per")
+            .field("given", &self.given)
+            .field("own", &self.own)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<V: View, M, C, P: fmt::Debug> fmt::Debug for CircuitBreakerBuilder<V, M, C, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitBreakerBuilder")
             .field("own", &self.own)
-            .field("given", &self.given)
+            .field("scope", &self.scope)
             .field("retry_after", &self.retry_after)
             .finish_non_exhaustive()
     }
@@ -307,14 +477,22 @@ const _: fn() = || {
     fn fits<T: Clone + Send + Sync + 'static>() {}
     fits::<CircuitBreakerLayer>();
     fits::<CircuitBreakerLayer<Any<std::cell::Cell<u8>>, Errors, ResultClassifier>>();
+    fits::<CircuitBreakerLayer<Http, Respond, HttpClassifier, PerKey<Http>>>();
     fits::<crate::CircuitBreaker<()>>();
 };
 
 #[cfg(test)]
 mod tests {
+    use buttress_core::key;
+    use tower_layer::Layer;
+
     use super::*;
 
     fn error<V: View, M, C>(builder: CircuitBreakerBuilder<V, M, C>) -> String {
+        builder.build().unwrap_err().to_string()
+    }
+
+    fn keyed_error<V: View, M, C>(builder: CircuitBreakerBuilder<V, M, C, Per<V>>) -> String {
         builder.build().unwrap_err().to_string()
     }
 
@@ -328,6 +506,44 @@ mod tests {
         assert!(error(new().settings(settings)).contains("failure rate"));
         assert!(error(new().retry_after(Duration::ZERO)).contains("Retry-After"));
         assert!(new().build().is_ok());
+    }
+
+    #[test]
+    fn a_shared_registry_is_described_once() {
+        let registry = Registry::builder("shared").build().unwrap();
+        let new = || CircuitBreakerLayer::builder().per(key::host());
+        let shared = || new().registry(registry.clone());
+        for builder in [
+            shared().name("other"),
+            shared().settings(Settings::tolerant()),
+            shared().on_event(|_, _| {}),
+            shared().random(|| 7),
+            shared().max_keys(7),
+            shared().settings_for(Settings::for_service),
+            shared().name_keys(true),
+        ] {
+            assert!(keyed_error(builder).contains("shared"));
+        }
+        let layer = shared().build().unwrap();
+        assert!(layer.registry().is(&registry));
+        assert!(layer.layer(()).registry().is(&registry));
+
+        assert!(keyed_error(new().max_keys(0)).contains("most keys"));
+        assert!(keyed_error(new().name("")).contains("name"));
+        let breaker = Breaker::builder("one").build().unwrap();
+        let both = CircuitBreakerLayer::builder().breaker(breaker);
+        assert!(keyed_error(both.per(key::host())).contains("each key"));
+        #[cfg(feature = "back-pressure")]
+        assert!(keyed_error(new().back_pressure(true)).contains("back-pressure"));
+    }
+
+    #[test]
+    fn what_is_said_of_one_is_said_of_each() {
+        let before = CircuitBreakerLayer::builder().settings(Settings::tolerant());
+        let layer = before.per(key::host()).name("hosts").build().unwrap();
+        assert_eq!(&**layer.registry().name(), "hosts");
+        let breaker = layer.registry().get_or_create("a");
+        assert_eq!(breaker.settings(), Settings::tolerant());
     }
 
     #[test]

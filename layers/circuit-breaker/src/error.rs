@@ -31,6 +31,10 @@ pub(crate) enum Problem {
     MaxKeys,
     RetryAfterMax,
     SharedBreaker,
+    SharedRegistry,
+    BreakerAndKeys,
+    #[cfg(feature = "back-pressure")]
+    KeyedBackPressure,
 }
 
 impl From<Problem> for ConfigError {
@@ -66,6 +70,14 @@ impl fmt::Display for ConfigError {
             Problem::RetryAfterMax => "the longest Retry-After must be above 0",
             Problem::SharedBreaker => {
                 "a breaker that is shared has its name, settings, listeners and randomness already"
+            }
+            Problem::SharedRegistry => {
+                "a registry that is shared has its name, settings, listeners, randomness and bound already"
+            }
+            Problem::BreakerAndKeys => "one breaker is given, and one for each key asked for",
+            #[cfg(feature = "back-pressure")]
+            Problem::KeyedBackPressure => {
+                "back-pressure needs one breaker for all: before there is a request there is no key"
             }
         })
     }

@@ -3,60 +3,33 @@
 use std::{fmt, marker::PhantomData, sync::Arc, time::Duration};
 
 use buttress_core::{
-    Any, Http, Refusal, View,
+    Any, Http, View,
     classify::{Classify, HttpClassifier, Verdict},
     clock::SharedWallClock,
     respond::SharedResponder,
 };
 use tower_layer::Layer;
 
-use crate::{Breaker, CircuitBreaker, CircuitBreakerBuilder, CircuitOpen, Permit};
+use crate::{Breaker, CircuitBreaker, CircuitBreakerBuilder, PerKey, Registry};
 
 /// Breaks the circuit to a service that fails. The [crate's front page](crate)
 /// shows it at work.
 ///
 /// The state was made by [`build`](CircuitBreakerBuilder::build): clones of the
 /// layer and all services they make share it.
-pub struct CircuitBreakerLayer<V: View = Http, M = Respond, C = HttpClassifier> {
-    shared: Arc<Shared<V, M, C>>,
+pub struct CircuitBreakerLayer<V: View = Http, M = Respond, C = HttpClassifier, P = Breaker> {
+    shared: Arc<Shared<M, C, P>>,
+    view: PhantomData<fn(V)>,
 }
 
 /// What a layer and its services have in common.
-pub(crate) struct Shared<V: View, M, C> {
-    pub(crate) source: Source<V>,
+pub(crate) struct Shared<M, C, P> {
+    pub(crate) source: P,
     pub(crate) classifier: C,
     pub(crate) hold: Option<Arc<Hold>>,
     #[cfg(feature = "back-pressure")]
     pub(crate) back_pressure: bool,
     pub(crate) mode: M,
-}
-
-/// Where a request's breaker comes from.
-pub(crate) enum Source<V: View> {
-    One(Breaker, PhantomData<fn(V)>),
-}
-
-impl<V: View> Source<V> {
-    #[inline]
-    pub(crate) fn admit(&self, _: V::Ref<'_>) -> Result<Permit, CircuitOpen> {
-        match self {
-            Self::One(breaker, _) => breaker.try_acquire(),
-        }
-    }
-
-    /// The refusal that a responder is shown.
-    pub(crate) fn refusal(&self, open: &CircuitOpen) -> Refusal {
-        match self {
-            // Without the lock that an error takes to learn the name.
-            Self::One(breaker, _) => open.refusal().with_origin(breaker.name().to_string()),
-        }
-    }
-
-    pub(crate) fn breaker(&self) -> &Breaker {
-        match self {
-            Self::One(breaker, _) => breaker,
-        }
-    }
 }
 
 /// Whether and for how long a callee may ask to be left alone.
@@ -72,7 +45,7 @@ pub struct Respond {
 }
 
 /// Refuses by errors: [`Error::Open`](crate::Error::Open), which becomes a
-/// [`Refusal`] in a [`BoxError`](buttress_core::BoxError).
+/// [`Refusal`](buttress_core::Refusal) in a [`BoxError`](buttress_core::BoxError).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Errors(());
 
@@ -133,41 +106,54 @@ impl<Req: 'static> CircuitBreakerLayer<Any<Req>, Errors, ResultClassifier> {
     }
 }
 
-impl<V: View, M, C> CircuitBreakerLayer<V, M, C> {
-    pub(crate) fn new(shared: Shared<V, M, C>) -> Self {
+impl<V: View, M, C, P> CircuitBreakerLayer<V, M, C, P> {
+    pub(crate) fn new(shared: Shared<M, C, P>) -> Self {
         Self {
             shared: Arc::new(shared),
+            view: PhantomData,
         }
     }
+}
 
+impl<V: View, M, C> CircuitBreakerLayer<V, M, C> {
     /// Its breaker: state, counts, overrides, reset, settings, while it
     /// serves. A clone of it can be kept.
     #[must_use]
     pub fn breaker(&self) -> &Breaker {
-        self.shared.source.breaker()
+        &self.shared.source
     }
 }
 
-impl<S, V: View, M, C> Layer<S> for CircuitBreakerLayer<V, M, C> {
-    type Service = CircuitBreaker<S, V, M, C>;
+impl<V: View, M, C> CircuitBreakerLayer<V, M, C, PerKey<V>> {
+    /// Its breakers, one for each key: states, reset, health, while it serves.
+    /// A clone of it can be kept.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        self.shared.source.registry()
+    }
+}
+
+impl<S, V: View, M, C, P> Layer<S> for CircuitBreakerLayer<V, M, C, P> {
+    type Service = CircuitBreaker<S, V, M, C, P>;
 
     fn layer(&self, inner: S) -> Self::Service {
         CircuitBreaker::new(inner, Arc::clone(&self.shared))
     }
 }
 
-impl<V: View, M, C> Clone for CircuitBreakerLayer<V, M, C> {
+impl<V: View, M, C, P> Clone for CircuitBreakerLayer<V, M, C, P> {
     fn clone(&self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
+            view: PhantomData,
         }
     }
 }
 
-impl<V: View, M, C> fmt::Debug for CircuitBreakerLayer<V, M, C> {
+impl<V: View, M, C, P: fmt::Debug> fmt::Debug for CircuitBreakerLayer<V, M, C, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitBreakerLayer")
-            .field("breaker", self.breaker())
+            .field("source", &self.shared.source)
             .finish_non_exhaustive()
     }
 }

@@ -34,8 +34,9 @@ use self::{
     shard::{Entry, Refused, Shard, Track},
 };
 use crate::{
-    Breaker, CircuitOpen, ConfigError, Event, Permit, Settings, Status, breaker::check_name,
-    cell::Observer, error::Problem, event::Listener, metrics::Metrics, settings::Plan,
+    Breaker, BreakerBuilder, CircuitOpen, ConfigError, Event, Permit, Settings, Status,
+    breaker::check_name, cell::Observer, error::Problem, event::Listener, metrics::Metrics,
+    settings::Plan,
 };
 
 /// Keys unless told otherwise.
@@ -234,6 +235,17 @@ impl RegistryBuilder {
     pub fn random(mut self, random: impl Random) -> Self {
         self.random = SharedRandom::new(random);
         self
+    }
+
+    /// What was said of one breaker is said of all.
+    pub(crate) fn described_by(self, breaker: BreakerBuilder) -> Self {
+        Self {
+            name: breaker.name,
+            settings: breaker.settings,
+            listeners: breaker.listeners,
+            random: breaker.random,
+            ..self
+        }
     }
 
     /// Makes the registry, empty.

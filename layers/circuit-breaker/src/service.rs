@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    marker::PhantomData,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -20,7 +21,7 @@ use tower_service::Service;
 #[cfg(feature = "back-pressure")]
 use crate::ready::Gate;
 use crate::{
-    Breaker, CircuitOpen, Error, Fallback, Permit,
+    Breaker, CircuitOpen, Error, Fallback, PerKey, Permit, Registry, Source,
     future::{ErrorFuture, FallbackFuture, Guard, Guarded, Judge, Judged, ResponseFuture},
     layer::{Errors, Instead, Respond, Shared},
 };
@@ -39,27 +40,39 @@ use crate::{
 /// failure.
 ///
 /// [`back_pressure`]: crate::CircuitBreakerBuilder::back_pressure
-pub struct CircuitBreaker<S, V: View = Http, M = Respond, C = HttpClassifier> {
+pub struct CircuitBreaker<S, V: View = Http, M = Respond, C = HttpClassifier, P = Breaker> {
     inner: S,
-    shared: Arc<Shared<V, M, C>>,
+    shared: Arc<Shared<M, C, P>>,
+    view: PhantomData<fn(V)>,
     #[cfg(feature = "back-pressure")]
     gate: Gate,
 }
 
 impl<S, V: View, M, C> CircuitBreaker<S, V, M, C> {
-    pub(crate) fn new(inner: S, shared: Arc<Shared<V, M, C>>) -> Self {
-        Self {
-            inner,
-            shared,
-            #[cfg(feature = "back-pressure")]
-            gate: Gate::default(),
-        }
-    }
-
     /// Its breaker.
     #[must_use]
     pub fn breaker(&self) -> &Breaker {
-        self.shared.source.breaker()
+        &self.shared.source
+    }
+}
+
+impl<S, V: View, M, C> CircuitBreaker<S, V, M, C, PerKey<V>> {
+    /// Its breakers, one for each key.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        self.shared.source.registry()
+    }
+}
+
+impl<S, V: View, M, C, P> CircuitBreaker<S, V, M, C, P> {
+    pub(crate) fn new(inner: S, shared: Arc<Shared<M, C, P>>) -> Self {
+        Self {
+            inner,
+            shared,
+            view: PhantomData,
+            #[cfg(feature = "back-pressure")]
+            gate: Gate::default(),
+        }
     }
 
     /// The inner service.
@@ -76,14 +89,15 @@ impl<S, V: View, M, C> CircuitBreaker<S, V, M, C> {
     pub fn into_inner(self) -> S {
         self.inner
     }
+}
 
+impl<S, V: View, M, C, P: Source<V>> CircuitBreaker<S, V, M, C, P> {
     #[cfg(feature = "back-pressure")]
     #[inline]
     fn poll_gate(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.shared.back_pressure {
-            self.gate.poll(self.shared.source.breaker(), cx)
-        } else {
-            Poll::Ready(())
+        match self.shared.source.one() {
+            Some(breaker) if self.shared.back_pressure => self.gate.poll(breaker, cx),
+            _ => Poll::Ready(()),
         }
     }
 
@@ -106,7 +120,7 @@ impl<S, V: View, M, C> CircuitBreaker<S, V, M, C> {
     }
 }
 
-impl<S, M, C: Clone> CircuitBreaker<S, Http, M, C> {
+impl<S, M, C: Clone, P> CircuitBreaker<S, Http, M, C, P> {
     #[inline]
     fn guarded<B>(&mut self, request: Request<B>, permit: Permit) -> Guarded<S::Future, C>
     where
@@ -122,7 +136,7 @@ impl<S, M, C: Clone> CircuitBreaker<S, Http, M, C> {
     }
 }
 
-impl<S, Req: 'static, M, C: Clone> CircuitBreaker<S, Any<Req>, M, C> {
+impl<S, Req: 'static, M, C: Clone, P> CircuitBreaker<S, Any<Req>, M, C, P> {
     #[inline]
     fn judged(&mut self, request: Req, permit: Permit) -> Judged<S::Future, C>
     where
@@ -135,23 +149,23 @@ impl<S, Req: 'static, M, C: Clone> CircuitBreaker<S, Any<Req>, M, C> {
     }
 }
 
-impl<S: Clone, V: View, M, C> Clone for CircuitBreaker<S, V, M, C> {
+impl<S: Clone, V: View, M, C, P> Clone for CircuitBreaker<S, V, M, C, P> {
     /// The clone waits for its own readiness.
     fn clone(&self) -> Self {
         Self::new(self.inner.clone(), Arc::clone(&self.shared))
     }
 }
 
-impl<S: fmt::Debug, V: View, M, C> fmt::Debug for CircuitBreaker<S, V, M, C> {
+impl<S: fmt::Debug, V: View, M, C, P: fmt::Debug> fmt::Debug for CircuitBreaker<S, V, M, C, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitBreaker")
             .field("inner", &self.inner)
-            .field("breaker", self.breaker())
+            .field("source", &self.shared.source)
             .finish_non_exhaustive()
     }
 }
 
-impl<S, C> CircuitBreaker<S, Http, Respond, C> {
+impl<S, C, P: Source<Http>> CircuitBreaker<S, Http, Respond, C, P> {
     #[cold]
     fn refuse(&self, open: &CircuitOpen, head: Head<'_>) -> Response<Bytes> {
         let Shared { source, mode, .. } = &*self.shared;
@@ -168,8 +182,9 @@ impl<S, C> CircuitBreaker<S, Http, Respond, C> {
     }
 }
 
-impl<S, C, B, R> Service<Request<B>> for CircuitBreaker<S, Http, Respond, C>
+impl<S, C, B, R, P> Service<Request<B>> for CircuitBreaker<S, Http, Respond, C, P>
 where
+    P: Source<Http>,
     S: Service<Request<B>, Response = Response<R>>,
     C: Classify<Response<R>, S::Error> + Clone,
     R: Body,
@@ -192,8 +207,9 @@ where
     }
 }
 
-impl<S, C, B, R> Service<Request<B>> for CircuitBreaker<S, Http, Errors, C>
+impl<S, C, B, R, P> Service<Request<B>> for CircuitBreaker<S, Http, Errors, C, P>
 where
+    P: Source<Http>,
     S: Service<Request<B>, Response = Response<R>>,
     C: Classify<Response<R>, S::Error> + Clone,
     R: Body,
@@ -216,8 +232,9 @@ where
     }
 }
 
-impl<S, F, C, B, R> Service<Request<B>> for CircuitBreaker<S, Http, Instead<F>, C>
+impl<S, F, C, B, R, P> Service<Request<B>> for CircuitBreaker<S, Http, Instead<F>, C, P>
 where
+    P: Source<Http>,
     S: Service<Request<B>, Response = Response<R>>,
     F: Fallback<Request<B>, Response = Response<R>, Error = S::Error>,
     C: Classify<Response<R>, S::Error> + Clone,
@@ -244,8 +261,9 @@ where
     }
 }
 
-impl<S, C, Req> Service<Req> for CircuitBreaker<S, Any<Req>, Errors, C>
+impl<S, C, Req, P> Service<Req> for CircuitBreaker<S, Any<Req>, Errors, C, P>
 where
+    P: Source<Any<Req>>,
     S: Service<Req>,
     C: Classify<S::Response, S::Error> + Clone,
     Req: 'static,
@@ -268,8 +286,9 @@ where
     }
 }
 
-impl<S, F, C, Req> Service<Req> for CircuitBreaker<S, Any<Req>, Instead<F>, C>
+impl<S, F, C, Req, P> Service<Req> for CircuitBreaker<S, Any<Req>, Instead<F>, C, P>
 where
+    P: Source<Any<Req>>,
     S: Service<Req>,
     F: Fallback<Req, Response = S::Response, Error = S::Error>,
     C: Classify<S::Response, S::Error> + Clone,
