@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     future::{Ready, ready},
+    ops::Range,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -16,7 +17,7 @@ use buttress_circuit_breaker::{
 };
 use buttress_core::{
     Http, Refusal,
-    classify::HttpClassifier,
+    classify::{HttpClassifier, Verdict},
     key::{self, ExtractKeyExt, Key},
     testing::{
         ReadinessProbe, Step, advance,
@@ -323,7 +324,7 @@ fn a_known_key_costs_no_allocation() {
         registry.get_or_create(&Key::from(8_u64)).force_open();
         let mut cost = || {
             let permit = registry.try_acquire(host).unwrap();
-            permit.record(buttress_core::classify::Verdict::Failure);
+            permit.record(Verdict::Failure);
             assert!(registry.try_acquire("open").is_err());
             for n in [7, 8] {
                 let mut call = std::pin::pin!(service.call(n));
@@ -334,5 +335,36 @@ fn a_known_key_costs_no_allocation() {
         cost();
         let counted = allocation_counter::measure(cost);
         assert_eq!(counted.count_total, 0, "{host}");
+    }
+}
+
+/// What a million keys take beyond the first thousand: nothing, and no place
+/// of one that is open.
+#[test]
+fn a_flood_of_keys_takes_no_memory() {
+    let registry = Registry::builder("flooded").build().unwrap();
+    let flood = |keys: Range<u64>| {
+        allocation_counter::measure(|| {
+            for key in keys {
+                let permit = registry.try_acquire(&Key::from(key)).unwrap();
+                permit.record(Verdict::Success);
+            }
+        })
+    };
+    let dead = |key: u64| Key::from(u64::MAX - key);
+    for key in 0..5 {
+        registry.get_or_create(&dead(key)).trip(None).unwrap();
+    }
+    let first = flood(0..995);
+    assert!(first.bytes_max < 1_500_000, "{first:?}");
+    let rest = flood(995..1_000_000);
+    // Here and there a table grows, as keys are not spread quite evenly.
+    assert!(rest.bytes_max < 100_000, "{rest:?}");
+    assert_eq!(registry.len(), 1000);
+    assert_eq!(registry.evicted(), 999_005);
+    assert_eq!(registry.overflowed(), 0);
+    for key in 0..5 {
+        let breaker = registry.get(&dead(key)).unwrap();
+        assert_eq!(breaker.state(), State::Open);
     }
 }

@@ -180,7 +180,7 @@ mod tests {
 
     use super::*;
 
-    fn extracted(extract: impl ExtractKey) -> Key {
+    fn extracted(extract: &impl ExtractKey) -> Key {
         let request = Request::builder()
             .uri("http://Example.org:80/a/b?secret=1")
             .header("x-api-key", "secret")
@@ -210,15 +210,15 @@ mod tests {
             (address("2001:db8::1"), "2001:db8::1"),
             (Key::global(), "global"),
             (Key::ambiguous(), "ambiguous"),
-            (extracted(key::host()), "example.org"),
-            (extracted(key::path()), "/a/b"),
-            (extracted(key::method()), "GET"),
+            (extracted(&key::host()), "example.org"),
+            (extracted(&key::path()), "/a/b"),
+            (extracted(&key::method()), "GET"),
         ] {
             assert_eq!(words(&key).as_deref(), Some(told), "{key:?}");
         }
         for key in [
-            extracted(key::header("x-api-key")),
-            extracted((key::header("x-api-key"), key::host())),
+            extracted(&key::header("x-api-key")),
+            extracted(&(key::header("x-api-key"), key::host())),
             Key::from_bytes(b"secret"),
             Key::from("x".repeat(5000)),
         ] {
