@@ -522,6 +522,7 @@ impl Registry {
 
     /// All breakers, in the order and by the names of
     /// [`statuses`](Self::statuses). Whoever goes through them holds no lock.
+    /// They are asked shard by shard, so that under way a key may come or go.
     #[must_use]
     pub fn breakers(&self) -> Vec<(Arc<str>, Breaker)> {
         let mut all = self.handles();
