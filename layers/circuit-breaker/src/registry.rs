@@ -2,6 +2,8 @@
 
 mod health;
 mod key;
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;
 mod shard;
 #[cfg(all(test, not(buttress_loom)))]
 mod tests;
