@@ -199,7 +199,7 @@ impl Breaker {
             Ok(ticket) => {
                 let heard = ticket.observed.then(|| Arc::clone(observer));
                 // The permit first: should a listener panic, it is given back.
-                let permit = Permit::new(lease.cell, ticket, heard, clock::now);
+                let permit = Permit::new(lease.cell, ticket, heard);
                 if ticket.observed {
                     observer.tell(&Event::Call);
                 }

@@ -7,6 +7,8 @@ mod cell;
 mod error;
 mod event;
 pub mod metrics;
+#[cfg(all(test, not(buttress_loom)))]
+mod model_tests;
 mod permit;
 mod settings;
 mod window;

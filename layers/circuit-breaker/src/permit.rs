@@ -58,6 +58,15 @@ impl Permit {
         cell: &'static Cell,
         ticket: Ticket,
         observer: Option<Arc<Observer>>,
+    ) -> Self {
+        Self::new_at(cell, ticket, observer, clock::now)
+    }
+
+    #[inline]
+    pub(crate) fn new_at(
+        cell: &'static Cell,
+        ticket: Ticket,
+        observer: Option<Arc<Observer>>,
         now: impl Fn() -> Instant,
     ) -> Self {
         Self {
@@ -110,17 +119,26 @@ impl Permit {
     /// Runs a step of the call. Should it panic, the call has failed.
     #[inline]
     pub fn during<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
-        struct Unwinding<'a>(&'a mut Option<Permit>);
+        Self::during_at(slot, clock::now, step)
+    }
 
-        impl Drop for Unwinding<'_> {
+    #[inline]
+    pub(crate) fn during_at<R>(
+        slot: &mut Option<Self>,
+        now: impl Fn() -> Instant,
+        step: impl FnOnce() -> R,
+    ) -> R {
+        struct Unwinding<'a, F: Fn() -> Instant>(&'a mut Option<Permit>, F);
+
+        impl<F: Fn() -> Instant> Drop for Unwinding<'_, F> {
             fn drop(&mut self) {
                 if let Some(permit) = self.0.take() {
-                    permit.record(Verdict::Failure);
+                    permit.finish(Some(Verdict::Failure), None, &self.1);
                 }
             }
         }
 
-        let unwinding = Unwinding(slot);
+        let unwinding = Unwinding(slot, now);
         let result = step();
         mem::forget(unwinding);
         result

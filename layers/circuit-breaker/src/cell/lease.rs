@@ -52,10 +52,6 @@ impl Lease {
         let observer = cold.observer.take();
         let random = mem::replace(&mut cold.random, unused);
         drop(cold);
-        // An alert on the gauge must not outlive the breaker.
-        if let Some(observer) = &observer {
-            observer.metrics.state(State::Closed);
-        }
         // Listeners and generators are the user's: their drop does not run
         // under the lock.
         drop((observer, random));
