@@ -4,6 +4,11 @@
 //! Every cell of them carries the generation that wrote it, so that a new
 //! generation starts empty and one that is over cannot write into it.
 
+use buttress_core::sync::atomic::{
+    AtomicU64,
+    Ordering::{AcqRel, Relaxed},
+};
+
 mod calls;
 mod time;
 
@@ -50,4 +55,14 @@ const fn is_later(tag: u64, own: u64, bits: u32) -> bool {
 pub(crate) fn order_for_loom() {
     #[cfg(buttress_loom)]
     buttress_core::sync::atomic::fence(buttress_core::sync::atomic::Ordering::SeqCst);
+}
+
+/// Writes what a new generation begins with. loom orders a swap with the
+/// exchanges of others, as the language does, but not a store.
+fn clear(counter: &AtomicU64, to: u64) {
+    if cfg!(buttress_loom) {
+        counter.swap(to, AcqRel);
+    } else {
+        counter.store(to, Relaxed);
+    }
 }

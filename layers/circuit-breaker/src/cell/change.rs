@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use buttress_core::{clock::Instant, sync::atomic::Ordering::Release};
+use buttress_core::{
+    clock::Instant,
+    sync::atomic::Ordering::{AcqRel, Release},
+};
 
 use super::{Cell, Cold, Kind, NEVER, News, Ticket, place};
 use crate::{
@@ -36,8 +39,9 @@ impl Cell {
         // not its own finds a later word, too.
         self.hot.until[place(next)].store(until.as_nanos(), Release);
         // Others change this word too, but only from what they have read in
-        // this generation: their exchange fails.
-        self.hot.word.store(next.0, Release);
+        // this generation: their exchange fails. A swap and no store, as loom
+        // orders the one with their exchanges and not the other.
+        self.hot.word.swap(next.0, AcqRel);
         let to = next.state();
         let changed = from != to;
         if changed {

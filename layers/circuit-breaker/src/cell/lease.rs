@@ -23,39 +23,13 @@ impl Lease {
         now: Instant,
     ) -> Self {
         let cell = pool::take();
-        let mut cold = cell.lock();
-        cold.observer = Some(observer);
-        let unused = mem::replace(&mut cold.random, random);
-        cold.since = now;
-        cold.level = 0;
-        let tenancy = cold.tenancy;
-        let next = cell.settle(&mut cold, plan, cell.word().next(State::Closed));
-        let news = cell.publish(&mut cold, next, NEVER, now, Cause::Manual, None);
-        drop(cold);
-        drop(unused);
-        // A change to closed that nobody need hear of: it begins.
-        drop(news);
+        let tenancy = cell.move_in(observer, plan, random, now);
         Self { cell, tenancy }
     }
 
     /// Gives the cell back. Calls in flight will find another generation.
     pub(crate) fn give_back(self) {
-        let unused = SharedRandom::default();
-        let mut cold = self.cell.lock();
-        cold.tenancy = cold.tenancy.wrapping_add(1);
-        let next = self.cell.word().next(State::ForcedClosed);
-        let now = cold.since;
-        let mut news = self
-            .cell
-            .publish(&mut cold, next, NEVER, now, Cause::Manual, None);
-        news.event = None;
-        let observer = cold.observer.take();
-        let random = mem::replace(&mut cold.random, unused);
-        drop(cold);
-        // Listeners and generators are the user's: their drop does not run
-        // under the lock.
-        drop((observer, random));
-        self.cell.tell(news);
+        self.cell.move_out();
         pool::give_back(self.cell);
     }
 
@@ -63,6 +37,48 @@ impl Lease {
         let cold = self.cell.lock();
         let observer = cold.observer.as_ref()?;
         (cold.tenancy == self.tenancy).then(|| Arc::clone(&observer.name))
+    }
+}
+
+impl Cell {
+    /// Which of its owners this one is.
+    pub(super) fn move_in(
+        &self,
+        observer: Arc<Observer>,
+        plan: Plan,
+        random: SharedRandom,
+        now: Instant,
+    ) -> u32 {
+        let mut cold = self.lock();
+        cold.observer = Some(observer);
+        let unused = mem::replace(&mut cold.random, random);
+        cold.since = now;
+        cold.level = 0;
+        let tenancy = cold.tenancy;
+        let next = self.settle(&mut cold, plan, self.word().next(State::Closed));
+        let news = self.publish(&mut cold, next, NEVER, now, Cause::Manual, None);
+        drop(cold);
+        drop(unused);
+        // A change to closed that nobody need hear of: it begins.
+        drop(news);
+        tenancy
+    }
+
+    pub(super) fn move_out(&self) {
+        let unused = SharedRandom::default();
+        let mut cold = self.lock();
+        cold.tenancy = cold.tenancy.wrapping_add(1);
+        let next = self.word().next(State::ForcedClosed);
+        let now = cold.since;
+        let mut news = self.publish(&mut cold, next, NEVER, now, Cause::Manual, None);
+        news.event = None;
+        let observer = cold.observer.take();
+        let random = mem::replace(&mut cold.random, unused);
+        drop(cold);
+        // Listeners and generators are the user's: their drop does not run
+        // under the lock.
+        drop((observer, random));
+        self.tell(news);
     }
 }
 
