@@ -22,6 +22,9 @@ use crate::{
 /// where [`count_dropped_probes`] says so): else a timeout around the breaker
 /// would hide that its callee hangs.
 ///
+/// That goes for a permit dropped by a panic, too, as nobody can tell whose
+/// panic it is; a step run by [`during`](Self::during) has failed if it panics.
+///
 /// A permit belongs to the generation that it was given in. If the state has
 /// changed since, what it says feeds metrics and listeners, and changes
 /// nothing else.
@@ -56,11 +59,21 @@ impl Permit {
         ticket: Ticket,
         observer: Option<Arc<Observer>>,
     ) -> Self {
+        Self::new_at(cell, ticket, observer, clock::now)
+    }
+
+    #[inline]
+    pub(crate) fn new_at(
+        cell: &'static Cell,
+        ticket: Ticket,
+        observer: Option<Arc<Observer>>,
+        now: impl Fn() -> Instant,
+    ) -> Self {
         Self {
             cell,
             ticket,
             pace: if ticket.timed {
-                Pace::Since(clock::now())
+                Pace::Since(now())
             } else {
                 Pace::Untimed
             },
@@ -78,60 +91,87 @@ impl Permit {
     /// its body takes is not the callee's doing alone.
     #[inline]
     pub fn arrived(&mut self) {
-        if let Pace::Since(_) = self.pace {
-            let slow = self.is_slow();
-            self.pace = Pace::Took { slow };
-        }
+        self.arrived_at(clock::now);
     }
 
-    fn is_slow(&self) -> bool {
-        match self.pace {
-            Pace::Untimed | Pace::Recorded => false,
-            Pace::Since(started) => clock::now() - started >= self.cell.slow_limit(),
-            Pace::Took { slow } => slow,
+    #[inline]
+    pub(crate) fn arrived_at(&mut self, now: impl Fn() -> Instant) {
+        if let Pace::Since(started) = self.pace {
+            let slow = now() - started >= self.cell.slow_limit();
+            self.pace = Pace::Took { slow };
         }
     }
 
     /// Says how the call went.
     #[inline]
     pub fn record(self, verdict: Verdict) {
-        self.finish(Some(verdict), None);
+        self.finish(Some(verdict), None, clock::now);
     }
 
     /// Says how the call went, and that the callee asks to be left alone for
-    /// so long (its `Retry-After`): the breaker opens at once, for at least
-    /// that long.
+    /// so long (its `Retry-After`): whatever the verdict, the breaker opens at
+    /// once, for at least that long (366 days at most). Nothing is asked for by
+    /// zero.
     pub fn record_holding_off(self, verdict: Verdict, hold: Duration) {
-        self.finish(Some(verdict), Some(hold));
+        self.finish(Some(verdict), Some(hold), clock::now);
     }
 
     /// Runs a step of the call. Should it panic, the call has failed.
     #[inline]
     pub fn during<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
-        struct Unwinding<'a>(&'a mut Option<Permit>);
+        Self::during_at(slot, clock::now, step)
+    }
 
-        impl Drop for Unwinding<'_> {
+    #[inline]
+    pub(crate) fn during_at<R>(
+        slot: &mut Option<Self>,
+        now: impl Fn() -> Instant,
+        step: impl FnOnce() -> R,
+    ) -> R {
+        struct Unwinding<'a, F: Fn() -> Instant>(&'a mut Option<Permit>, F);
+
+        impl<F: Fn() -> Instant> Drop for Unwinding<'_, F> {
             fn drop(&mut self) {
                 if let Some(permit) = self.0.take() {
-                    permit.record(Verdict::Failure);
+                    permit.finish(Some(Verdict::Failure), None, &self.1);
                 }
             }
         }
 
-        let unwinding = Unwinding(slot);
+        let unwinding = Unwinding(slot, now);
         let result = step();
         mem::forget(unwinding);
         result
     }
 
+    /// Without a verdict: the call was given up on.
     #[inline]
-    fn finish(mut self, verdict: Option<Verdict>, hold: Option<Duration>) {
-        self.settle(verdict, hold);
+    pub(crate) fn finish(
+        mut self,
+        verdict: Option<Verdict>,
+        hold: Option<Duration>,
+        now: impl Fn() -> Instant,
+    ) {
+        self.settle(verdict, hold.filter(|hold| !hold.is_zero()), now);
     }
 
     #[inline]
-    fn settle(&mut self, verdict: Option<Verdict>, hold: Option<Duration>) {
-        let slow = self.is_slow();
+    fn settle(
+        &mut self,
+        verdict: Option<Verdict>,
+        hold: Option<Duration>,
+        now: impl Fn() -> Instant,
+    ) {
+        // Read once, also where the window asks for it again.
+        let ended = match self.pace {
+            Pace::Since(_) => Some(now()),
+            Pace::Untimed | Pace::Took { .. } | Pace::Recorded => None,
+        };
+        let slow = match (self.pace, ended) {
+            (Pace::Since(started), Some(ended)) => ended - started >= self.cell.slow_limit(),
+            (Pace::Took { slow }, _) => slow,
+            _ => false,
+        };
         self.pace = Pace::Recorded;
         let mark = |failed| Outcome::Done(Mark { failed, slow });
         let outcome = match verdict {
@@ -140,7 +180,8 @@ impl Permit {
             None if slow => Outcome::DroppedSlow,
             Some(Verdict::Ignored) | None => Outcome::Nothing,
         };
-        self.cell.record(self.ticket, outcome, hold, clock::now);
+        self.cell
+            .record(self.ticket, outcome, hold, || ended.unwrap_or_else(&now));
         if let Some(observer) = self.observer.take() {
             observer.tell(&match verdict {
                 Some(Verdict::Success) => Event::Success { slow },
@@ -155,7 +196,7 @@ impl Drop for Permit {
     #[inline]
     fn drop(&mut self) {
         if !matches!(self.pace, Pace::Recorded) {
-            self.settle(None, None);
+            self.settle(None, None, clock::now);
         }
     }
 }
