@@ -17,10 +17,11 @@ use buttress_core::{
 
 use crate::{
     Cause, CircuitOpen, ConfigError, Error, Event, Permit, Settings, State, TransitionError,
-    cell::{Lease, Observer, Outlook, Rejection},
+    cell::{Lease, Observer, Outlook, Rejection, Ticket},
     error::Problem,
     event::Listener,
     metrics::Metrics,
+    word::Word,
 };
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
@@ -190,17 +191,30 @@ impl Breaker {
     ///
     /// [`CircuitOpen`] if it is open, or if half-open has all its probes under
     /// way.
-    #[inline]
+    // Always, and the rest apart: a permit that is handed over in memory is
+    // copied in other sizes than it was written in, and the processor waits
+    // for each of these copies longer than for all else together.
+    #[inline(always)]
     pub fn try_acquire(&self) -> Result<Permit, CircuitOpen> {
+        let cell = self.0.lease.cell;
+        match cell.admit_closed() {
+            Ok(ticket) if !ticket.observed() => Ok(Permit::new(cell, ticket, None)),
+            other => self.try_acquire_otherwise(other),
+        }
+    }
+
+    #[inline(never)]
+    fn try_acquire_otherwise(&self, closed: Result<Ticket, Word>) -> Result<Permit, CircuitOpen> {
         let Owner {
             lease, observer, ..
         } = &*self.0;
-        match lease.cell.admit(clock::now) {
+        let ticket = closed.or_else(|word| lease.cell.admit_otherwise(word, clock::now));
+        match ticket {
             Ok(ticket) => {
-                let heard = ticket.observed.then(|| Arc::clone(observer));
+                let heard = ticket.observed().then(|| Arc::clone(observer));
                 // The permit first: should a listener panic, it is given back.
                 let permit = Permit::new(lease.cell, ticket, heard);
-                if ticket.observed {
+                if ticket.observed() {
                     observer.tell(&Event::Call);
                 }
                 Ok(permit)

@@ -117,16 +117,10 @@ pub(crate) struct Cell {
     cold: Padded<Mutex<Cold>>,
 }
 
-/// Leave to call, from a generation.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Ticket {
-    pub(crate) generation: u32,
-    pub(crate) kind: Kind,
-    /// Whether the call is to be timed.
-    pub(crate) timed: bool,
-    /// Whether someone hears of the call.
-    pub(crate) observed: bool,
-}
+/// Leave to call, from a generation: the word by which it was given, and one
+/// word to hand on.
+#[derive(Clone, Copy)]
+pub(crate) struct Ticket(Word);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -252,14 +246,45 @@ const fn place(word: Word) -> usize {
 }
 
 impl Ticket {
+    /// In an open state nobody has one.
     #[inline]
-    const fn of(word: Word, kind: Kind) -> Self {
-        Self {
-            generation: word.generation(),
-            kind,
-            timed: word.is_timed(),
-            observed: word.is_observed(),
+    const fn of(word: Word) -> Self {
+        Self(word)
+    }
+
+    #[inline]
+    pub(crate) const fn generation(self) -> u32 {
+        self.0.generation()
+    }
+
+    #[inline]
+    pub(crate) const fn kind(self) -> Kind {
+        match self.0.state() {
+            State::HalfOpen => Kind::Probe,
+            State::ForcedClosed => Kind::Free,
+            _ => Kind::Call,
         }
+    }
+
+    /// Whether the call is to be timed.
+    #[inline]
+    pub(crate) const fn timed(self) -> bool {
+        self.0.is_timed()
+    }
+
+    /// Whether someone hears of the call.
+    #[inline]
+    pub(crate) const fn observed(self) -> bool {
+        self.0.is_observed()
+    }
+}
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ticket")
+            .field("generation", &self.generation())
+            .field("kind", &self.kind())
+            .finish_non_exhaustive()
     }
 }
 

@@ -136,7 +136,7 @@ impl Pair {
         let _ = writeln!(self.log, "{} call: {ours:?}", self.now);
         match (ours, theirs) {
             (Ok(ticket), Ok(called)) => {
-                let heard = ticket.observed.then(|| Arc::clone(&self.observer));
+                let heard = ticket.observed().then(|| Arc::clone(&self.observer));
                 let permit = Permit::new_at(self.lease.cell, ticket, heard, || at);
                 self.calls.push((permit, called));
             }

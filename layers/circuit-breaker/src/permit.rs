@@ -35,21 +35,51 @@ use crate::{
 pub struct Permit {
     cell: &'static Cell,
     ticket: Ticket,
-    pace: Pace,
+    /// Where it is timed, and until its head is there.
+    started: Instant,
+    phase: Phase,
     /// Only where someone hears of each call.
     observer: Option<Arc<Observer>>,
 }
 
-#[derive(Clone, Copy)]
-enum Pace {
-    /// Nobody asks.
-    Untimed,
-    Since(Instant),
-    /// The head is there: it took so long.
-    Took {
-        slow: bool,
-    },
-    Recorded,
+/// A whole word, as all of a permit's fields are: what is written as bytes and
+/// then copied as a word makes the processor wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Phase(u64);
+
+impl Phase {
+    /// Nobody asks how long it takes.
+    const UNTIMED: Self = Self(0);
+    const RUNNING: Self = Self(1);
+    /// The head is there, in time.
+    const QUICK: Self = Self(2);
+    /// The head is there, too late.
+    const SLOW: Self = Self(3);
+    const RECORDED: Self = Self(4);
+
+    /// A step of the call runs. Should the permit be dropped meanwhile, then
+    /// by the step's panic.
+    const STEPPING: u64 = 8;
+
+    #[inline]
+    const fn pace(self) -> Self {
+        Self(self.0 & !Self::STEPPING)
+    }
+
+    #[inline]
+    const fn is_stepping(self) -> bool {
+        self.0 & Self::STEPPING != 0
+    }
+
+    #[inline]
+    const fn begin_step(&mut self) {
+        self.0 |= Self::STEPPING;
+    }
+
+    #[inline]
+    const fn end_step(&mut self) {
+        self.0 &= !Self::STEPPING;
+    }
 }
 
 impl Permit {
@@ -69,14 +99,16 @@ impl Permit {
         observer: Option<Arc<Observer>>,
         now: impl Fn() -> Instant,
     ) -> Self {
+        let (phase, started) = if ticket.timed() {
+            (Phase::RUNNING, now())
+        } else {
+            (Phase::UNTIMED, Instant::from_nanos(0))
+        };
         Self {
             cell,
             ticket,
-            pace: if ticket.timed {
-                Pace::Since(now())
-            } else {
-                Pace::Untimed
-            },
+            started,
+            phase,
             observer,
         }
     }
@@ -84,7 +116,7 @@ impl Permit {
     /// Whether the call is a probe of a half-open breaker.
     #[must_use]
     pub const fn is_probe(&self) -> bool {
-        matches!(self.ticket.kind, Kind::Probe)
+        matches!(self.ticket.kind(), Kind::Probe)
     }
 
     /// The response's head is there: how long the call took is settled, what
@@ -96,14 +128,44 @@ impl Permit {
 
     #[inline]
     pub(crate) fn arrived_at(&mut self, now: impl Fn() -> Instant) {
-        if let Pace::Since(started) = self.pace {
-            let slow = now() - started >= self.cell.slow_limit();
-            self.pace = Pace::Took { slow };
+        if self.phase == Phase::RUNNING {
+            let slow = now() - self.started >= self.cell.slow_limit();
+            self.phase = if slow { Phase::SLOW } else { Phase::QUICK };
         }
     }
 
+    /// Runs a step of the call. Should it panic, the call has failed when the
+    /// permit is dropped. Unlike [`during`](Self::during) it leaves the permit
+    /// where it is, and no other code to run while a panic unwinds.
+    #[inline(always)]
+    pub(crate) fn step<R>(&mut self, step: impl FnOnce() -> R) -> R {
+        self.phase.begin_step();
+        let result = step();
+        self.phase.end_step();
+        result
+    }
+
+    /// The same, where the call may be none of ours.
+    #[inline(always)]
+    pub(crate) fn step_if_any<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
+        if let Some(permit) = slot {
+            permit.phase.begin_step();
+        }
+        let result = step();
+        if let Some(permit) = slot {
+            permit.phase.end_step();
+        }
+        result
+    }
+
+    /// As [`record`](Self::record), where the permit stays where it is.
+    #[inline(always)]
+    pub(crate) fn conclude(&mut self, verdict: Verdict) {
+        self.settle(Some(verdict), None, clock::now);
+    }
+
     /// Says how the call went.
-    #[inline]
+    #[inline(always)]
     pub fn record(self, verdict: Verdict) {
         self.finish(Some(verdict), None, clock::now);
     }
@@ -145,7 +207,7 @@ impl Permit {
     }
 
     /// Without a verdict: the call was given up on.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn finish(
         mut self,
         verdict: Option<Verdict>,
@@ -155,7 +217,8 @@ impl Permit {
         self.settle(verdict, hold.filter(|hold| !hold.is_zero()), now);
     }
 
-    #[inline]
+    // Always: see [`Breaker::try_acquire`](crate::Breaker::try_acquire).
+    #[inline(always)]
     fn settle(
         &mut self,
         verdict: Option<Verdict>,
@@ -163,16 +226,13 @@ impl Permit {
         now: impl Fn() -> Instant,
     ) {
         // Read once, also where the window asks for it again.
-        let ended = match self.pace {
-            Pace::Since(_) => Some(now()),
-            Pace::Untimed | Pace::Took { .. } | Pace::Recorded => None,
+        let pace = self.phase.pace();
+        let ended = (pace == Phase::RUNNING).then(&now);
+        let slow = match ended {
+            Some(ended) => ended - self.started >= self.cell.slow_limit(),
+            None => pace == Phase::SLOW,
         };
-        let slow = match (self.pace, ended) {
-            (Pace::Since(started), Some(ended)) => ended - started >= self.cell.slow_limit(),
-            (Pace::Took { slow }, _) => slow,
-            _ => false,
-        };
-        self.pace = Pace::Recorded;
+        self.phase = Phase::RECORDED;
         let mark = |failed| Outcome::Done(Mark { failed, slow });
         let outcome = match verdict {
             Some(Verdict::Success) => mark(false),
@@ -195,8 +255,9 @@ impl Permit {
 impl Drop for Permit {
     #[inline]
     fn drop(&mut self) {
-        if !matches!(self.pace, Pace::Recorded) {
-            self.settle(None, None, clock::now);
+        if self.phase != Phase::RECORDED {
+            let verdict = self.phase.is_stepping().then_some(Verdict::Failure);
+            self.settle(verdict, None, clock::now);
         }
     }
 }
@@ -204,8 +265,8 @@ impl Drop for Permit {
 impl fmt::Debug for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Permit")
-            .field("generation", &self.ticket.generation)
-            .field("kind", &self.ticket.kind)
+            .field("generation", &self.ticket.generation())
+            .field("kind", &self.ticket.kind())
             .finish_non_exhaustive()
     }
 }

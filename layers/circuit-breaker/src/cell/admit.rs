@@ -13,24 +13,33 @@ const PROBE_PLACE: Duration = Duration::from_secs(1);
 
 impl Cell {
     /// Lets a call pass or not. Every ticket must be recorded, or given back.
-    #[inline]
+    #[cfg(test)]
     pub(crate) fn admit(&self, now: impl Fn() -> Instant) -> Result<Ticket, Rejection> {
-        let word = self.word();
-        if word.state().counts() {
-            return Ok(Ticket::of(word, Kind::Call));
-        }
-        self.admit_unless_open(word, now)
+        self.admit_closed()
+            .or_else(|word| self.admit_otherwise(word, now))
     }
 
-    fn admit_unless_open(
+    /// The first step of it, which is the only one where it is closed. What it
+    /// has read is for the [second](Self::admit_otherwise).
+    #[inline]
+    pub(crate) fn admit_closed(&self) -> Result<Ticket, Word> {
+        let word = self.word();
+        if word.state().counts() {
+            Ok(Ticket::of(word))
+        } else {
+            Err(word)
+        }
+    }
+
+    pub(crate) fn admit_otherwise(
         &self,
         mut word: Word,
         now: impl Fn() -> Instant,
     ) -> Result<Ticket, Rejection> {
         loop {
             match word.state() {
-                State::Closed | State::MetricsOnly => return Ok(Ticket::of(word, Kind::Call)),
-                State::ForcedClosed => return Ok(Ticket::of(word, Kind::Free)),
+                State::Closed | State::MetricsOnly => return Ok(Ticket::of(word)),
+                State::ForcedClosed => return Ok(Ticket::of(word)),
                 State::ForcedOpen => {
                     return Err(Rejection {
                         reason: Reason::ForcedOpen,
@@ -68,7 +77,7 @@ impl Cell {
                             let mut probes = word.probes();
                             probes.in_flight += 1;
                             if self.swap(word, word.with_probes(probes)) {
-                                return Ok(Ticket::of(word, Kind::Probe));
+                                return Ok(Ticket::of(word));
                             }
                         }
                         None => {}

@@ -106,7 +106,7 @@ impl Cell {
         let news = self.publish(&mut cold, next, now + limit, now, Cause::WaitOver, None);
         drop(cold);
         self.tell(news);
-        Some(Ticket::of(next, Kind::Probe))
+        Some(Ticket::of(next))
     }
 
     /// Opens, from closed; or tells that it would have.

@@ -29,13 +29,13 @@ impl Cell {
         now: impl Fn() -> Instant,
     ) {
         let word = self.word();
-        if word.generation() != ticket.generation {
+        if word.generation() != ticket.generation() {
             return;
         }
-        match (ticket.kind, outcome) {
+        match (ticket.kind(), outcome) {
             (Kind::Call, Outcome::Done(mark)) if mark.is_good() && hold.is_none() => {
                 if word.in_a_row() != 0 {
-                    self.end_run(ticket.generation);
+                    self.end_run(ticket.generation());
                 }
                 // Armed is read after the window was written, and the window
                 // is summed after arming: one of the two sees the other.
@@ -215,7 +215,7 @@ impl Cell {
         };
         loop {
             let word = self.word();
-            if word.generation() != ticket.generation {
+            if word.generation() != ticket.generation() {
                 return;
             }
             let mut probes = word.probes();
@@ -223,7 +223,7 @@ impl Cell {
             let Some(failed) = failed else {
                 if self.swap(word, word.with_probes(probes)) {
                     if word.is_waited_for() {
-                        self.wake(ticket.generation);
+                        self.wake(ticket.generation());
                     }
                     return;
                 }
@@ -247,11 +247,11 @@ impl Cell {
                 continue;
             }
             if hold.is_some() || probes.failed > tolerated {
-                self.reopen(ticket.generation, hold, now);
+                self.reopen(ticket.generation(), hold, now);
             } else if probes.good >= most - tolerated {
-                self.close_probed(ticket.generation, now);
+                self.close_probed(ticket.generation(), now);
             } else if word.is_waited_for() {
-                self.wake(ticket.generation);
+                self.wake(ticket.generation());
             }
             return;
         }
