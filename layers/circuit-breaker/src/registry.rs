@@ -37,7 +37,11 @@ use self::{
 };
 use crate::{
     Breaker, BreakerBuilder, CircuitOpen, ConfigError, Event, Permit, Settings, Status,
-    breaker::check_name, cell::Observer, error::Problem, event::Listener, metrics::Metrics,
+    breaker::{Admission, check_name},
+    cell::{Cell, Observer, Ticket},
+    error::Problem,
+    event::Listener,
+    metrics::Metrics,
     settings::Plan,
 };
 
@@ -389,15 +393,17 @@ impl Registry {
     /// As [`Breaker::try_acquire`].
     #[inline]
     pub fn try_acquire<K: RegistryKey + ?Sized>(&self, key: &K) -> Result<Permit, CircuitOpen> {
-        // A handle is taken only where the state has to change, which calls
-        // listeners: they must not run under the lock.
-        let admission = self.find(key, |entry| {
+        let answer = self.find(key, |entry| {
             let breaker = entry.used();
-            breaker.admit_settled().ok_or_else(|| breaker.clone())
+            match breaker.admit_unheard() {
+                Some(closed) => Answer::Closed(closed),
+                None => Answer::otherwise(breaker),
+            }
         });
-        match admission {
-            Some(Ok(admission)) => admission.tell(),
-            Some(Err(breaker)) => breaker.try_acquire(),
+        match answer {
+            Some(Answer::Closed((cell, ticket))) => Ok(Permit::new(cell, ticket, None)),
+            Some(Answer::Told(admission)) => admission.tell(),
+            Some(Answer::Ask(breaker)) => breaker.try_acquire(),
             None => self.create(key).try_acquire(),
         }
     }
@@ -551,10 +557,9 @@ impl Registry {
     #[must_use]
     pub fn health_summary(&self) -> HealthSummary {
         let mut summary = HealthSummary::default();
-        for shard in &self.0.shards {
-            for entry in shard.lock().entries() {
-                summary.count(entry.breaker.state());
-            }
+        // Not under a lock: a half-open one may be overdue, and tell so.
+        for (_, breaker) in self.handles() {
+            summary.count(breaker.state());
         }
         if self.overflowed() > 0 {
             summary.count(self.0.overflow.state());
@@ -727,6 +732,23 @@ impl Inner {
 
     fn release(&self) {
         self.counts.total.fetch_sub(1, AcqRel);
+    }
+}
+
+/// What a breaker says under the lock of its shard, where no listener may run.
+enum Answer {
+    Closed((&'static Cell, Ticket)),
+    Told(Admission),
+    /// Its state has to change first, which is told: ask again, unlocked.
+    Ask(Breaker),
+}
+
+impl Answer {
+    fn otherwise(breaker: &Breaker) -> Self {
+        match breaker.admit_settled() {
+            Some(admission) => Self::Told(admission),
+            None => Self::Ask(breaker.clone()),
+        }
     }
 }
 

@@ -74,7 +74,8 @@ async fn readiness() {
 /// Every change that lets calls pass wakes who waits.
 #[tokio::test(start_paused = true)]
 async fn it_is_woken_by_every_way_out() {
-    let ways: [(&str, fn(&Breaker)); 5] = [
+    type Way = (&'static str, fn(&Breaker));
+    let ways: [Way; 5] = [
         ("reset", |breaker| breaker.reset()),
         ("closed", |breaker| breaker.close().unwrap()),
         ("half-open", |breaker| breaker.half_open().unwrap()),

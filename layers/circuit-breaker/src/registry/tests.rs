@@ -414,6 +414,40 @@ async fn one_probe_when_the_wait_is_over() {
     assert_eq!(state(&registry, "a"), Some(State::Closed));
 }
 
+/// Whoever looks on may be the one who notices that a half-open is overdue:
+/// that is told, and not under a lock.
+#[tokio::test(start_paused = true)]
+async fn to_look_on_may_change_a_state() {
+    let this: Arc<Mutex<Option<Registry>>> = Arc::default();
+    let told = Arc::new(AtomicUsize::new(0));
+    let (inner, count) = (Arc::clone(&this), Arc::clone(&told));
+    let registry = Registry::builder("watched")
+        .on_event(move |name, _| {
+            let registry = inner.lock().unwrap().clone().unwrap();
+            let _ = registry.get(name);
+            count.fetch_add(1, SeqCst);
+        })
+        .build()
+        .unwrap();
+    *this.lock().unwrap() = Some(registry.clone());
+    let looks: [fn(&Registry); 3] = [
+        |registry| assert_eq!(registry.health_summary().open, 1),
+        |registry| assert_eq!(registry.health(), Health::UNHEALTHY),
+        |registry| assert_eq!(registry.statuses()[0].1.state, State::Open),
+    ];
+    for look in looks {
+        let breaker = registry.get_or_create("a");
+        breaker.trip(None).unwrap();
+        breaker.half_open().unwrap();
+        advance(Duration::from_secs(30)).await;
+        let before = told.load(SeqCst);
+        look(&registry);
+        assert_eq!(told.load(SeqCst), before + 1);
+        breaker.reset();
+    }
+    this.lock().unwrap().take();
+}
+
 #[test]
 fn names_that_clients_choose_are_not_shown() {
     let names: Arc<Mutex<Vec<String>>> = Arc::default();
