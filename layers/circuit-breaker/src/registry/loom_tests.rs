@@ -1,6 +1,6 @@
 use buttress_core::{classify::Verdict, clock, sync};
 
-use crate::{Breaker, Settings, State};
+use crate::{Breaker, Settings, State, Window};
 
 /// A call in flight fails while its breaker is taken for one that nothing is
 /// lost by forgetting: either it has counted, and the breaker stays; or it has
@@ -9,7 +9,7 @@ use crate::{Breaker, Settings, State};
 fn what_is_forgotten_was_never_opened() {
     for settings in [
         Settings::new().consecutive_failures(1),
-        Settings::new().failure_rate(0.5).minimum_calls(1),
+        Settings::new().failure_rate(0.5).window(Window::Calls(1)),
     ] {
         sync::model(move || {
             let breaker = Breaker::builder("b")
