@@ -185,12 +185,13 @@ async fn a_wait_without_end_is_a_year() {
 #[tokio::test(start_paused = true)]
 async fn changes_by_hand_that_make_no_sense() {
     type Change = fn(&Breaker) -> Result<(), TransitionError>;
+    type Case = (State, fn() -> Breaker, &'static [State]);
     let changes: [(State, Change); 3] = [
         (State::Open, |breaker| breaker.trip(None)),
         (State::HalfOpen, Breaker::half_open),
         (State::Closed, Breaker::close),
     ];
-    let states: [(State, fn() -> Breaker, &[State]); 6] = [
+    let states: [Case; 6] = [
         (State::Closed, || breaker(touchy()), &[State::Open]),
         (
             State::Open,
