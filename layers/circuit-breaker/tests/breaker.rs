@@ -472,3 +472,26 @@ async fn the_verdict_is_the_callers_to_give() {
     let error = call(Ok(200)).await.unwrap_err();
     assert_eq!(error.open().unwrap().reason(), Reason::Open);
 }
+
+/// Fifty threads at one moment, and again with a place that was given back.
+#[test]
+fn one_probe_of_fifty_threads() {
+    let breaker = half_open(touchy());
+    for _ in 0..20 {
+        let all = std::sync::Barrier::new(50);
+        let permits: Vec<Permit> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..50)
+                .map(|_| {
+                    scope.spawn(|| {
+                        all.wait();
+                        breaker.try_acquire().ok()
+                    })
+                })
+                .collect();
+            let permits = threads.into_iter().filter_map(|t| t.join().unwrap());
+            permits.collect()
+        });
+        assert_eq!(permits.len(), 1);
+        assert_eq!(breaker.status().probes_in_flight, 1);
+    }
+}
