@@ -16,12 +16,12 @@ use buttress_core::{
 };
 
 use crate::{
-    Cause, CircuitOpen, ConfigError, Error, Event, Permit, Settings, State, TransitionError,
-    cell::{Lease, Observer, Outlook, Rejection, Ticket},
+    Cause, CircuitOpen, ConfigError, Error, Event, Permit, Reason, Settings, State,
+    TransitionError,
+    cell::{Lease, Observer, Outlook, Ticket},
     error::Problem,
     event::Listener,
     metrics::Metrics,
-    word::Word,
 };
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
@@ -191,51 +191,40 @@ impl Breaker {
     ///
     /// [`CircuitOpen`] if it is open, or if half-open has all its probes under
     /// way.
-    // Always, and the rest apart: a permit that is handed over in memory is
-    // copied in other sizes than it was written in, and the processor waits
-    // for each of these copies longer than for all else together.
+    // Always: what is handed over in memory is copied in other sizes than it
+    // was written in, and the processor waits for each of these copies longer
+    // than for all else together. So all that crosses a call fits registers.
     #[inline(always)]
     pub fn try_acquire(&self) -> Result<Permit, CircuitOpen> {
-        let cell = self.0.lease.cell;
-        match cell.admit_closed() {
-            Ok(ticket) if !ticket.observed() => Ok(Permit::new(cell, ticket, None)),
-            other => self.try_acquire_otherwise(other),
+        let Owner {
+            lease, observer, ..
+        } = &*self.0;
+        match lease.cell.admit(clock::now) {
+            Ok(ticket) if ticket.observed() => Ok(self.heard(ticket)),
+            Ok(ticket) => Ok(Permit::new(lease.cell, ticket, None)),
+            Err(rejection) => {
+                if observer.hears_calls() {
+                    self.tell_rejected(rejection.reason());
+                }
+                Err(CircuitOpen::of(*lease, rejection))
+            }
         }
     }
 
     #[inline(never)]
-    fn try_acquire_otherwise(&self, closed: Result<Ticket, Word>) -> Result<Permit, CircuitOpen> {
+    fn heard(&self, ticket: Ticket) -> Permit {
         let Owner {
             lease, observer, ..
         } = &*self.0;
-        let ticket = closed.or_else(|word| lease.cell.admit_otherwise(word, clock::now));
-        match ticket {
-            Ok(ticket) => {
-                let heard = ticket.observed().then(|| Arc::clone(observer));
-                // The permit first: should a listener panic, it is given back.
-                let permit = Permit::new(lease.cell, ticket, heard);
-                if ticket.observed() {
-                    observer.tell(&Event::Call);
-                }
-                Ok(permit)
-            }
-            Err(rejection) => Err(self.rejected(rejection)),
-        }
+        // The permit first: should a listener panic, it is given back.
+        let permit = Permit::new(lease.cell, ticket, Some(Arc::clone(observer)));
+        observer.tell(&Event::Call);
+        permit
     }
 
-    #[inline]
-    fn rejected(&self, rejection: Rejection) -> CircuitOpen {
-        let Rejection {
-            reason,
-            retry_after,
-        } = rejection;
-        let Owner {
-            lease, observer, ..
-        } = &*self.0;
-        if observer.hears_calls() {
-            observer.tell(&Event::Rejected(reason));
-        }
-        CircuitOpen::of(*lease, reason, retry_after)
+    #[inline(never)]
+    fn tell_rejected(&self, reason: Reason) {
+        self.0.observer.tell(&Event::Rejected(reason));
     }
 
     /// Calls `f` if the breaker lets it: an `Err` is a failure, an `Ok` a
