@@ -16,13 +16,13 @@ use buttress_core::{
 };
 
 use crate::{
-    Cause, CircuitOpen, ConfigError, Error, Event, Permit, Settings, State, TransitionError,
-    cell::{Cell, Lease, Observer, Outlook, Rejection, Ticket},
+    Cause, CircuitOpen, ConfigError, Error, Event, Permit, Reason, Settings, State,
+    TransitionError,
+    cell::{Lease, Observer, Outlook, Rejection, Ticket},
     error::Problem,
     event::Listener,
     metrics::Metrics,
     settings::Plan,
-    word::Word,
 };
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
@@ -144,6 +144,7 @@ pub(crate) struct Admission {
 
 impl Admission {
     /// Tells who listens.
+    #[inline]
     pub(crate) fn tell(self) -> Result<Permit, CircuitOpen> {
         let Self {
             lease,
@@ -151,24 +152,32 @@ impl Admission {
             observer,
         } = self;
         match result {
-            Ok(ticket) => {
-                // The permit first: should a listener panic, it is given back.
-                let permit = Permit::new(lease.cell, ticket, observer.clone());
-                if let Some(observer) = observer {
-                    observer.tell(&Event::Call);
-                }
-                Ok(permit)
-            }
-            Err(Rejection {
-                reason,
-                retry_after,
-            }) => {
-                if let Some(observer) = observer {
-                    observer.tell(&Event::Rejected(reason));
-                }
-                Err(CircuitOpen::of(lease, reason, retry_after))
-            }
+            Ok(ticket) if observer.is_none() => Ok(Permit::new(lease.cell, ticket, None)),
+            result => Self::heard(lease, result, observer),
         }
+    }
+
+    #[inline(never)]
+    fn heard(
+        lease: Lease,
+        result: Result<Ticket, Rejection>,
+        observer: Option<Arc<Observer>>,
+    ) -> Result<Permit, CircuitOpen> {
+        // The permit first: should a listener panic, it is given back.
+        let (event, answer) = match result {
+            Ok(ticket) => (
+                Event::Call,
+                Ok(Permit::new(lease.cell, ticket, observer.clone())),
+            ),
+            Err(rejection) => (
+                Event::Rejected(rejection.reason()),
+                Err(CircuitOpen::of(lease, rejection)),
+            ),
+        };
+        if let Some(observer) = observer {
+            observer.tell(&event);
+        }
+        answer
     }
 }
 
@@ -246,50 +255,41 @@ impl Breaker {
     ///
     /// [`CircuitOpen`] if it is open, or if half-open has all its probes under
     /// way.
-    // Always, and the rest apart: a permit that is handed over in memory is
-    // copied in other sizes than it was written in, and the processor waits
-    // for each of these copies longer than for all else together.
+    // Always: what is handed over in memory is copied in other sizes than it
+    // was written in, and the processor waits for each of these copies longer
+    // than for all else together. So all that crosses a call fits registers.
     #[inline(always)]
     pub fn try_acquire(&self) -> Result<Permit, CircuitOpen> {
-        let cell = self.0.lease.cell;
-        match cell.admit_closed() {
-            Ok(ticket) if !ticket.observed() => Ok(Permit::new(cell, ticket, None)),
-            other => self.try_acquire_otherwise(other),
+        let Owner {
+            lease, observer, ..
+        } = &*self.0;
+        match lease.cell.admit(clock::now) {
+            Ok(ticket) if ticket.observed() => Ok(self.heard(ticket)),
+            Ok(ticket) => Ok(Permit::new(lease.cell, ticket, None)),
+            Err(rejection) => {
+                if observer.hears_calls() {
+                    self.tell_rejected(rejection.reason());
+                }
+                Err(CircuitOpen::of(*lease, rejection))
+            }
         }
     }
 
     #[inline(never)]
-    fn try_acquire_otherwise(&self, closed: Result<Ticket, Word>) -> Result<Permit, CircuitOpen> {
+    fn heard(&self, ticket: Ticket) -> Permit {
         let Owner {
             lease, observer, ..
         } = &*self.0;
-        let ticket = closed.or_else(|word| lease.cell.admit_otherwise(word, clock::now));
-        match ticket {
-            Ok(ticket) => {
-                let heard = ticket.observed().then(|| Arc::clone(observer));
-                // The permit first: should a listener panic, it is given back.
-                let permit = Permit::new(lease.cell, ticket, heard);
-                if ticket.observed() {
-                    observer.tell(&Event::Call);
-                }
-                Ok(permit)
-            }
-            Err(rejection) => Err(self.rejected(rejection)),
-        }
+        // The permit first: should a listener panic, it is given back.
+        let permit = Permit::new(lease.cell, ticket, Some(Arc::clone(observer)));
+        observer.tell(&Event::Call);
+        permit
     }
 
-    /// The first step of [`try_acquire`](Self::try_acquire), to be called
-    /// under a lock: where it is closed, and nobody hears of its calls.
-    #[inline(always)]
-    pub(crate) fn admit_unheard(&self) -> Option<(&'static Cell, Ticket)> {
-        let cell = self.0.lease.cell;
-        let ticket = cell.admit_closed().ok()?;
-        (!ticket.observed()).then_some((cell, ticket))
-    }
-
-    /// The next step of it, under the lock yet: nobody is told, and `None` is
-    /// the answer where the state would have to change first, or a probe's
-    /// place to be taken.
+    /// As [`try_acquire`](Self::try_acquire), to be called under a lock: nobody
+    /// is told, and `None` is the answer where the state would have to change
+    /// first, or a probe's place to be taken.
+    #[inline]
     pub(crate) fn admit_settled(&self) -> Option<Admission> {
         let Owner {
             lease, observer, ..
@@ -313,19 +313,9 @@ impl Breaker {
         self.0.lease.cell.retire(now, stale)
     }
 
-    #[inline]
-    fn rejected(&self, rejection: Rejection) -> CircuitOpen {
-        let Rejection {
-            reason,
-            retry_after,
-        } = rejection;
-        let Owner {
-            lease, observer, ..
-        } = &*self.0;
-        if observer.hears_calls() {
-            observer.tell(&Event::Rejected(reason));
-        }
-        CircuitOpen::of(*lease, reason, retry_after)
+    #[inline(never)]
+    fn tell_rejected(&self, reason: Reason) {
+        self.0.observer.tell(&Event::Rejected(reason));
     }
 
     /// Calls `f` if the breaker lets it: an `Err` is a failure, an `Ok` a

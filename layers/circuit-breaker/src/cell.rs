@@ -100,7 +100,7 @@ struct Hot {
 
 struct Cold {
     /// Which of its owners the cell belongs to.
-    tenancy: u32,
+    tenancy: u64,
     observer: Option<Arc<Observer>>,
     plan: Option<Plan>,
     random: SharedRandom,
@@ -130,10 +130,49 @@ pub(crate) enum Kind {
     Free,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Rejection {
-    pub(crate) reason: Reason,
-    pub(crate) retry_after: Option<Duration>,
+/// No leave to call: why, and until when; one word to hand on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rejection(u64);
+
+impl Rejection {
+    const REASON_AT: u32 = 62;
+    /// Nobody knows. Also the longest wait, 146 years.
+    const UNKNOWN: u64 = (1 << Self::REASON_AT) - 1;
+
+    #[inline]
+    pub(crate) fn new(reason: Reason, retry_after: Option<Duration>) -> Self {
+        let nanos = retry_after.map_or(Self::UNKNOWN, |wait| {
+            u64::try_from(wait.as_nanos())
+                .map_or(Self::UNKNOWN - 1, |nanos| nanos.min(Self::UNKNOWN - 1))
+        });
+        Self(nanos | (reason as u64) << Self::REASON_AT)
+    }
+
+    #[inline]
+    pub(crate) const fn reason(self) -> Reason {
+        match self.0 >> Self::REASON_AT {
+            0 => Reason::Open,
+            1 => Reason::HalfOpen,
+            _ => Reason::ForcedOpen,
+        }
+    }
+
+    #[inline]
+    pub(crate) const fn retry_after(self) -> Option<Duration> {
+        match self.0 & Self::UNKNOWN {
+            Self::UNKNOWN => None,
+            nanos => Some(Duration::from_nanos(nanos)),
+        }
+    }
+}
+
+impl fmt::Debug for Rejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rejection")
+            .field("reason", &self.reason())
+            .field("retry_after", &self.retry_after())
+            .finish()
+    }
 }
 
 /// How a call ended.

@@ -4,7 +4,10 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use buttress_core::{BoxError, Refusal, RefusalKind};
 
-use crate::{Reason, State, cell::Lease};
+use crate::{
+    Reason, State,
+    cell::{Lease, Rejection},
+};
 
 /// Settings that make no sense; the message says what they must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,15 +115,10 @@ impl std::error::Error for TransitionError {}
 /// the breaker.
 #[derive(Clone)]
 pub struct CircuitOpen {
-    origin: Origin,
-    reason: Reason,
-    retry_after: Option<Duration>,
-}
-
-#[derive(Clone)]
-enum Origin {
-    Breaker(Lease),
-    Named(Arc<str>),
+    /// Nobody's, if it was made by hand.
+    lease: Option<Lease>,
+    rejection: Rejection,
+    named: Option<Box<Arc<str>>>,
 }
 
 impl CircuitOpen {
@@ -128,45 +126,45 @@ impl CircuitOpen {
     #[must_use]
     pub fn new(name: &str, reason: Reason, retry_after: Option<Duration>) -> Self {
         Self {
-            origin: Origin::Named(name.into()),
-            reason,
-            retry_after,
+            lease: None,
+            rejection: Rejection::new(reason, retry_after),
+            named: Some(Box::new(name.into())),
         }
     }
 
     #[inline]
-    pub(crate) fn of(lease: Lease, reason: Reason, retry_after: Option<Duration>) -> Self {
+    pub(crate) const fn of(lease: Lease, rejection: Rejection) -> Self {
         Self {
-            origin: Origin::Breaker(lease),
-            reason,
-            retry_after,
+            lease: Some(lease),
+            rejection,
+            named: None,
         }
     }
 
     /// The breaker's name; `None` if the breaker is gone.
     #[must_use]
     pub fn name(&self) -> Option<Arc<str>> {
-        match &self.origin {
-            Origin::Breaker(lease) => lease.name(),
-            Origin::Named(name) => Some(Arc::clone(name)),
+        match &self.named {
+            Some(name) => Some(Arc::clone(name)),
+            None => self.lease?.name(),
         }
     }
 
     /// Why.
     #[must_use]
     pub const fn reason(&self) -> Reason {
-        self.reason
+        self.rejection.reason()
     }
 
     /// How long until the breaker lets a probe pass; `None` where it was
     /// forced open and nobody can tell.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
-        self.retry_after
+        self.rejection.retry_after()
     }
 
     pub(crate) fn refusal(&self) -> Refusal {
-        Refusal::new(RefusalKind::CircuitOpen).with_retry_after(self.retry_after)
+        Refusal::new(RefusalKind::CircuitOpen).with_retry_after(self.retry_after())
     }
 }
 
@@ -174,8 +172,8 @@ impl fmt::Debug for CircuitOpen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitOpen")
             .field("name", &self.name())
-            .field("reason", &self.reason)
-            .field("retry_after", &self.retry_after)
+            .field("reason", &self.reason())
+            .field("retry_after", &self.retry_after())
             .finish()
     }
 }
@@ -186,7 +184,7 @@ impl fmt::Display for CircuitOpen {
             Some(name) => write!(f, "the circuit breaker {name} is open")?,
             None => f.write_str("the circuit breaker was open")?,
         }
-        match self.retry_after {
+        match self.retry_after() {
             Some(wait) => write!(f, " (retry after {wait:?})"),
             None => Ok(()),
         }

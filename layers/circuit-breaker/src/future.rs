@@ -193,16 +193,20 @@ impl<F, C> Guarded<F, C> {
     }
 }
 
-impl<F, C, B, E> Future for Guarded<F, C>
-where
-    F: Future<Output = Result<Response<B>, E>>,
-    C: Classify<Response<B>, E>,
-    B: Body,
-{
-    type Output = Result<Response<GuardedBody<B, Guard<C>>>, E>;
-
-    #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+impl<F, C> Guarded<F, C> {
+    /// The response with its body guarded, and wrapped at once: each step by
+    /// itself would move the whole of it.
+    #[inline(always)]
+    fn poll_wrapped<B, E, W>(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        wrap: impl FnOnce(GuardedBody<B, Guard<C>>) -> W,
+    ) -> Poll<Result<Response<W>, E>>
+    where
+        F: Future<Output = Result<Response<B>, E>>,
+        C: Classify<Response<B>, E>,
+        B: Body,
+    {
         let this = self.project();
         let result = ready!(Permit::step_if_any(this.permit, || this.future.poll(cx)));
         let mut guard = Guard::DECIDED;
@@ -226,7 +230,21 @@ where
                 }
             }
         }
-        Poll::Ready(result.map(|response| response.map(|body| GuardedBody::new(body, guard))))
+        Poll::Ready(result.map(|response| response.map(|body| wrap(GuardedBody::new(body, guard)))))
+    }
+}
+
+impl<F, C, B, E> Future for Guarded<F, C>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    C: Classify<Response<B>, E>,
+    B: Body,
+{
+    type Output = Result<Response<GuardedBody<B, Guard<C>>>, E>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.poll_wrapped(cx, |body| body)
     }
 }
 
@@ -334,10 +352,7 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProj::Calling { call } => {
-                let response = ready!(call.poll(cx))?;
-                Poll::Ready(Ok(response.map(ResponseBody::inner)))
-            }
+            StateProj::Calling { call } => call.poll_wrapped(cx, ResponseBody::inner),
             StateProj::Refused { response } => {
                 let response = response.take().expect("polled after completion");
                 Poll::Ready(Ok(response.map(ResponseBody::refusal)))

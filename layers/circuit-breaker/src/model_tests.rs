@@ -36,8 +36,8 @@ impl Dice {
         rolled
     }
 
-    fn one_of<T: Clone, const N: usize>(&mut self, of: [T; N]) -> T {
-        of[self.roll(N as u64) as usize].clone()
+    fn one_of<T: Copy, const N: usize>(&mut self, of: [T; N]) -> T {
+        of[self.roll(N as u64) as usize]
     }
 
     fn state(&mut self) -> State {

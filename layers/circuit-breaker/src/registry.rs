@@ -37,11 +37,7 @@ use self::{
 };
 use crate::{
     Breaker, BreakerBuilder, CircuitOpen, ConfigError, Event, Permit, Settings, Status,
-    breaker::{Admission, check_name},
-    cell::{Cell, Observer, Ticket},
-    error::Problem,
-    event::Listener,
-    metrics::Metrics,
+    breaker::check_name, cell::Observer, error::Problem, event::Listener, metrics::Metrics,
     settings::Plan,
 };
 
@@ -393,17 +389,15 @@ impl Registry {
     /// As [`Breaker::try_acquire`].
     #[inline]
     pub fn try_acquire<K: RegistryKey + ?Sized>(&self, key: &K) -> Result<Permit, CircuitOpen> {
-        let answer = self.find(key, |entry| {
+        // A handle is taken only where the state has to change, which calls
+        // listeners: they must not run under the lock.
+        let admission = self.find(key, |entry| {
             let breaker = entry.used();
-            match breaker.admit_unheard() {
-                Some(closed) => Answer::Closed(closed),
-                None => Answer::otherwise(breaker),
-            }
+            breaker.admit_settled().ok_or_else(|| breaker.clone())
         });
-        match answer {
-            Some(Answer::Closed((cell, ticket))) => Ok(Permit::new(cell, ticket, None)),
-            Some(Answer::Told(admission)) => admission.tell(),
-            Some(Answer::Ask(breaker)) => breaker.try_acquire(),
+        match admission {
+            Some(Ok(admission)) => admission.tell(),
+            Some(Err(breaker)) => breaker.try_acquire(),
             None => self.create(key).try_acquire(),
         }
     }
@@ -732,23 +726,6 @@ impl Inner {
 
     fn release(&self) {
         self.counts.total.fetch_sub(1, AcqRel);
-    }
-}
-
-/// What a breaker says under the lock of its shard, where no listener may run.
-enum Answer {
-    Closed((&'static Cell, Ticket)),
-    Told(Admission),
-    /// Its state has to change first, which is told: ask again, unlocked.
-    Ask(Breaker),
-}
-
-impl Answer {
-    fn otherwise(breaker: &Breaker) -> Self {
-        match breaker.admit_settled() {
-            Some(admission) => Self::Told(admission),
-            None => Self::Ask(breaker.clone()),
-        }
     }
 }
 

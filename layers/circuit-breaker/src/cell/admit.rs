@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use buttress_core::clock::Instant;
 
-use super::{Cell, Kind, Outlook, Rejection, Ticket};
+use super::{Cell, Outlook, Rejection, Ticket};
 use crate::{Reason, State, word::Word};
 
 /// How soon a refused call may find a place among the probes: nobody can tell,
@@ -13,27 +13,19 @@ const PROBE_PLACE: Duration = Duration::from_secs(1);
 
 impl Cell {
     /// Lets a call pass or not. Every ticket must be recorded, or given back.
-    #[cfg(test)]
+    #[inline(always)]
     pub(crate) fn admit(&self, now: impl Fn() -> Instant) -> Result<Ticket, Rejection> {
-        self.admit_closed()
-            .or_else(|word| self.admit_otherwise(word, now))
-    }
-
-    /// The first step of it, which is the only one where it is closed. What it
-    /// has read is for the [second](Self::admit_otherwise).
-    #[inline]
-    pub(crate) fn admit_closed(&self) -> Result<Ticket, Word> {
         let word = self.word();
         if word.state().counts() {
-            Ok(Ticket::of(word))
-        } else {
-            Err(word)
+            return Ok(Ticket::of(word));
         }
+        self.admit_unless_open(word, now)
     }
 
     /// Lets a call pass or not, where no change of state and no place among the
     /// probes is needed for it: `None` where it is. Takes no lock, and calls no
     /// listener.
+    #[inline]
     pub(crate) fn admit_settled(
         &self,
         now: impl Fn() -> Instant,
@@ -41,23 +33,18 @@ impl Cell {
         let word = self.word();
         match word.state() {
             State::Closed | State::MetricsOnly | State::ForcedClosed => Some(Ok(Ticket::of(word))),
-            State::ForcedOpen => Some(Err(Rejection {
-                reason: Reason::ForcedOpen,
-                retry_after: None,
-            })),
+            State::ForcedOpen => Some(Err(Rejection::new(Reason::ForcedOpen, None))),
             State::Open => {
                 let now = now();
                 let until = self.until(word).filter(|until| now < *until)?;
-                Some(Err(Rejection {
-                    reason: Reason::Open,
-                    retry_after: Some(until - now),
-                }))
+                Some(Err(Rejection::new(Reason::Open, Some(until - now))))
             }
             State::HalfOpen => None,
         }
     }
 
-    pub(crate) fn admit_otherwise(
+    #[inline(never)]
+    fn admit_unless_open(
         &self,
         mut word: Word,
         now: impl Fn() -> Instant,
@@ -67,19 +54,13 @@ impl Cell {
                 State::Closed | State::MetricsOnly => return Ok(Ticket::of(word)),
                 State::ForcedClosed => return Ok(Ticket::of(word)),
                 State::ForcedOpen => {
-                    return Err(Rejection {
-                        reason: Reason::ForcedOpen,
-                        retry_after: None,
-                    });
+                    return Err(Rejection::new(Reason::ForcedOpen, None));
                 }
                 State::Open => {
                     let now = now();
                     match self.until(word) {
                         Some(until) if now < until => {
-                            return Err(Rejection {
-                                reason: Reason::Open,
-                                retry_after: Some(until - now),
-                            });
+                            return Err(Rejection::new(Reason::Open, Some(until - now)));
                         }
                         Some(_) => {
                             if let Some(ticket) = self.begin_probing(word.generation(), now) {
@@ -94,10 +75,10 @@ impl Cell {
                     match self.until(word) {
                         Some(until) if now >= until => self.overdue(word.generation(), now),
                         Some(until) if !self.has_place(word) => {
-                            return Err(Rejection {
-                                reason: Reason::HalfOpen,
-                                retry_after: Some(PROBE_PLACE.min(until - now)),
-                            });
+                            return Err(Rejection::new(
+                                Reason::HalfOpen,
+                                Some(PROBE_PLACE.min(until - now)),
+                            ));
                         }
                         Some(_) => {
                             let mut probes = word.probes();

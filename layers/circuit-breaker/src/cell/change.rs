@@ -7,7 +7,7 @@ use buttress_core::{
     sync::atomic::Ordering::{AcqRel, Release},
 };
 
-use super::{Cell, Cold, Kind, NEVER, News, Ticket, place};
+use super::{Cell, Cold, NEVER, News, Ticket, place};
 use crate::{
     Cause, Event, Rule, State, Transition, TransitionError,
     settings::LONGEST,

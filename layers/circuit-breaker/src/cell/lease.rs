@@ -11,7 +11,7 @@ use crate::{Cause, Event, State, settings::Plan, word::Word};
 #[derive(Clone, Copy)]
 pub(crate) struct Lease {
     pub(crate) cell: &'static Cell,
-    tenancy: u32,
+    tenancy: u64,
 }
 
 impl Lease {
@@ -48,7 +48,7 @@ impl Cell {
         plan: Plan,
         random: SharedRandom,
         now: Instant,
-    ) -> u32 {
+    ) -> u64 {
         let mut cold = self.lock();
         cold.observer = Some(observer);
         let unused = mem::replace(&mut cold.random, random);

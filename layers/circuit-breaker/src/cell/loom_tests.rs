@@ -358,7 +358,7 @@ fn a_refusal_tells_its_own_wait() {
             cell.reset(NOW);
         });
         if let Err(refused) = cell.admit(|| NOW) {
-            let wait = refused.retry_after.unwrap().as_secs();
+            let wait = refused.retry_after().unwrap().as_secs();
             assert!(wait == 10 || wait == 24 * 3600, "{wait}");
         }
         other.join().unwrap();

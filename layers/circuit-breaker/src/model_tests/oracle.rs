@@ -216,12 +216,7 @@ impl Oracle {
             self.begin(State::HalfOpen, Some(end), now, Cause::WaitOver, None);
         }
         let left = Duration::from_nanos(self.until.unwrap_or(0).saturating_sub(now));
-        let reject = |reason, retry_after| {
-            Err(Rejection {
-                reason,
-                retry_after,
-            })
-        };
+        let reject = |reason, retry_after| Err(Rejection::new(reason, retry_after));
         let kind = match self.state {
             State::Closed | State::MetricsOnly => Kind::Call,
             State::ForcedClosed => Kind::Free,
