@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use buttress_core::{
@@ -101,7 +101,7 @@ impl<S, V: View, M, C> CircuitBreaker<S, V, M, C> {
         S: Service<Req>,
     {
         // First, so that nothing is reserved that will not be used soon.
-        std::task::ready!(self.poll_gate(cx));
+        ready!(self.poll_gate(cx));
         self.inner.poll_ready(cx)
     }
 }
