@@ -33,7 +33,10 @@ pub use ext::ServiceBuilderExt;
 /// What you need to unit-test your stacks: `buttress_core::testing`, and a
 /// guide.
 ///
-#[cfg_attr(feature = "rate-limit", doc = include_str!("testing_guide.md"))]
+#[cfg_attr(
+    all(feature = "rate-limit", feature = "circuit-breaker"),
+    doc = include_str!("testing_guide.md")
+)]
 #[cfg(feature = "testing")]
 pub mod testing {
     pub use buttress_core::testing::*;

@@ -135,7 +135,7 @@ async fn serve(
     };
     let _ = stream.write_all(answer.as_bytes()).await;
     if mood == Mood::Stalls {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

@@ -505,6 +505,7 @@ impl Breaker {
         self.0.lease.cell.outlook(clock::now()) == Outlook::Passes
     }
 
+    #[cfg(feature = "back-pressure")]
     pub(crate) fn lease(&self) -> Lease {
         self.0.lease
     }

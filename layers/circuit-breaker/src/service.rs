@@ -4,7 +4,7 @@ use std::{
     fmt,
     marker::PhantomData,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use buttress_core::{
@@ -115,7 +115,7 @@ impl<S, V: View, M, C, P: Source<V>> CircuitBreaker<S, V, M, C, P> {
         S: Service<Req>,
     {
         // First, so that nothing is reserved that will not be used soon.
-        std::task::ready!(self.poll_gate(cx));
+        ready!(self.poll_gate(cx));
         self.inner.poll_ready(cx)
     }
 }

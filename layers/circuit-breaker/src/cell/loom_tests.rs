@@ -57,14 +57,14 @@ fn in_a_row(failures: u32) -> Settings {
     Settings::new().consecutive_failures(failures)
 }
 
-/// Opens at `rate` of two calls.
-fn of_two_calls(rate: f64) -> Settings {
-    let settings = Settings::new().failure_rate(rate).minimum_calls(2);
-    settings.window(Window::Calls(2))
+/// Opens at `rate` of so many calls.
+fn of_calls(calls: u32, rate: f64) -> Settings {
+    let settings = Settings::new().failure_rate(rate).minimum_calls(calls);
+    settings.window(Window::Calls(calls))
 }
 
-fn of_two_lately(rate: f64) -> Settings {
-    let settings = Settings::new().failure_rate(rate).minimum_calls(2);
+fn lately(calls: u32, rate: f64) -> Settings {
+    let settings = Settings::new().failure_rate(rate).minimum_calls(calls);
     settings.window(Window::Time(WAIT))
 }
 
@@ -113,10 +113,12 @@ fn one_of_three_callers_probes() {
 }
 
 /// What was admitted before a reset, and fails while it happens, does not
-/// count beside what fails after it.
+/// count beside what fails after it. (One has failed before, so that there is
+/// something to be added to; three would open it.)
 fn a_late_failure_does_not_count(preemptions: usize, settings: fn() -> Settings) {
     model(preemptions, move || {
         let cell = cell(settings());
+        cell.record(admit(&cell), FAILED, None, || NOW);
         let ticket = admit(&cell);
         let late = beside(&cell, move |cell| {
             cell.record(ticket, FAILED, None, || NOW);
@@ -136,17 +138,17 @@ fn a_late_failure_does_not_count(preemptions: usize, settings: fn() -> Settings)
 
 #[test]
 fn a_late_failure_does_not_count_in_a_row() {
-    a_late_failure_does_not_count(4, || in_a_row(2));
+    a_late_failure_does_not_count(4, || in_a_row(3));
 }
 
 #[test]
 fn a_late_failure_does_not_count_among_calls() {
-    a_late_failure_does_not_count(3, || of_two_calls(1.0));
+    a_late_failure_does_not_count(2, || of_calls(3, 1.0));
 }
 
 #[test]
 fn a_late_failure_does_not_count_in_time() {
-    a_late_failure_does_not_count(3, || of_two_lately(1.0));
+    a_late_failure_does_not_count(2, || lately(3, 1.0));
 }
 
 /// A probe's verdict that comes after the half-open it was for changes
@@ -201,19 +203,19 @@ fn no_failure_in_a_row_is_lost() {
 
 #[test]
 fn no_failure_among_calls_is_lost() {
-    no_failure_is_lost(3, || of_two_calls(1.0), Duration::ZERO);
+    no_failure_is_lost(3, || of_calls(2, 1.0), Duration::ZERO);
 }
 
 #[test]
 fn no_failure_in_time_is_lost() {
-    no_failure_is_lost(3, || of_two_lately(1.0), Duration::ZERO);
+    no_failure_is_lost(3, || lately(2, 1.0), Duration::ZERO);
 }
 
 /// One failure is the last of a span, the other the first of the next. A
 /// tenth of the window here is half of it: see the window's spans.
 #[test]
 fn no_failure_of_two_spans_is_lost() {
-    no_failure_is_lost(3, || of_two_lately(1.0), WAIT / 2);
+    no_failure_is_lost(3, || lately(2, 1.0), WAIT / 2);
 }
 
 /// A success and a failure complete the minimum together: whichever comes
@@ -231,12 +233,12 @@ fn the_minimum_is_completed(preemptions: usize, settings: fn() -> Settings) {
 
 #[test]
 fn the_minimum_of_calls_is_completed_by_either() {
-    the_minimum_is_completed(3, || of_two_calls(0.5));
+    the_minimum_is_completed(3, || of_calls(2, 0.5));
 }
 
 #[test]
 fn the_minimum_in_time_is_completed_by_either() {
-    the_minimum_is_completed(3, || of_two_lately(0.5));
+    the_minimum_is_completed(3, || lately(2, 0.5));
 }
 
 /// Both of two probes succeed, in two threads.

@@ -1,12 +1,15 @@
 //! Waiting for a change.
 
-use std::{mem, task::Waker};
+use std::mem;
+#[cfg(any(feature = "back-pressure", all(test, buttress_loom)))]
+use std::task::Waker;
 
 use super::Cell;
 
 impl Cell {
     /// Has `waker` woken at the next change, or when a probe's place is free.
     /// Look at the [`outlook`](Self::outlook) again after this.
+    #[cfg(any(feature = "back-pressure", all(test, buttress_loom)))]
     pub(crate) fn wait(&self, id: u64, waker: &Waker) {
         // Wakers are cloned and dropped outside of the lock: a task may be
         // dropped with its waker, and this breaker with the task.
@@ -24,6 +27,7 @@ impl Cell {
         drop(old);
     }
 
+    #[cfg(any(feature = "back-pressure", all(test, buttress_loom)))]
     pub(crate) fn stop_waiting(&self, id: u64) {
         let mut cold = self.lock();
         let gone = cold
