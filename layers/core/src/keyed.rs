@@ -111,7 +111,7 @@ mod tests;
 
 use std::{
     fmt,
-    hash::Hash,
+    hash::{BuildHasher, Hash, Hasher},
     num::{NonZeroU64, NonZeroUsize},
 };
 
@@ -226,9 +226,13 @@ impl Secret {
     }
 
     /// The id of `key` under this secret.
-    #[inline]
+    // `hash_one`, but never out of line: a key that was just made is hashed in
+    // registers.
+    #[inline(always)]
     pub fn id<K: Hash + ?Sized>(&self, key: &K) -> KeyId {
-        KeyId::from_hash(self.0.hash_one(key))
+        let mut hasher = self.0.build_hasher();
+        key.hash(&mut hasher);
+        KeyId::from_hash(hasher.finish())
     }
 }
 
@@ -350,7 +354,7 @@ impl<T: Entry> KeyedMap<T> {
     }
 
     /// The id of `key` in this map.
-    #[inline]
+    #[inline(always)]
     pub fn id<K: Hash + ?Sized>(&self, key: &K) -> KeyId {
         self.secret.id(key)
     }

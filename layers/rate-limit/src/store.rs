@@ -301,7 +301,7 @@ impl Table {
         self.keyless.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
         self.map.id(key)
     }
