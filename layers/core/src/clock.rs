@@ -80,38 +80,34 @@ mod source {
     static COUNTER: LazyLock<Counter> = LazyLock::new(|| {
         let clock = quanta::Clock::new();
         let scale = clock.delta_as_nanos(0, 1 << SHIFT);
-        let start = clock.raw();
-        Counter {
-            clock,
-            start,
-            scale,
-        }
+        let zero = scaled(clock.raw(), scale).wrapping_sub(OFFSET);
+        Counter { clock, scale, zero }
     });
 
     struct Counter {
         clock: quanta::Clock,
-        start: u64,
         /// Nanoseconds in 2⁴⁸ ticks: quanta's own scaling in fewer steps.
         scale: u64,
+        /// What the counter said at the clock's zero, in nanoseconds.
+        zero: u64,
     }
 
     const SHIFT: u32 = 48;
 
-    /// Not zero at the start: a bucket may be charged for the past.
+    /// Not zero at the start: a bucket may be charged for the past. More than
+    /// the counters of two processors can be apart, too.
     const OFFSET: u64 = 1 << 40;
 
     #[inline]
     pub(super) fn now() -> Instant {
-        let Counter {
-            clock,
-            start,
-            scale,
-        } = &*COUNTER;
-        // Processors may be a few ticks apart.
-        let ticks = clock.raw().saturating_sub(*start);
-        #[expect(clippy::cast_possible_truncation, reason = "584 years of it fit")]
-        let nanos = (u128::from(ticks) * u128::from(*scale) >> SHIFT) as u64;
-        Instant(OFFSET + nanos)
+        let Counter { clock, scale, zero } = &*COUNTER;
+        Instant(scaled(clock.raw(), *scale).wrapping_sub(*zero))
+    }
+
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "584 years of it fit")]
+    const fn scaled(ticks: u64, scale: u64) -> u64 {
+        ((ticks as u128 * scale as u128) >> SHIFT) as u64
     }
 }
 

@@ -185,10 +185,13 @@ impl Gcra {
     /// What is to be stored, if it passes.
     #[inline(always)]
     pub(crate) fn pass(&self, tat: Tat, now: u64, cost: u32) -> Option<Tat> {
-        let latest = self.plus(Tat::at(now), self.tolerance);
         let start = self.clamp(tat, now);
         let arrival = self.plus(start, self.times(cost));
-        (arrival <= latest).then_some(arrival)
+        let debt = Tat {
+            nanos: arrival.nanos - now,
+            fraction: arrival.fraction,
+        };
+        (debt <= self.tolerance).then_some(arrival)
     }
 
     /// Off the path of what passes.

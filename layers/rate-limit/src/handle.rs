@@ -301,7 +301,7 @@ impl LimitHandle {
     fn charge_id(&self, id: KeyId, cost: u32) -> Result<(), Refusal> {
         let table = &self.tables[self.index];
         if !table.has_exceptions() {
-            let mut held = table.hold(id, clock::now());
+            let mut held = table.hold_known(id, clock::now());
             if held.charge_known(id, cost).is_some() {
                 return Ok(());
             }

@@ -110,12 +110,13 @@ impl<V: View> Limiter<V> {
             if !common || detail == Detail::All {
                 return self.admit_one(id, cost, request, detail);
             }
-            let mut held = table.hold(id, clock::now());
+            let mut held = table.hold_known(id, clock::now());
             if let Some(tat) = held.charge_known(id, cost) {
                 let standing = (detail != Detail::None).then(|| held.stands(0, tat));
                 self.count(metrics::Result::Allowed);
                 return Admission::Pass(standing, Vec::new());
             }
+            held.catch_up();
             let quota = None;
             let ask = Ask {
                 limit: 0,

@@ -310,13 +310,27 @@ impl Table {
         &self.map
     }
 
-    #[inline(always)]
+    /// Locks a key's shard for a decision at `now`, or at the time of the
+    /// latest one in this shard.
+    #[inline]
     pub(crate) fn hold(&self, id: KeyId, now: Instant) -> Held<'_> {
-        let mut guard = self.map.lock(id);
-        let terms = guard.shared_mut();
-        let now = terms.latest.max(now.as_nanos());
-        terms.latest = now;
+        let mut held = self.hold_known(id, now);
+        held.catch_up();
+        held
+    }
+
+    /// The same for a key that is thought to be there: before anything else is
+    /// done than to charge it, [`Held::catch_up`] is due.
+    ///
+    /// What is there has lost nothing: a decision that is taken late by a
+    /// clock that was read early finds the time owed by then, and is the
+    /// stricter for it. It is where a key was forgotten since that a time
+    /// before would be given twice.
+    #[inline(always)]
+    pub(crate) fn hold_known(&self, id: KeyId, now: Instant) -> Held<'_> {
+        let guard = self.map.lock(id);
         let tat = guard.get().map_or(Tat::default(), |cell| cell.tat());
+        let now = now.as_nanos();
         Held { guard, tat, now }
     }
 
@@ -373,6 +387,14 @@ impl Table {
 }
 
 impl Held<'_> {
+    /// Never decides earlier than was decided before.
+    #[inline]
+    pub(crate) fn catch_up(&mut self) {
+        let terms = self.guard.shared_mut();
+        self.now = self.now.max(terms.latest);
+        terms.latest = self.now;
+    }
+
     /// Charges a key that is known already under the limit's own quota, which
     /// is most of what is ever asked. `None`, and nothing was changed, where it
     /// is not so, or the request does not pass.
