@@ -366,16 +366,19 @@ impl<T: Entry> KeyedMap<T> {
     /// shard. Do not hold the guard over an await or over a user's code.
     #[inline]
     pub fn lock(&self, id: KeyId) -> Guard<'_, T> {
-        let index = id.0 as usize & (self.shards.len() - 1);
-        let shard = self.shards[index].lock();
+        let shard = self.shards[self.index(id)].lock();
         let found = shard.find(id.slot());
         Guard {
             map: self,
             shard,
-            index,
             id,
             found,
         }
+    }
+
+    #[inline]
+    fn index(&self, id: KeyId) -> usize {
+        id.0 as usize & (self.shards.len() - 1)
     }
 
     /// Gives every shard a copy of `shared`, one after the other: for a
@@ -554,12 +557,15 @@ struct Due {
 pub struct Guard<'a, T: Entry> {
     map: &'a KeyedMap<T>,
     shard: MutexGuard<'a, Shard<T>>,
-    index: usize,
     id: KeyId,
     found: Option<usize>,
 }
 
 impl<T: Entry> Guard<'_, T> {
+    fn index(&self) -> usize {
+        self.map.index(self.id)
+    }
+
     /// The key that was locked.
     #[must_use]
     #[inline]
@@ -627,7 +633,7 @@ impl<T: Entry> Guard<'_, T> {
         match self.found {
             Some(at) => {
                 self.shard.note(entry.spent_at());
-                self.map.publish(self.index, &self.shard);
+                self.map.publish(self.index(), &self.shard);
                 *self.shard.get_mut(at) = entry;
                 Ok(None)
             }
@@ -641,12 +647,12 @@ impl<T: Entry> Guard<'_, T> {
         let crowded = map.len() > map.max_keys / 4 * 3;
         let count = if crowded { SWEEP_MORE } else { SWEEP };
         map.release(self.shard.sweep(now, count));
-        map.publish(self.index, &self.shard);
+        map.publish(self.index(), &self.shard);
 
         let evicted = self.make_room(now)?;
         let (at, freed) = self.shard.add(now, self.id.slot(), entry);
         map.release(freed);
-        map.publish(self.index, &self.shard);
+        map.publish(self.index(), &self.shard);
         self.found = Some(at);
         Ok(evicted)
     }
@@ -660,13 +666,13 @@ impl<T: Entry> Guard<'_, T> {
             if map.reserve(map.max_keys) {
                 return Ok(evicted);
             }
-            let due = map.first_due(self.index, skip);
+            let due = map.first_due(self.index(), skip);
             let passed = due.at <= now;
             if map.when_full == WhenFull::Refuse && !passed && due.of_all {
                 return Err(Full);
             }
             // Where nothing is ever spent, any shard is as good.
-            let index = due.shard.unwrap_or(self.index);
+            let index = due.shard.unwrap_or(self.index());
             let may_evict = map.when_full == WhenFull::Evict && !passed;
             let last = look == LOOKS;
             let looked = self.with_shard(index, |shard| {
@@ -721,7 +727,7 @@ impl<T: Entry> Guard<'_, T> {
     fn with_shard<R>(&mut self, index: usize, f: impl FnOnce(&mut Shard<T>) -> R) -> Option<R> {
         let map = self.map;
         let mut other;
-        let shard = if index == self.index {
+        let shard = if index == self.index() {
             &mut self.shard
         } else {
             other = map.shards[index].try_lock()?;
@@ -737,7 +743,7 @@ impl<T: Entry> Guard<'_, T> {
     /// Forgets the key. Returns its entry, perhaps spent.
     pub fn remove(&mut self) -> Option<T> {
         let gone = self.shard.remove(self.found.take()?);
-        self.map.publish(self.index, &self.shard);
+        self.map.publish(self.index(), &self.shard);
         self.map.release(1);
         Some(gone)
     }

@@ -338,7 +338,10 @@ fn spent_at<T: Entry>(slot: &T) -> Instant {
 /// (Lemire's fast range), so that their number need not be a power of two.
 #[inline]
 const fn home(id: SlotId, slots: usize) -> usize {
-    ((id.get() as u128 * slots as u128) >> SlotId::BITS) as usize
+    // Shifted first, while the shard is not locked yet: what is left to do then
+    // is the high half of a product.
+    let id = id.get() << (u64::BITS - SlotId::BITS);
+    ((id as u128 * slots as u128) >> u64::BITS) as usize
 }
 
 #[inline]
