@@ -353,6 +353,13 @@ impl<T: Entry> KeyedMap<T> {
         }
     }
 
+    /// What the map knows its keys by.
+    #[must_use]
+    #[inline]
+    pub fn secret(&self) -> &Secret {
+        &self.secret
+    }
+
     /// The id of `key` in this map.
     #[inline(always)]
     pub fn id<K: Hash + ?Sized>(&self, key: &K) -> KeyId {
@@ -364,7 +371,7 @@ impl<T: Entry> KeyedMap<T> {
     /// Whoever decides several limits at once locks their maps always in the
     /// same order, and one key of a map at a time: two keys can have one
     /// shard. Do not hold the guard over an await or over a user's code.
-    #[inline]
+    #[inline(always)]
     pub fn lock(&self, id: KeyId) -> Guard<'_, T> {
         let shard = self.shards[self.index(id)].lock();
         let found = shard.find(id.slot());

@@ -7,7 +7,7 @@ use std::{borrow::Cow, fmt, sync::Arc};
 
 use buttress_core::{
     Refusal, RefusalKind, View, clock,
-    key::{ExtractKey, Key, SharedKey},
+    key::{Key, SharedKey},
     keyed::KeyId,
 };
 
@@ -280,10 +280,9 @@ impl<V: View> Limiter<V> {
         rule: &Rule<V>,
         request: V::Ref<'_>,
     ) -> Result<Option<KeyId>, Refusal> {
-        // Looked at where it was made: a key that is moved before it is hashed
-        // costs more than its hash.
-        match &rule.key.extract(request) {
-            Some(key) => Ok(Some(self.tables[limit].id(key))),
+        let secret = self.tables[limit].map().secret();
+        match rule.key.identify(request, secret) {
+            Some(id) => Ok(Some(id)),
             None => self.id_without_key(limit, rule),
         }
     }
