@@ -14,7 +14,7 @@ use std::{
 
 use buttress_core::{
     Refusal, RefusalKind,
-    clock::Instant,
+    clock::{self, Instant},
     keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, SlotId, WhenFull},
     sync::Mutex,
 };
@@ -332,6 +332,23 @@ impl Table {
         let tat = guard.get().map_or(Tat::default(), |cell| cell.tat());
         let now = now.as_nanos();
         Held { guard, tat, now }
+    }
+
+    /// [`Held::charge_known`] at the present time. Whether it was charged.
+    ///
+    /// A function of its own, for in the middle of a service's there are not
+    /// enough registers.
+    #[inline(never)]
+    pub(crate) fn charge_known(&self, id: KeyId, cost: u32) -> bool {
+        self.hold_known(id, clock::now()).charge_known(id, cost).is_some()
+    }
+
+    /// The same, and how the key stands after that, in the terms of limit 0.
+    #[inline(never)]
+    pub(crate) fn charge_known_and_tell(&self, id: KeyId, cost: u32) -> Option<Standing> {
+        let mut held = self.hold_known(id, clock::now());
+        let tat = held.charge_known(id, cost)?;
+        Some(held.stands(0, tat))
     }
 
     /// How a key stands, charging nothing.
