@@ -126,7 +126,7 @@ use crate::{
 };
 
 /// Keys a shard is made for.
-const SHARD_KEYS: usize = 8192;
+const SHARD_KEYS: usize = 4096;
 /// A small map has more shards than that for the threads' sake, but none for
 /// fewer keys than this.
 const SMALL_SHARD_KEYS: usize = 32;

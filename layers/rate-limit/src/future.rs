@@ -6,7 +6,7 @@ use std::{
     mem,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use buttress_core::{BoxError, Http, Refusal, body::ResponseBody};
@@ -139,7 +139,6 @@ where
 {
     type Output = Result<Response<ResponseBody<R>>, E>;
 
-    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
             StateProj::Calling { future, after } => match future.poll(cx) {

@@ -106,7 +106,6 @@ where
 
     // Thin, so that it is inlined, and the one place that hands the request
     // on: it is copied at each step that is not, and for each such place.
-    #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let after = match self.admit_known(&request) {
             Ok(after) => after,

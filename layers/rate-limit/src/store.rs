@@ -340,7 +340,9 @@ impl Table {
     /// enough registers.
     #[inline(never)]
     pub(crate) fn charge_known(&self, id: KeyId, cost: u32) -> bool {
-        self.hold_known(id, clock::now()).charge_known(id, cost).is_some()
+        self.hold_known(id, clock::now())
+            .charge_known(id, cost)
+            .is_some()
     }
 
     /// The same, and how the key stands after that, in the terms of limit 0.

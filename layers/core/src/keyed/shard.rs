@@ -28,7 +28,7 @@ enum Fill {
 impl Fill {
     /// A shard of a map that is far from its ceiling has memory to spare.
     const fn of(len: usize) -> Self {
-        if len < 2048 { Self::Loose } else { Self::Dense }
+        if len < 1024 { Self::Loose } else { Self::Dense }
     }
 
     /// How many entries a table holds before it grows.
