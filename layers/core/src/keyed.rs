@@ -126,7 +126,7 @@ use crate::{
 };
 
 /// Keys a shard is made for.
-const SHARD_KEYS: usize = 4096;
+const SHARD_KEYS: usize = 1024;
 /// A small map has more shards than that for the threads' sake, but none for
 /// fewer keys than this.
 const SMALL_SHARD_KEYS: usize = 32;
@@ -286,7 +286,7 @@ impl std::error::Error for Full {}
 
 /// A bounded map from keys to entries: see the [module](self).
 pub struct KeyedMap<T: Entry> {
-    shards: Box<[Padded<Mutex<Shard<T>>>]>,
+    shards: Box<[Line<Mutex<Shard<T>>>]>,
     /// Each shard's `least` for all to see without its lock. Written under it.
     bounds: Box<[AtomicU64]>,
     secret: Secret,
@@ -296,6 +296,12 @@ pub struct KeyedMap<T: Entry> {
     // Only new keys and removed ones touch these.
     counts: Padded<Counts>,
 }
+
+/// On cache lines of its own, of 64 bytes: were they [`Padded`], every other
+/// line of the nearest cache would be left to the slots alone, and the shards
+/// of a large map would crowd each other out of the rest.
+#[repr(align(64))]
+struct Line<T>(T);
 
 struct Counts {
     /// Entries in all shards, and those about to be added.
@@ -336,7 +342,7 @@ impl<T: Entry> KeyedMap<T> {
         };
         Self {
             shards: (0..shards)
-                .map(|_| Padded(Mutex::new(Shard::new(shared.clone()))))
+                .map(|_| Line(Mutex::new(Shard::new(shared.clone()))))
                 .collect(),
             bounds: (0..shards)
                 .map(|_| AtomicU64::new(NEVER.as_nanos()))
@@ -373,7 +379,7 @@ impl<T: Entry> KeyedMap<T> {
     /// shard. Do not hold the guard over an await or over a user's code.
     #[inline(always)]
     pub fn lock(&self, id: KeyId) -> Guard<'_, T> {
-        let shard = self.shards[self.index(id)].lock();
+        let shard = self.shards[self.index(id)].0.lock();
         let found = shard.find(id.slot());
         Guard {
             map: self,
@@ -393,7 +399,7 @@ impl<T: Entry> KeyedMap<T> {
     pub fn set_shared(&self, shared: &T::Shared) {
         for shard in &self.shards {
             let new = shared.clone();
-            let old = std::mem::replace(&mut shard.lock().shared, new);
+            let old = std::mem::replace(&mut shard.0.lock().shared, new);
             // Unlocked by now, should dropping it be work.
             drop(old);
         }
@@ -408,7 +414,7 @@ impl<T: Entry> KeyedMap<T> {
         mut change: impl FnMut(&mut T::Shared, &mut dyn Iterator<Item = &mut T>),
     ) {
         for (index, shard) in self.shards.iter().enumerate() {
-            let mut shard = shard.lock();
+            let mut shard = shard.0.lock();
             shard.change_all(&mut change);
             self.publish(index, &shard);
         }
@@ -418,7 +424,7 @@ impl<T: Entry> KeyedMap<T> {
     /// shard under its lock: `visit` must be short and leave the map alone.
     pub fn for_each(&self, mut visit: impl FnMut(&T)) {
         for shard in &self.shards {
-            shard.lock().entries().for_each(&mut visit);
+            shard.0.lock().entries().for_each(&mut visit);
         }
     }
 
@@ -461,7 +467,7 @@ impl<T: Entry> KeyedMap<T> {
         let slots: usize = self
             .shards
             .iter()
-            .map(|shard| shard.lock().capacity())
+            .map(|shard| shard.0.lock().capacity())
             .sum();
         slots * size_of::<T>() + size_of_val(&*self.shards) + size_of_val(&*self.bounds)
     }
@@ -469,7 +475,7 @@ impl<T: Entry> KeyedMap<T> {
     /// Forgets all keys and gives their memory back, shard by shard.
     pub fn clear(&self) {
         for (index, shard) in self.shards.iter().enumerate() {
-            let mut shard = shard.lock();
+            let mut shard = shard.0.lock();
             let gone = shard.clear();
             self.publish(index, &shard);
             self.release(gone);
@@ -737,7 +743,7 @@ impl<T: Entry> Guard<'_, T> {
         let shard = if index == self.index() {
             &mut self.shard
         } else {
-            other = map.shards[index].try_lock()?;
+            other = map.shards[index].0.try_lock()?;
             &mut other
         };
         let before = shard.len();

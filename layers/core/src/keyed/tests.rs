@@ -60,7 +60,7 @@ fn holds(map: &KeyedMap<Cell>, id: KeyId) -> bool {
 fn assert_sound(map: &KeyedMap<Cell>) {
     let mut seen = HashSet::new();
     for (index, shard) in map.shards.iter().enumerate() {
-        let shard = shard.lock();
+        let shard = shard.0.lock();
         assert!(shard.len() <= shard.capacity() * 7 / 8);
         let bound = map.bounds[index].load(Relaxed);
         for entry in shard.entries() {
@@ -335,7 +335,11 @@ fn equals_go_evenly() {
     for key in 0..50_000u64 {
         put(&map, map.id(&key), 0, 1_000_000).unwrap();
     }
-    let lens: Vec<usize> = map.shards.iter().map(|shard| shard.lock().len()).collect();
+    let lens: Vec<usize> = map
+        .shards
+        .iter()
+        .map(|shard| shard.0.lock().len())
+        .collect();
     let (least, most) = (lens.iter().min().unwrap(), lens.iter().max().unwrap());
     // Binomial around 256, ± 16.
     assert!(*least > 170 && *most < 350, "{least}..{most}");
@@ -472,7 +476,7 @@ fn shards_are_many_enough() {
     assert_eq!(shards(100_000), 128);
     // 48 bits and these 10: the width the module tells of.
     assert_eq!(shards(1_000_000), 1024);
-    assert_eq!(size_of::<Padded<Mutex<Shard<Cell>>>>(), 128);
+    assert_eq!(size_of::<Line<Mutex<Shard<Cell>>>>(), 64);
 }
 
 /// The leeway is used up, the shard that is due is held elsewhere, and the last
