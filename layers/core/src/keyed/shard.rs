@@ -15,10 +15,14 @@ pub(super) const NEVER: Instant = Instant::from_nanos(u64::MAX);
 /// clock looks the same as a vacant slot.
 const LAST: Instant = Instant::from_nanos(u64::MAX - 1);
 
-/// How full a shard's table may be: by how many slots it has.
+/// How full a shard's table may be: by how many slots it has. A shard with few
+/// entries is of a map that is far from its ceiling, and has memory to spare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fill {
-    /// From a third to two thirds: most probes end at once.
+    /// From a sixth to a third: nearly all probes end at once, which the
+    /// processor then rightly expects.
+    Sparse,
+    /// From a half to three quarters.
     Loose,
     /// Once it has grown, from three quarters to seven eighths: slots of 16
     /// bytes come to at most 21.4 bytes a key.
@@ -26,12 +30,14 @@ enum Fill {
 }
 
 impl Fill {
-    /// A shard with fewer entries is of a map that is far from its ceiling,
-    /// and has memory to spare.
+    /// How many entries are enough to be loose, and dense.
+    const LOOSE: usize = 32;
     const DENSE: usize = 256;
 
     const fn of(slots: usize) -> Self {
-        if slots < Self::DENSE * 3 {
+        if slots < Self::LOOSE * 6 {
+            Self::Sparse
+        } else if slots < Self::DENSE * 2 {
             Self::Loose
         } else {
             Self::Dense
@@ -41,7 +47,8 @@ impl Fill {
     /// How many entries a table holds before it grows.
     const fn most(slots: usize) -> usize {
         match Self::of(slots) {
-            Self::Loose => slots / 3 * 2 + slots % 3 * 2 / 3,
+            Self::Sparse => slots / 3,
+            Self::Loose => slots / 4 * 3 + slots % 4 * 3 / 4,
             Self::Dense => slots / 8 * 7 + slots % 8 * 7 / 8,
         }
     }
@@ -49,7 +56,8 @@ impl Fill {
     /// How many a table just grown is made for, at least.
     const fn least(slots: usize) -> usize {
         match Self::of(slots) {
-            Self::Loose => slots / 3,
+            Self::Sparse => slots / 6,
+            Self::Loose => slots / 2,
             Self::Dense => slots / 4 * 3 + slots % 4 * 3 / 4,
         }
     }
@@ -58,8 +66,9 @@ impl Fill {
     fn slots(len: usize) -> usize {
         match len {
             0 => 0,
-            1..Self::DENSE => (len * 3).max(MIN_SLOTS),
-            _ => (len * 4).div_ceil(3).max(Self::DENSE * 3),
+            1..Self::LOOSE => (len * 6).max(MIN_SLOTS),
+            Self::LOOSE..Self::DENSE => (len * 2).max(Self::LOOSE * 6),
+            _ => (len * 4).div_ceil(3).max(Self::DENSE * 2),
         }
     }
 }
