@@ -226,9 +226,11 @@ impl Secret {
     }
 
     /// The id of `key` under this secret.
-    // `hash_one`, but never out of line: a key that was just made is hashed in
-    // registers.
     #[inline(always)]
+    #[expect(
+        clippy::manual_hash_one,
+        reason = "never out of line: a key that was just made is hashed in registers"
+    )]
     pub fn id<K: Hash + ?Sized>(&self, key: &K) -> KeyId {
         let mut hasher = self.0.build_hasher();
         key.hash(&mut hasher);
