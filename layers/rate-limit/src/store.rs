@@ -688,3 +688,5 @@ impl Held<'_> {
 
 #[cfg(all(test, buttress_loom))]
 mod loom_tests;
+#[cfg(all(test, not(buttress_loom)))]
+mod tests;
