@@ -21,7 +21,7 @@ pub use buttress_rate_limit as rate_limit;
 pub use buttress_core::tower_errors;
 pub use buttress_core::{
     Any, BoxError, Head, Http, ProblemResponder, Refusal, RefusalKind, Responder, Sees, View, body,
-    classify, clock, deadline, health, key, keyed, refusal, request, respond,
+    classify, clock, deadline, health, key, keyed, random, refusal, request, respond, retry_after,
 };
 #[cfg(feature = "tower")]
 pub use ext::ServiceBuilderExt;

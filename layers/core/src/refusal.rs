@@ -3,8 +3,8 @@
 //! A [`Refusal`] is made by the layer that refuses, and then becomes either an
 //! HTTP response, through a [`Responder`](crate::Responder), or an error: it
 //! implements [`std::error::Error`], so that a service without HTTP (or a
-//! client) finds it again with
-//! `error.downcast_ref::<Refusal>()`.
+//! client) finds it again with [`Refusal::find`], however the layers between
+//! wrapped it.
 
 use std::{borrow::Cow, fmt, time::Duration};
 
@@ -160,18 +160,27 @@ kinds! {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Refusal {
     kind: RefusalKind,
-    retry_after: Option<Duration>,
-    reason: Option<&'static str>,
+    // `retry_after` taken apart, so that the kind fits in beside it: its
+    // nanoseconds are `NO_RETRY`, and its seconds 0, where there is none.
+    retry_nanos: u32,
+    retry_secs: u64,
+    // Not with the rest: an open breaker names itself on every refusal, and
+    // must not allocate for it.
+    origin: Option<Cow<'static, str>>,
     // Rare, so one word for all of it: a refusal stays small.
     extra: Option<Box<Extra>>,
 }
 
 #[derive(Clone, Default, PartialEq, Eq)]
 struct Extra {
+    reason: Option<&'static str>,
     detail: Option<Cow<'static, str>>,
     status: Option<StatusCode>,
     members: Vec<(&'static str, serde_json::Value)>,
 }
+
+/// More nanoseconds than a second has.
+const NO_RETRY: u32 = u32::MAX;
 
 impl Refusal {
     /// A refusal of this kind, with its default detail and no `retry_after`.
@@ -179,8 +188,9 @@ impl Refusal {
     pub const fn new(kind: RefusalKind) -> Self {
         Self {
             kind,
-            retry_after: None,
-            reason: None,
+            retry_nanos: NO_RETRY,
+            retry_secs: 0,
+            origin: None,
             extra: None,
         }
     }
@@ -188,7 +198,10 @@ impl Refusal {
     /// Says when the request may be tried again: not before this long.
     #[must_use]
     pub fn with_retry_after(mut self, wait: impl Into<Option<Duration>>) -> Self {
-        self.retry_after = wait.into();
+        (self.retry_secs, self.retry_nanos) = match wait.into() {
+            Some(wait) => (wait.as_secs(), wait.subsec_nanos()),
+            None => (0, NO_RETRY),
+        };
         self
     }
 
@@ -203,7 +216,7 @@ impl Refusal {
     /// Replaces the `reason`: a word for programs, finer than the kind's.
     #[must_use]
     pub fn with_reason(mut self, reason: &'static str) -> Self {
-        self.reason = Some(reason);
+        self.extra().reason = Some(reason);
         self
     }
 
@@ -221,6 +234,26 @@ impl Refusal {
         self
     }
 
+    /// Names the instance that refused (a breaker's name, say), for the logs
+    /// of this side: it shows in `Debug`, and is never sent to the client. A
+    /// borrowed name costs no allocation.
+    #[must_use]
+    pub fn with_origin(mut self, origin: impl Into<Cow<'static, str>>) -> Self {
+        self.origin = Some(origin.into());
+        self
+    }
+
+    /// The refusal that `error` is, or else the first in the chain of its
+    /// [`source`](std::error::Error::source)s, of which 32 are looked at.
+    ///
+    /// For a [`BoxError`](crate::BoxError), give `&*error`.
+    #[must_use]
+    pub fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a Self> {
+        std::iter::successors(Some(error), |error| error.source())
+            .take(1 + 32)
+            .find_map(|error| error.downcast_ref())
+    }
+
     fn extra(&mut self) -> &mut Extra {
         self.extra.get_or_insert_default()
     }
@@ -235,7 +268,10 @@ impl Refusal {
     /// waiting does not help or nobody can tell.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
-        self.retry_after
+        match self.retry_nanos {
+            NO_RETRY => None,
+            nanos => Some(Duration::new(self.retry_secs, nanos)),
+        }
     }
 
     /// [`retry_after`](Self::retry_after) in whole seconds as `Retry-After`
@@ -243,7 +279,7 @@ impl Refusal {
     /// has waited long enough.
     #[must_use]
     pub fn retry_after_secs(&self) -> Option<u64> {
-        self.retry_after.map(|wait| {
+        self.retry_after().map(|wait| {
             let up = u64::from(wait.subsec_nanos() > 0);
             wait.as_secs().saturating_add(up).max(1)
         })
@@ -261,7 +297,16 @@ impl Refusal {
     /// A word for programs.
     #[must_use]
     pub fn reason(&self) -> &'static str {
-        self.reason.unwrap_or_else(|| self.kind.reason())
+        self.extra
+            .as_ref()
+            .and_then(|extra| extra.reason)
+            .unwrap_or_else(|| self.kind.reason())
+    }
+
+    /// The instance that refused, if it has a name.
+    #[must_use]
+    pub fn origin(&self) -> Option<&str> {
+        self.origin.as_deref()
     }
 
     /// A sentence for people.
@@ -280,17 +325,21 @@ impl Refusal {
             .flat_map(|extra| extra.members.iter().map(|(name, value)| (*name, value)))
     }
 
-    /// Whether the document of its kind says it all.
+    /// Whether the document of its kind says all that a client is told.
     pub(crate) const fn is_plain(&self) -> bool {
-        self.extra.is_none() && self.reason.is_none()
+        self.extra.is_none()
     }
 }
 
 impl fmt::Debug for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Refusal")
-            .field("kind", &self.kind)
-            .field("retry_after", &self.retry_after)
+        let mut debug = f.debug_struct("Refusal");
+        debug.field("kind", &self.kind);
+        if let Some(origin) = self.origin() {
+            debug.field("origin", &origin);
+        }
+        debug
+            .field("retry_after", &self.retry_after())
             .field("detail", &self.detail())
             .finish_non_exhaustive()
     }
@@ -299,7 +348,7 @@ impl fmt::Debug for Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.detail())?;
-        match self.retry_after {
+        match self.retry_after() {
             Some(wait) => write!(f, " (retry after {wait:?})"),
             None => Ok(()),
         }
@@ -317,6 +366,7 @@ impl From<RefusalKind> for Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Head, ProblemResponder, Responder};
 
     #[test]
     fn it_is_small_and_found_again() {
@@ -345,6 +395,74 @@ mod tests {
         assert_eq!(secs(Duration::from_secs(1)), 1);
         assert_eq!(secs(Duration::from_nanos(1_000_000_001)), 2);
         assert_eq!(secs(Duration::MAX), u64::MAX);
+
+        let none = Refusal::new(RefusalKind::RateLimited);
+        for wait in [Duration::ZERO, Duration::new(1, 999_999_999), Duration::MAX] {
+            let some = none.clone().with_retry_after(wait);
+            assert_eq!(some.retry_after(), Some(wait));
+            assert_ne!(some, none);
+            assert_eq!(some.with_retry_after(None), none);
+        }
+        assert_eq!(none.retry_after(), None);
+    }
+
+    #[test]
+    fn its_origin_is_for_logs_alone() {
+        let plain = Refusal::new(RefusalKind::CircuitOpen);
+        assert_eq!(plain.origin(), None);
+        let named = plain.clone().with_origin("billing");
+        assert_eq!(named.origin(), Some("billing"));
+        assert_eq!(named, plain.clone().with_origin("billing".to_owned()));
+        assert!(format!("{named:?}").contains("origin: \"billing\""));
+        assert!(!format!("{plain:?}").contains("origin"));
+
+        // And the document stays the one that costs no allocation.
+        assert!(named.is_plain());
+        assert_eq!(named.to_string(), plain.to_string());
+        let request = http::Request::new(());
+        for refusal in [named.clone(), named.with_detail("not now")] {
+            let response = ProblemResponder.respond(&refusal, Head::from(&request));
+            assert!(!format!("{response:?}").contains("billing"));
+        }
+    }
+
+    /// An error that was caused by another, or by itself.
+    #[derive(Debug)]
+    struct Wrapped(Option<crate::BoxError>);
+
+    impl fmt::Display for Wrapped {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("wrapped")
+        }
+    }
+
+    impl std::error::Error for Wrapped {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            match &self.0 {
+                Some(cause) => Some(&**cause),
+                None => Some(self),
+            }
+        }
+    }
+
+    fn wrapped(cause: impl Into<crate::BoxError>, times: usize) -> crate::BoxError {
+        (0..times).fold(cause.into(), |cause, _| Wrapped(Some(cause)).into())
+    }
+
+    #[test]
+    fn it_is_found_wherever_it_is_wrapped() {
+        let refusal = Refusal::new(RefusalKind::CircuitOpen);
+        for times in [0, 1, 2, 32] {
+            let error = wrapped(refusal.clone(), times);
+            assert_eq!(Refusal::find(&*error), Some(&refusal), "{times}");
+        }
+        let inner = refusal.clone().with_origin("inner");
+        let error = wrapped(inner.clone(), 3);
+        assert_eq!(Refusal::find(&*error), Some(&inner));
+        assert_eq!(Refusal::find(&*wrapped("io", 3)), None);
+        // Not for ever.
+        assert_eq!(Refusal::find(&*wrapped(refusal, 33)), None);
+        assert_eq!(Refusal::find(&Wrapped(None)), None);
     }
 
     #[test]
