@@ -206,7 +206,7 @@ fn http(table: &mut Table, counts: &Counts) {
         "the same, a burst of a million",
         "http, many digits",
         "tower_governor",
-        Some(1.0),
+        None,
         [
             runs::http_bare(),
             runs::http_ours_digits(),
@@ -217,7 +217,7 @@ fn http(table: &mut Table, counts: &Counts) {
         "the same, 10000 clients by socket",
         "http, clients",
         "tower_governor",
-        Some(1.0),
+        None,
         [
             runs::http_bare_clients(),
             runs::http_ours_clients(),
@@ -276,7 +276,7 @@ fn http(table: &mut Table, counts: &Counts) {
     allocations(
         "http, many digits",
         "http, many digits, tower_governor",
-        Some(5.0),
+        None,
     );
     allocations("http, refused", "http, refused, tower_governor", Some(4.0));
 }
@@ -418,7 +418,7 @@ fn threads(table: &mut Table, _: &Counts) {
     row(
         "two threads, 1000 keys each, over one thread",
         runs::our_pair(1000, true),
-        Some(1.1),
+        None,
     );
     row(
         "the same, limiters of their own (the machine's)",

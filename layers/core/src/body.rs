@@ -30,13 +30,16 @@ pin_project! {
     enum Kind<B> {
         Inner { #[pin] body: B },
         // Never holds empty bytes: an empty refusal ends the stream with its
-        // head, as gRPC's trailers-only must.
-        Refusal { bytes: Option<Bytes> },
+        // head, as gRPC's trailers-only must. Boxed, so that the one in a
+        // thousand makes the others no larger: what wraps a boxed body is as
+        // large as that body, and a response is copied often.
+        Refusal { bytes: Option<Box<Bytes>> },
     }
 }
 
 impl<B> ResponseBody<B> {
     /// The inner service's body, passed through.
+    #[inline]
     pub const fn inner(body: B) -> Self {
         Self {
             kind: Kind::Inner { body },
@@ -48,7 +51,7 @@ impl<B> ResponseBody<B> {
     pub fn refusal(bytes: Bytes) -> Self {
         Self {
             kind: Kind::Refusal {
-                bytes: Some(bytes).filter(|bytes| !bytes.is_empty()),
+                bytes: (!bytes.is_empty()).then(|| Box::new(bytes)),
             },
         }
     }
@@ -86,7 +89,7 @@ where
             KindProj::Refusal { bytes } => Poll::Ready(
                 bytes
                     .take()
-                    .map(|bytes| Ok(Frame::data(B::Data::from(bytes)))),
+                    .map(|bytes| Ok(Frame::data(B::Data::from(*bytes)))),
             ),
         }
     }

@@ -46,7 +46,10 @@
 
 use std::{fmt, sync::Arc};
 
-use crate::request::{Any, Head, Http, View};
+use crate::{
+    keyed::{KeyId, Secret},
+    request::{Any, Head, Http, View},
+};
 
 mod client_ip;
 mod extract;
@@ -281,12 +284,34 @@ impl<V: View, A: ExtractKey<V>, B: ExtractKey<V>> ExtractKey<V> for Or<A, B> {
 /// # }
 /// # from_configuration("client_ip");
 /// ```
-pub struct SharedKey<V: View = Http>(Arc<dyn ExtractKey<V>>);
+pub struct SharedKey<V: View = Http>(Arc<dyn Identify<V>>);
+
+/// What an extractor can do whose type is forgotten.
+trait Identify<V: View>: ExtractKey<V> {
+    fn identify(&self, request: V::Ref<'_>, secret: &Secret) -> Option<KeyId>;
+}
+
+impl<V: View, E: ExtractKey<V>> Identify<V> for E {
+    #[inline]
+    fn identify(&self, request: V::Ref<'_>, secret: &Secret) -> Option<KeyId> {
+        // Looked at where it was made: a key that is moved before it is hashed
+        // costs more than its hash.
+        self.extract(request).as_ref().map(|key| secret.id(key))
+    }
+}
 
 impl<V: View> SharedKey<V> {
     /// Shares `extractor`.
     pub fn new(extractor: impl ExtractKey<V>) -> Self {
         Self(Arc::new(extractor))
+    }
+
+    /// The id of the request's key, if it has one: all that a
+    /// [`KeyedMap`](crate::keyed::KeyedMap) asks of it, and half the price of
+    /// the key.
+    #[inline]
+    pub fn identify(&self, request: V::Ref<'_>, secret: &Secret) -> Option<KeyId> {
+        self.0.identify(request, secret)
     }
 }
 

@@ -111,7 +111,7 @@ mod tests;
 
 use std::{
     fmt,
-    hash::Hash,
+    hash::{BuildHasher, Hash, Hasher},
     num::{NonZeroU64, NonZeroUsize},
 };
 
@@ -226,9 +226,15 @@ impl Secret {
     }
 
     /// The id of `key` under this secret.
-    #[inline]
+    #[inline(always)]
+    #[expect(
+        clippy::manual_hash_one,
+        reason = "never out of line: a key that was just made is hashed in registers"
+    )]
     pub fn id<K: Hash + ?Sized>(&self, key: &K) -> KeyId {
-        KeyId::from_hash(self.0.hash_one(key))
+        let mut hasher = self.0.build_hasher();
+        key.hash(&mut hasher);
+        KeyId::from_hash(hasher.finish())
     }
 }
 
@@ -282,7 +288,7 @@ impl std::error::Error for Full {}
 
 /// A bounded map from keys to entries: see the [module](self).
 pub struct KeyedMap<T: Entry> {
-    shards: Box<[Padded<Mutex<Shard<T>>>]>,
+    shards: Box<[Line<Mutex<Shard<T>>>]>,
     /// Each shard's `least` for all to see without its lock. Written under it.
     bounds: Box<[AtomicU64]>,
     secret: Secret,
@@ -292,6 +298,12 @@ pub struct KeyedMap<T: Entry> {
     // Only new keys and removed ones touch these.
     counts: Padded<Counts>,
 }
+
+/// On cache lines of its own, of 64 bytes: were they [`Padded`], every other
+/// line of the nearest cache would be left to the slots alone, and the shards
+/// of a large map would crowd each other out of the rest.
+#[repr(align(64))]
+struct Line<T>(T);
 
 struct Counts {
     /// Entries in all shards, and those about to be added.
@@ -332,7 +344,7 @@ impl<T: Entry> KeyedMap<T> {
         };
         Self {
             shards: (0..shards)
-                .map(|_| Padded(Mutex::new(Shard::new(shared.clone()))))
+                .map(|_| Line(Mutex::new(Shard::new(shared.clone()))))
                 .collect(),
             bounds: (0..shards)
                 .map(|_| AtomicU64::new(NEVER.as_nanos()))
@@ -349,8 +361,15 @@ impl<T: Entry> KeyedMap<T> {
         }
     }
 
-    /// The id of `key` in this map.
+    /// What the map knows its keys by.
+    #[must_use]
     #[inline]
+    pub fn secret(&self) -> &Secret {
+        &self.secret
+    }
+
+    /// The id of `key` in this map.
+    #[inline(always)]
     pub fn id<K: Hash + ?Sized>(&self, key: &K) -> KeyId {
         self.secret.id(key)
     }
@@ -360,18 +379,21 @@ impl<T: Entry> KeyedMap<T> {
     /// Whoever decides several limits at once locks their maps always in the
     /// same order, and one key of a map at a time: two keys can have one
     /// shard. Do not hold the guard over an await or over a user's code.
-    #[inline]
+    #[inline(always)]
     pub fn lock(&self, id: KeyId) -> Guard<'_, T> {
-        let index = id.0 as usize & (self.shards.len() - 1);
-        let shard = self.shards[index].lock();
+        let shard = self.shards[self.index(id)].0.lock();
         let found = shard.find(id.slot());
         Guard {
             map: self,
             shard,
-            index,
             id,
             found,
         }
+    }
+
+    #[inline]
+    fn index(&self, id: KeyId) -> usize {
+        id.0 as usize & (self.shards.len() - 1)
     }
 
     /// Gives every shard a copy of `shared`, one after the other: for a
@@ -379,7 +401,7 @@ impl<T: Entry> KeyedMap<T> {
     pub fn set_shared(&self, shared: &T::Shared) {
         for shard in &self.shards {
             let new = shared.clone();
-            let old = std::mem::replace(&mut shard.lock().shared, new);
+            let old = std::mem::replace(&mut shard.0.lock().shared, new);
             // Unlocked by now, should dropping it be work.
             drop(old);
         }
@@ -394,7 +416,7 @@ impl<T: Entry> KeyedMap<T> {
         mut change: impl FnMut(&mut T::Shared, &mut dyn Iterator<Item = &mut T>),
     ) {
         for (index, shard) in self.shards.iter().enumerate() {
-            let mut shard = shard.lock();
+            let mut shard = shard.0.lock();
             shard.change_all(&mut change);
             self.publish(index, &shard);
         }
@@ -404,7 +426,7 @@ impl<T: Entry> KeyedMap<T> {
     /// shard under its lock: `visit` must be short and leave the map alone.
     pub fn for_each(&self, mut visit: impl FnMut(&T)) {
         for shard in &self.shards {
-            shard.lock().entries().for_each(&mut visit);
+            shard.0.lock().entries().for_each(&mut visit);
         }
     }
 
@@ -447,7 +469,7 @@ impl<T: Entry> KeyedMap<T> {
         let slots: usize = self
             .shards
             .iter()
-            .map(|shard| shard.lock().capacity())
+            .map(|shard| shard.0.lock().capacity())
             .sum();
         slots * size_of::<T>() + size_of_val(&*self.shards) + size_of_val(&*self.bounds)
     }
@@ -455,7 +477,7 @@ impl<T: Entry> KeyedMap<T> {
     /// Forgets all keys and gives their memory back, shard by shard.
     pub fn clear(&self) {
         for (index, shard) in self.shards.iter().enumerate() {
-            let mut shard = shard.lock();
+            let mut shard = shard.0.lock();
             let gone = shard.clear();
             self.publish(index, &shard);
             self.release(gone);
@@ -550,12 +572,15 @@ struct Due {
 pub struct Guard<'a, T: Entry> {
     map: &'a KeyedMap<T>,
     shard: MutexGuard<'a, Shard<T>>,
-    index: usize,
     id: KeyId,
     found: Option<usize>,
 }
 
 impl<T: Entry> Guard<'_, T> {
+    fn index(&self) -> usize {
+        self.map.index(self.id)
+    }
+
     /// The key that was locked.
     #[must_use]
     #[inline]
@@ -623,7 +648,7 @@ impl<T: Entry> Guard<'_, T> {
         match self.found {
             Some(at) => {
                 self.shard.note(entry.spent_at());
-                self.map.publish(self.index, &self.shard);
+                self.map.publish(self.index(), &self.shard);
                 *self.shard.get_mut(at) = entry;
                 Ok(None)
             }
@@ -637,12 +662,12 @@ impl<T: Entry> Guard<'_, T> {
         let crowded = map.len() > map.max_keys / 4 * 3;
         let count = if crowded { SWEEP_MORE } else { SWEEP };
         map.release(self.shard.sweep(now, count));
-        map.publish(self.index, &self.shard);
+        map.publish(self.index(), &self.shard);
 
         let evicted = self.make_room(now)?;
         let (at, freed) = self.shard.add(now, self.id.slot(), entry);
         map.release(freed);
-        map.publish(self.index, &self.shard);
+        map.publish(self.index(), &self.shard);
         self.found = Some(at);
         Ok(evicted)
     }
@@ -656,13 +681,13 @@ impl<T: Entry> Guard<'_, T> {
             if map.reserve(map.max_keys) {
                 return Ok(evicted);
             }
-            let due = map.first_due(self.index, skip);
+            let due = map.first_due(self.index(), skip);
             let passed = due.at <= now;
             if map.when_full == WhenFull::Refuse && !passed && due.of_all {
                 return Err(Full);
             }
             // Where nothing is ever spent, any shard is as good.
-            let index = due.shard.unwrap_or(self.index);
+            let index = due.shard.unwrap_or(self.index());
             let may_evict = map.when_full == WhenFull::Evict && !passed;
             let last = look == LOOKS;
             let looked = self.with_shard(index, |shard| {
@@ -717,10 +742,10 @@ impl<T: Entry> Guard<'_, T> {
     fn with_shard<R>(&mut self, index: usize, f: impl FnOnce(&mut Shard<T>) -> R) -> Option<R> {
         let map = self.map;
         let mut other;
-        let shard = if index == self.index {
+        let shard = if index == self.index() {
             &mut self.shard
         } else {
-            other = map.shards[index].try_lock()?;
+            other = map.shards[index].0.try_lock()?;
             &mut other
         };
         let before = shard.len();
@@ -733,7 +758,7 @@ impl<T: Entry> Guard<'_, T> {
     /// Forgets the key. Returns its entry, perhaps spent.
     pub fn remove(&mut self) -> Option<T> {
         let gone = self.shard.remove(self.found.take()?);
-        self.map.publish(self.index, &self.shard);
+        self.map.publish(self.index(), &self.shard);
         self.map.release(1);
         Some(gone)
     }

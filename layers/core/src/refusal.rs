@@ -160,8 +160,10 @@ kinds! {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Refusal {
     kind: RefusalKind,
-    retry_after: Option<Duration>,
-    reason: Option<&'static str>,
+    // `retry_after` taken apart, so that the kind fits in beside it: its
+    // nanoseconds are `NO_RETRY`, and its seconds 0, where there is none.
+    retry_nanos: u32,
+    retry_secs: u64,
     // Not with the rest: an open breaker names itself on every refusal, and
     // must not allocate for it.
     origin: Option<Cow<'static, str>>,
@@ -171,10 +173,14 @@ pub struct Refusal {
 
 #[derive(Clone, Default, PartialEq, Eq)]
 struct Extra {
+    reason: Option<&'static str>,
     detail: Option<Cow<'static, str>>,
     status: Option<StatusCode>,
     members: Vec<(&'static str, serde_json::Value)>,
 }
+
+/// More nanoseconds than a second has.
+const NO_RETRY: u32 = u32::MAX;
 
 impl Refusal {
     /// A refusal of this kind, with its default detail and no `retry_after`.
@@ -182,8 +188,8 @@ impl Refusal {
     pub const fn new(kind: RefusalKind) -> Self {
         Self {
             kind,
-            retry_after: None,
-            reason: None,
+            retry_nanos: NO_RETRY,
+            retry_secs: 0,
             origin: None,
             extra: None,
         }
@@ -192,7 +198,10 @@ impl Refusal {
     /// Says when the request may be tried again: not before this long.
     #[must_use]
     pub fn with_retry_after(mut self, wait: impl Into<Option<Duration>>) -> Self {
-        self.retry_after = wait.into();
+        (self.retry_secs, self.retry_nanos) = match wait.into() {
+            Some(wait) => (wait.as_secs(), wait.subsec_nanos()),
+            None => (0, NO_RETRY),
+        };
         self
     }
 
@@ -207,7 +216,7 @@ impl Refusal {
     /// Replaces the `reason`: a word for programs, finer than the kind's.
     #[must_use]
     pub fn with_reason(mut self, reason: &'static str) -> Self {
-        self.reason = Some(reason);
+        self.extra().reason = Some(reason);
         self
     }
 
@@ -226,7 +235,8 @@ impl Refusal {
     }
 
     /// Names the instance that refused (a breaker's name, say), for the logs
-    /// of this side: it shows in `Debug`, and is never sent to the client.
+    /// of this side: it shows in `Debug`, and is never sent to the client. A
+    /// borrowed name costs no allocation.
     #[must_use]
     pub fn with_origin(mut self, origin: impl Into<Cow<'static, str>>) -> Self {
         self.origin = Some(origin.into());
@@ -258,7 +268,10 @@ impl Refusal {
     /// waiting does not help or nobody can tell.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
-        self.retry_after
+        match self.retry_nanos {
+            NO_RETRY => None,
+            nanos => Some(Duration::new(self.retry_secs, nanos)),
+        }
     }
 
     /// [`retry_after`](Self::retry_after) in whole seconds as `Retry-After`
@@ -266,7 +279,7 @@ impl Refusal {
     /// has waited long enough.
     #[must_use]
     pub fn retry_after_secs(&self) -> Option<u64> {
-        self.retry_after.map(|wait| {
+        self.retry_after().map(|wait| {
             let up = u64::from(wait.subsec_nanos() > 0);
             wait.as_secs().saturating_add(up).max(1)
         })
@@ -284,7 +297,10 @@ impl Refusal {
     /// A word for programs.
     #[must_use]
     pub fn reason(&self) -> &'static str {
-        self.reason.unwrap_or_else(|| self.kind.reason())
+        self.extra
+            .as_ref()
+            .and_then(|extra| extra.reason)
+            .unwrap_or_else(|| self.kind.reason())
     }
 
     /// The instance that refused, if it has a name.
@@ -311,7 +327,7 @@ impl Refusal {
 
     /// Whether the document of its kind says all that a client is told.
     pub(crate) const fn is_plain(&self) -> bool {
-        self.extra.is_none() && self.reason.is_none()
+        self.extra.is_none()
     }
 }
 
@@ -323,7 +339,7 @@ impl fmt::Debug for Refusal {
             debug.field("origin", &origin);
         }
         debug
-            .field("retry_after", &self.retry_after)
+            .field("retry_after", &self.retry_after())
             .field("detail", &self.detail())
             .finish_non_exhaustive()
     }
@@ -332,7 +348,7 @@ impl fmt::Debug for Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.detail())?;
-        match self.retry_after {
+        match self.retry_after() {
             Some(wait) => write!(f, " (retry after {wait:?})"),
             None => Ok(()),
         }
@@ -354,7 +370,7 @@ mod tests {
 
     #[test]
     fn it_is_small_and_found_again() {
-        assert!(size_of::<Refusal>() <= 72);
+        assert!(size_of::<Refusal>() <= 48);
         let error: crate::BoxError = Refusal::new(RefusalKind::RateLimited)
             .with_retry_after(Duration::from_millis(1500))
             .into();
@@ -379,6 +395,15 @@ mod tests {
         assert_eq!(secs(Duration::from_secs(1)), 1);
         assert_eq!(secs(Duration::from_nanos(1_000_000_001)), 2);
         assert_eq!(secs(Duration::MAX), u64::MAX);
+
+        let none = Refusal::new(RefusalKind::RateLimited);
+        for wait in [Duration::ZERO, Duration::new(1, 999_999_999), Duration::MAX] {
+            let some = none.clone().with_retry_after(wait);
+            assert_eq!(some.retry_after(), Some(wait));
+            assert_ne!(some, none);
+            assert_eq!(some.with_retry_after(None), none);
+        }
+        assert_eq!(none.retry_after(), None);
     }
 
     #[test]

@@ -305,6 +305,7 @@ impl RateLimitBuilder<Http, Respond> {
                 self.mode.formats.push(format);
             }
         }
+        self.mode.settle();
         self
     }
 
@@ -328,6 +329,7 @@ impl RateLimitBuilder<Http, Respond> {
     /// extension. Default: no, since extensions allocate.
     pub fn info(mut self, info: bool) -> Self {
         self.mode.info = info;
+        self.mode.settle();
         self
     }
 

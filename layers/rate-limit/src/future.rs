@@ -6,7 +6,7 @@ use std::{
     mem,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use buttress_core::{BoxError, Http, Refusal, body::ResponseBody};
@@ -139,19 +139,20 @@ where
 {
     type Output = Result<Response<ResponseBody<R>>, E>;
 
-    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProj::Calling { future, after } => {
-                let response = ready!(future.poll(cx))?;
-                // Apart, for what is handed to other functions has to be
-                // copied once more.
-                Poll::Ready(Ok(if after.is_nothing() {
-                    response.map(ResponseBody::inner)
-                } else {
-                    mem::take(after).told(response)
-                }))
-            }
+            StateProj::Calling { future, after } => match future.poll(cx) {
+                // Apart, and each straight into its place: what comes together
+                // behind a branch has to be copied once more.
+                Poll::Ready(Ok(response)) => {
+                    if after.is_nothing() {
+                        return Poll::Ready(Ok(response.map(ResponseBody::inner)));
+                    }
+                    Poll::Ready(Ok(mem::take(after).told(response)))
+                }
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                Poll::Pending => Poll::Pending,
+            },
             StateProj::Refused { response } => {
                 let response = response.take().expect("polled after completion");
                 Poll::Ready(Ok(response.map(ResponseBody::refusal)))

@@ -29,6 +29,9 @@ pub(crate) const FRACTION_BITS: u32 = 20;
 const MAX_DENOMINATOR: u32 = 1 << FRACTION_BITS;
 /// Bits of the whole nanoseconds in a packed `Tat`: 36 years of clock.
 const NANOS_BITS: u32 = 60;
+/// Bits of the fraction beside them in one word.
+const LOW_BITS: u32 = u64::BITS - NANOS_BITS;
+const LOW_MASK: u32 = (1 << LOW_BITS) - 1;
 /// A quota must be whole again within a quarter of that.
 const MAX_TOLERANCE: u64 = 1 << 58;
 
@@ -45,19 +48,24 @@ impl Tat {
         Self { nanos, fraction: 0 }
     }
 
-    /// In 80 bits, in the order of time.
+    /// In 80 bits: the nanoseconds in the lower word, so that a shift gets
+    /// them out again, and the fraction around them.
     #[inline]
     pub(crate) const fn pack(self) -> u128 {
         debug_assert!(self.nanos >> NANOS_BITS == 0 && self.fraction < MAX_DENOMINATOR);
-        ((self.nanos as u128) << FRACTION_BITS) | self.fraction as u128
+        let low = (self.nanos << LOW_BITS) | (self.fraction & LOW_MASK) as u64;
+        let high = self.fraction >> LOW_BITS;
+        ((high as u128) << u64::BITS) | low as u128
     }
 
     #[inline]
     #[expect(clippy::cast_possible_truncation, reason = "that is how it was packed")]
     pub(crate) const fn unpack(bits: u128) -> Self {
+        let (low, high) = (bits as u64, (bits >> u64::BITS) as u32);
+        let high = high & ((1 << (FRACTION_BITS - LOW_BITS)) - 1);
         Self {
-            nanos: (bits >> FRACTION_BITS) as u64 & ((1 << NANOS_BITS) - 1),
-            fraction: bits as u32 & (MAX_DENOMINATOR - 1),
+            nanos: low >> LOW_BITS,
+            fraction: (high << LOW_BITS) | (low as u32 & LOW_MASK),
         }
     }
 
@@ -185,10 +193,15 @@ impl Gcra {
     /// What is to be stored, if it passes.
     #[inline(always)]
     pub(crate) fn pass(&self, tat: Tat, now: u64, cost: u32) -> Option<Tat> {
-        let latest = self.plus(Tat::at(now), self.tolerance);
         let start = self.clamp(tat, now);
         let arrival = self.plus(start, self.times(cost));
-        (arrival <= latest).then_some(arrival)
+        let debt = Tat {
+            nanos: arrival.nanos - now,
+            fraction: arrival.fraction,
+        };
+        // One comparison nearly always, in place of two.
+        let passes = debt.nanos < self.tolerance.nanos || debt <= self.tolerance;
+        passes.then_some(arrival)
     }
 
     /// Off the path of what passes.

@@ -275,7 +275,7 @@ impl LimitHandle {
     /// # Errors
     ///
     /// As [`charge`](Self::charge).
-    #[inline]
+    #[inline(always)]
     pub fn check(&self, key: &Key) -> Result<(), Refusal> {
         self.charge(key, 1)
     }
@@ -289,12 +289,19 @@ impl LimitHandle {
     /// # Errors
     ///
     /// Why it does not fit, and when it will. Nothing is charged then.
-    #[inline]
+    // The key is hashed where it was made: one that has to go through memory
+    // costs more than its hash.
+    #[inline(always)]
     pub fn charge(&self, key: &Key, cost: u32) -> Result<(), Refusal> {
         let table = &self.tables[self.index];
-        let id = table.id(key);
+        self.charge_id(table.id(key), cost)
+    }
+
+    #[inline(always)]
+    fn charge_id(&self, id: KeyId, cost: u32) -> Result<(), Refusal> {
+        let table = &self.tables[self.index];
         if !table.has_exceptions() {
-            let mut held = table.hold(id, clock::now());
+            let mut held = table.hold_known(id, clock::now());
             if held.charge_known(id, cost).is_some() {
                 return Ok(());
             }

@@ -35,18 +35,26 @@ pub struct Respond {
     pub(crate) refund: Option<OnResponse>,
     pub(crate) responder: SharedResponder,
     pub(crate) wall_clock: SharedWallClock,
+    /// What a decision has to tell: see [`settle`](Self::settle).
+    pub(crate) detail: Detail,
 }
 
 impl Respond {
-    /// What a decision has to tell.
-    pub(crate) fn detail(&self) -> Detail {
-        if self.formats.contains(&HeaderFormat::Draft11) {
+    /// Whether handlers are told, or charges given back: what few ask for.
+    #[inline]
+    pub(crate) fn tells(&self) -> bool {
+        self.info || self.refund.is_some()
+    }
+
+    /// Works out what a decision has to tell, once and not for each.
+    pub(crate) fn settle(&mut self) {
+        self.detail = if self.formats.contains(&HeaderFormat::Draft11) {
             Detail::All
         } else if self.info || !self.formats.is_empty() {
             Detail::Tightest
         } else {
             Detail::None
-        }
+        };
     }
 }
 
@@ -59,6 +67,7 @@ impl Default for Respond {
             refund: None,
             responder: SharedResponder::default(),
             wall_clock: SharedWallClock::default(),
+            detail: Detail::Tightest,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{borrow::Cow, fmt, sync::Arc};
 
 use buttress_core::{
     Refusal, RefusalKind, View, clock,
-    key::{ExtractKey, Key, SharedKey},
+    key::{Key, SharedKey},
     keyed::KeyId,
 };
 
@@ -46,7 +46,21 @@ pub(crate) struct Limiter<V: View> {
     tables: Arc<[Table]>,
     bypass: Option<Callback<V, bool>>,
     shadow: bool,
+    /// Whether no closure has a say in what becomes of a request, nor shadow
+    /// mode.
+    plain: bool,
     metrics: Metrics,
+}
+
+/// How far [`Limiter::admit_known`] got with a request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Asked {
+    /// It did not look.
+    Nothing,
+    /// The request has no key.
+    Keyless,
+    /// Its key and its cost, and that it is new or does not pass.
+    Key(KeyId, u32),
 }
 
 /// What is to be done with a request.
@@ -78,7 +92,9 @@ impl<V: View> Limiter<V> {
         bypass: Option<Callback<V, bool>>,
         shadow: bool,
     ) -> Self {
+        let by_itself = |rule: &Rule<V>| rule.quota_by.is_none();
         Self {
+            plain: rules.iter().all(by_itself) && bypass.is_none() && !shadow,
             name,
             rules: rules.into(),
             tables: tables.into(),
@@ -92,45 +108,83 @@ impl<V: View> Limiter<V> {
         &self.tables
     }
 
-    /// Decides on a request.
+    /// Decides on a request as most are decided, in a straight run of
+    /// instructions: one limit, no closure but the key's and the cost's, and a
+    /// key that is there and passes.
+    ///
+    /// What else there may be is kept out of line, and is told how far this
+    /// got: nothing is read off a request twice.
     #[inline(always)]
-    pub(crate) fn admit(&self, request: V::Ref<'_>, detail: Detail) -> Admission {
+    pub(crate) fn admit_known(
+        &self,
+        request: V::Ref<'_>,
+        detail: Detail,
+    ) -> Result<Option<Standing>, Asked> {
+        let ([rule], [table]) = (&*self.rules, &*self.tables) else {
+            return Err(Asked::Nothing);
+        };
+        if !self.plain || detail == Detail::All || table.has_exceptions() {
+            return Err(Asked::Nothing);
+        }
+        let Some(id) = rule.key.identify(request, table.map().secret()) else {
+            return Err(Asked::Keyless);
+        };
+        let cost = rule.cost(request);
+        let standing = match detail {
+            Detail::None if table.charge_known(id, cost) => None,
+            Detail::None => return Err(Asked::Key(id, cost)),
+            Detail::Tightest | Detail::All => match table.charge_known_and_tell(id, cost) {
+                None => return Err(Asked::Key(id, cost)),
+                standing => standing,
+            },
+        };
+        self.count(metrics::Result::Allowed);
+        Ok(standing)
+    }
+
+    /// Decides on a request that [`admit_known`](Self::admit_known) did not.
+    #[inline(never)]
+    pub(crate) fn admit_asked(
+        &self,
+        asked: Asked,
+        request: V::Ref<'_>,
+        detail: Detail,
+    ) -> Admission {
+        match asked {
+            Asked::Key(id, cost) => self.admit_one(id, cost, request, detail),
+            Asked::Keyless => self.admit_keyless(request, detail),
+            Asked::Nothing => self.admit_any(request, detail),
+        }
+    }
+
+    /// A decision by whatever rules there are.
+    fn admit_any(&self, request: V::Ref<'_>, detail: Detail) -> Admission {
         if self.bypasses(request) {
             return Admission::Bypass;
         }
         // The common case keeps clear of the arrays of the other.
-        if let ([rule], [table]) = (&*self.rules, &*self.tables) {
-            let id = match self.id(0, rule, request) {
-                Ok(Some(id)) => id,
-                Ok(None) => return self.bypassed(),
-                Err(refusal) => return self.conclude_without(refusal),
+        if let ([rule], [_]) = (&*self.rules, &*self.tables) {
+            return match self.id(0, rule, request) {
+                Ok(Some(id)) => self.admit_one(id, rule.cost(request), request, detail),
+                Ok(None) => self.bypassed(),
+                Err(refusal) => self.conclude_without(refusal),
             };
-            let cost = rule.cost(request);
-            let common = rule.quota_by.is_none() && !table.has_exceptions();
-            if !common || detail == Detail::All {
-                return self.admit_one(id, cost, request, detail);
-            }
-            let mut held = table.hold(id, clock::now());
-            if let Some(tat) = held.charge_known(id, cost) {
-                let standing = (detail != Detail::None).then(|| held.stands(0, tat));
-                self.count(metrics::Result::Allowed);
-                return Admission::Pass(standing, Vec::new());
-            }
-            let quota = None;
-            let ask = Ask {
-                limit: 0,
-                id,
-                cost,
-                quota,
-            };
-            return self.conclude(store::decide_one(held, &ask, detail));
         }
         self.admit_several(request, detail)
     }
 
+    /// A decision on a request that has no key, where there is one limit.
+    fn admit_keyless(&self, request: V::Ref<'_>, detail: Detail) -> Admission {
+        let rule = &self.rules[0];
+        match self.id_without_key(0, rule) {
+            Ok(Some(id)) => self.admit_one(id, rule.cost(request), request, detail),
+            Ok(None) => self.bypassed(),
+            Err(refusal) => self.conclude_without(refusal),
+        }
+    }
+
     /// The only limit's decision, where the quota may be the key's own or
     /// more is to be told.
-    #[inline(never)]
     fn admit_one(&self, id: KeyId, cost: u32, request: V::Ref<'_>, detail: Detail) -> Admission {
         let (rule, table) = (&self.rules[0], &self.tables[0]);
         let ask = Ask {
@@ -279,10 +333,9 @@ impl<V: View> Limiter<V> {
         rule: &Rule<V>,
         request: V::Ref<'_>,
     ) -> Result<Option<KeyId>, Refusal> {
-        // Looked at where it was made: a key that is moved before it is hashed
-        // costs more than its hash.
-        match &rule.key.extract(request) {
-            Some(key) => Ok(Some(self.tables[limit].id(key))),
+        let secret = self.tables[limit].map().secret();
+        match rule.key.identify(request, secret) {
+            Some(id) => Ok(Some(id)),
             None => self.id_without_key(limit, rule),
         }
     }

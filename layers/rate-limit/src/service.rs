@@ -19,7 +19,7 @@ use crate::{
     future::{After, ErrorFuture, ResponseFuture},
     headers::{Draft, XRateLimit},
     layer::{Errors, Respond, Shared},
-    limiter::Admission,
+    limiter::{Admission, Asked},
     store::{Detail, Standing},
 };
 
@@ -106,34 +106,56 @@ where
 
     // Thin, so that it is inlined, and the one place that hands the request
     // on: it is copied at each step that is not, and for each such place.
-    #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        match self.admit(&mut request) {
-            Ok(after) => ResponseFuture::calling(self.inner.call(request), after),
-            Err(refused) => ResponseFuture::refused(refused),
-        }
+        let after = match self.admit_known(&request) {
+            Ok(after) => after,
+            Err(asked) => match self.admit_asked(asked, &mut request) {
+                Ok(after) => after,
+                Err(refused) => return ResponseFuture::refused(refused),
+            },
+        };
+        ResponseFuture::calling(self.inner.call(request), after)
     }
 }
 
 impl<S> RateLimit<S, Http, Respond> {
-    /// What is to be done with the response, or the response to a request that
-    /// does not pass.
+    /// What is to be done with the response to a request that passes as most
+    /// do.
     #[inline(always)]
+    fn admit_known<B>(&self, request: &Request<B>) -> Result<After, Asked> {
+        let Shared { limiter, mode } = &*self.shared;
+        if mode.tells() {
+            return Err(Asked::Nothing);
+        }
+        // Made here, not handed over: as long as it is in registers it is not
+        // copied for each callback.
+        let head = Head::from(request);
+        Ok(match limiter.admit_known(head, mode.detail)? {
+            None => After::default(),
+            Some(tightest) => self.after(&tightest, &[]),
+        })
+    }
+
+    /// What is to be done with the response to any other, or the response to
+    /// one that does not pass.
+    #[inline(never)]
     #[expect(
         clippy::result_large_err,
         reason = "a box would be an allocation a refusal"
     )]
-    fn admit<B>(&self, request: &mut Request<B>) -> Result<After, Response<Bytes>> {
+    fn admit_asked<B>(
+        &self,
+        asked: Asked,
+        request: &mut Request<B>,
+    ) -> Result<After, Response<Bytes>> {
         let Shared { limiter, mode } = &*self.shared;
-        if mode.refund.is_some() || mode.info {
+        if mode.tells() {
             return self.admit_and_tell(request);
         }
-        // Made here, not handed over: as long as it is in registers it is not
-        // copied for each callback.
         let head = Head::from(&*request);
-        match limiter.admit(head, mode.detail()) {
-            Admission::Pass(tightest, all) if !limiter.is_shadow() => {
-                Ok(self.after(tightest.as_ref(), &all))
+        match limiter.admit_asked(asked, head, mode.detail) {
+            Admission::Pass(Some(tightest), all) if !limiter.is_shadow() => {
+                Ok(self.after(&tightest, &all))
             }
             Admission::Refuse(refusal, tightest, all) => {
                 Err(self.refuse(refusal, head, tightest.as_ref(), &all))
@@ -145,7 +167,6 @@ impl<S> RateLimit<S, Http, Respond> {
     }
 
     /// The same, for what few ask for: refunds, and handlers that are told.
-    #[inline(never)]
     #[expect(
         clippy::result_large_err,
         reason = "a box would be an allocation a refusal"
@@ -153,7 +174,7 @@ impl<S> RateLimit<S, Http, Respond> {
     fn admit_and_tell<B>(&self, request: &mut Request<B>) -> Result<After, Response<Bytes>> {
         let Shared { limiter, mode } = &*self.shared;
         let head = Head::from(&*request);
-        let (admission, asks) = limiter.admit_and_tell(head, mode.detail());
+        let (admission, asks) = limiter.admit_and_tell(head, mode.detail);
         let mut after = After::default();
         match admission {
             Admission::Bypass | Admission::Shadow => {}
@@ -162,8 +183,8 @@ impl<S> RateLimit<S, Http, Respond> {
                     let info = self.info(tightest);
                     request.extensions_mut().insert(info);
                 }
-                if !limiter.is_shadow() {
-                    after = self.after(tightest.as_ref(), &all);
+                if let (false, Some(tightest)) = (limiter.is_shadow(), &tightest) {
+                    after = self.after(tightest, &all);
                 }
                 if mode.refund.is_some() {
                     after.refund(Arc::clone(&self.shared), asks);
@@ -201,19 +222,19 @@ impl<S> RateLimit<S, Http, Respond> {
         {
             response.headers_mut().insert(RETRY_AFTER, integer(secs));
         }
-        self.after(tightest, all)
-            .apply(response.status(), response.headers_mut());
+        if let Some(tightest) = tightest {
+            let status = response.status();
+            let after = self.after(tightest, all);
+            after.apply(status, response.headers_mut());
+        }
         response
     }
 
     /// What is to be done with the response.
-    #[inline]
-    fn after(&self, tightest: Option<&Standing>, all: &[Standing]) -> After {
+    #[inline(never)]
+    fn after(&self, tightest: &Standing, all: &[Standing]) -> After {
         let Shared { limiter, mode } = &*self.shared;
         let mut after = After::default();
-        let Some(tightest) = tightest else {
-            return after;
-        };
         for format in &mode.formats {
             match format {
                 HeaderFormat::XRateLimit => {
@@ -258,9 +279,18 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        match self.shared.limiter.admit(V::see(&request), Detail::None) {
-            Admission::Refuse(refusal, ..) => ErrorFuture::refused(refusal),
-            _ => ErrorFuture::calling(self.inner.call(request)),
+        let limiter = &self.shared.limiter;
+        let seen = V::see(&request);
+        let refusal = match limiter.admit_known(seen, Detail::None) {
+            Ok(_) => None,
+            Err(asked) => match limiter.admit_asked(asked, seen, Detail::None) {
+                Admission::Refuse(refusal, ..) => Some(refusal),
+                _ => None,
+            },
+        };
+        match refusal {
+            None => ErrorFuture::calling(self.inner.call(request)),
+            Some(refusal) => ErrorFuture::refused(refusal),
         }
     }
 }

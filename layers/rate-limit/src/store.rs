@@ -14,7 +14,7 @@ use std::{
 
 use buttress_core::{
     Refusal, RefusalKind,
-    clock::Instant,
+    clock::{self, Instant},
     keyed::{Config, Entry, Full, Guard, KeyId, KeyedMap, SlotId, WhenFull},
     sync::Mutex,
 };
@@ -301,7 +301,7 @@ impl Table {
         self.keyless.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn id(&self, key: &impl std::hash::Hash) -> KeyId {
         self.map.id(key)
     }
@@ -310,14 +310,47 @@ impl Table {
         &self.map
     }
 
-    #[inline(always)]
+    /// Locks a key's shard for a decision at `now`, or at the time of the
+    /// latest one in this shard.
+    #[inline]
     pub(crate) fn hold(&self, id: KeyId, now: Instant) -> Held<'_> {
-        let mut guard = self.map.lock(id);
-        let terms = guard.shared_mut();
-        let now = terms.latest.max(now.as_nanos());
-        terms.latest = now;
+        let mut held = self.hold_known(id, now);
+        held.catch_up();
+        held
+    }
+
+    /// The same for a key that is thought to be there: before anything else is
+    /// done than to charge it, [`Held::catch_up`] is due.
+    ///
+    /// What is there has lost nothing: a decision that is taken late by a
+    /// clock that was read early finds the time owed by then, and is the
+    /// stricter for it. It is where a key was forgotten since that a time
+    /// before would be given twice.
+    #[inline(always)]
+    pub(crate) fn hold_known(&self, id: KeyId, now: Instant) -> Held<'_> {
+        let guard = self.map.lock(id);
         let tat = guard.get().map_or(Tat::default(), |cell| cell.tat());
+        let now = now.as_nanos();
         Held { guard, tat, now }
+    }
+
+    /// [`Held::charge_known`] at the present time. Whether it was charged.
+    ///
+    /// A function of its own, for in the middle of a service's there are not
+    /// enough registers.
+    #[inline(never)]
+    pub(crate) fn charge_known(&self, id: KeyId, cost: u32) -> bool {
+        self.hold_known(id, clock::now())
+            .charge_known(id, cost)
+            .is_some()
+    }
+
+    /// The same, and how the key stands after that, in the terms of limit 0.
+    #[inline(never)]
+    pub(crate) fn charge_known_and_tell(&self, id: KeyId, cost: u32) -> Option<Standing> {
+        let mut held = self.hold_known(id, clock::now());
+        let tat = held.charge_known(id, cost)?;
+        Some(held.stands(0, tat))
     }
 
     /// How a key stands, charging nothing.
@@ -373,6 +406,14 @@ impl Table {
 }
 
 impl Held<'_> {
+    /// Never decides earlier than was decided before.
+    #[inline]
+    pub(crate) fn catch_up(&mut self) {
+        let terms = self.guard.shared_mut();
+        self.now = self.now.max(terms.latest);
+        terms.latest = self.now;
+    }
+
     /// Charges a key that is known already under the limit's own quota, which
     /// is most of what is ever asked. `None`, and nothing was changed, where it
     /// is not so, or the request does not pass.
@@ -647,3 +688,5 @@ impl Held<'_> {
 
 #[cfg(all(test, buttress_loom))]
 mod loom_tests;
+#[cfg(all(test, not(buttress_loom)))]
+mod tests;

@@ -177,7 +177,7 @@ impl PartialEq for Key {
 impl Eq for Key {}
 
 impl Hash for Key {
-    #[inline]
+    #[inline(always)]
     fn hash<H: Hasher>(&self, state: &mut H) {
         // The value apart from its tag: it was written just now, and a word
         // read across two writes waits until both have reached the cache,

@@ -15,64 +15,80 @@ pub(super) const NEVER: Instant = Instant::from_nanos(u64::MAX);
 /// clock looks the same as a vacant slot.
 const LAST: Instant = Instant::from_nanos(u64::MAX - 1);
 
-/// How full a shard's table may be: by how many entries it was made for.
+/// How full a shard's table may be: by how many slots it has. A shard with few
+/// entries is of a map that is far from its ceiling, and has memory to spare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fill {
-    /// From a third to two thirds: most probes end at once.
+    /// From a sixth to a third: nearly all probes end at once, which the
+    /// processor then rightly expects.
+    Sparse,
+    /// From a half to three quarters.
     Loose,
-    /// From three quarters to seven eighths: slots of 16 bytes come to at most
-    /// 21.4 bytes a key.
+    /// Once it has grown, from three quarters to seven eighths: slots of 16
+    /// bytes come to at most 21.4 bytes a key.
     Dense,
 }
 
 impl Fill {
-    /// A shard of a map that is far from its ceiling has memory to spare.
-    const fn of(len: usize) -> Self {
-        if len < 256 { Self::Loose } else { Self::Dense }
+    /// How many entries are enough to be loose, and dense.
+    const LOOSE: usize = 32;
+    const DENSE: usize = 256;
+
+    const fn of(slots: usize) -> Self {
+        if slots < Self::LOOSE * 6 {
+            Self::Sparse
+        } else if slots < Self::DENSE * 2 {
+            Self::Loose
+        } else {
+            Self::Dense
+        }
     }
 
     /// How many entries a table holds before it grows.
-    const fn most(self, slots: usize) -> usize {
-        match self {
-            Self::Loose => slots / 3 * 2 + slots % 3 * 2 / 3,
+    const fn most(slots: usize) -> usize {
+        match Self::of(slots) {
+            Self::Sparse => slots / 3,
+            Self::Loose => slots / 4 * 3 + slots % 4 * 3 / 4,
             Self::Dense => slots / 8 * 7 + slots % 8 * 7 / 8,
         }
     }
 
-    /// How many a table just grown is made for.
-    const fn least(self, slots: usize) -> usize {
-        match self {
-            Self::Loose => slots / 3,
+    /// How many a table just grown is made for, at least.
+    const fn least(slots: usize) -> usize {
+        match Self::of(slots) {
+            Self::Sparse => slots / 6,
+            Self::Loose => slots / 2,
             Self::Dense => slots / 4 * 3 + slots % 4 * 3 / 4,
         }
     }
 
-    /// The table of which `len` is the [`least`](Self::least).
-    const fn slots(self, len: usize) -> usize {
-        match self {
-            Self::Loose => len * 3,
-            Self::Dense => (len * 4).div_ceil(3),
+    /// The table that `len` entries are moved to.
+    fn slots(len: usize) -> usize {
+        match len {
+            0 => 0,
+            1..Self::LOOSE => (len * 6).max(MIN_SLOTS),
+            Self::LOOSE..Self::DENSE => (len * 2).max(Self::LOOSE * 6),
+            _ => (len * 4).div_ceil(3).max(Self::DENSE * 2),
         }
     }
 }
 
 /// What every look at a key reads comes first, so that it shares a cache line
-/// with the lock before it.
+/// with the lock before it; and with 16 bytes of what is shared, all does.
 #[repr(C)]
 pub(super) struct Shard<T: Entry> {
     /// Linear probing from `home`; never full, so that every probe ends at a
     /// vacant slot. Not allocated while there is no entry.
     slots: Box<[T]>,
     pub(super) shared: T::Shared,
-    len: usize,
+    len: u32,
     /// The next slot to sweep; a pass goes from slot 0 to the last.
-    cursor: usize,
+    cursor: u32,
     /// The least `spent_at` of what this pass has kept and of what came since
     /// it began.
     pass_least: Instant,
     /// No entry is spent before this, as far as the shard was told.
     pub(super) least: Instant,
-    fill: Fill,
 }
 
 /// What a look through a whole shard has found.
@@ -88,7 +104,6 @@ impl<T: Entry> Shard<T> {
     pub(super) fn new(shared: T::Shared) -> Self {
         Self {
             slots: Box::default(),
-            fill: Fill::of(0),
             len: 0,
             cursor: 0,
             pass_least: NEVER,
@@ -98,7 +113,7 @@ impl<T: Entry> Shard<T> {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.len
+        self.len as usize
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -140,12 +155,12 @@ impl<T: Entry> Shard<T> {
     /// Adds an entry whose id is not there yet. Returns its place.
     pub(super) fn add(&mut self, now: Instant, id: SlotId, entry: T) -> (usize, usize) {
         let mut freed = 0;
-        if self.len + 1 > self.fill.most(self.slots.len()) {
+        if self.len() + 1 > Fill::most(self.slots.len()) {
             // Perhaps it was only never swept: the pass that fills a table has
             // looked at each slot once, but not at those spent since.
             freed = self.survey(now).freed;
-            if self.len + 1 > self.fill.least(self.slots.len()) {
-                self.resize(self.len + 1);
+            if self.len() + 1 > Fill::least(self.slots.len()) {
+                self.resize(self.len() + 1);
             }
         }
         self.note(entry.spent_at());
@@ -203,26 +218,26 @@ impl<T: Entry> Shard<T> {
     /// Looks at the next `count` slots of the pass and frees what is spent.
     /// Returns how many that was.
     pub(super) fn sweep(&mut self, now: Instant, count: usize) -> usize {
-        let before = self.len;
+        let before = self.len();
         let now = now.min(LAST);
         // Never one slot twice, in a small table.
         for _ in 0..count.min(self.slots.len()) {
-            if self.cursor >= self.slots.len() {
+            if self.cursor as usize >= self.slots.len() {
                 self.end_pass();
             }
-            let Some(slot) = self.slots.get(self.cursor) else {
+            let Some(slot) = self.slots.get(self.cursor as usize) else {
                 break;
             };
             let spent_at = spent_at(slot);
             if spent_at <= now {
                 // Another entry may have moved here: the cursor stays.
-                self.vacate(self.cursor);
+                self.vacate(self.cursor as usize);
             } else {
                 self.pass_least = self.pass_least.min(spent_at);
                 self.cursor += 1;
             }
         }
-        before - self.len
+        before - self.len()
     }
 
     fn end_pass(&mut self) {
@@ -233,7 +248,7 @@ impl<T: Entry> Shard<T> {
 
     /// Looks through the whole shard at once and frees what is spent.
     pub(super) fn survey(&mut self, now: Instant) -> Survey {
-        let before = self.len;
+        let before = self.len();
         let now = now.min(LAST);
         let mut least: Option<(SlotId, Instant)> = None;
         let mut second = NEVER;
@@ -269,7 +284,7 @@ impl<T: Entry> Shard<T> {
         self.pass_least = NEVER;
         self.least = least.map_or(NEVER, |(_, at)| at);
         Survey {
-            freed: before - self.len,
+            freed: before - self.len(),
             least,
             second,
         }
@@ -290,20 +305,14 @@ impl<T: Entry> Shard<T> {
     }
 
     fn shrink(&mut self) {
-        if self.slots.len() > MIN_SLOTS && self.len < self.slots.len() / 8 {
-            self.resize(self.len);
+        if self.slots.len() > MIN_SLOTS && self.len() < self.slots.len() / 8 {
+            self.resize(self.len());
         }
     }
 
     /// Moves to a table made for `len` entries.
     fn resize(&mut self, len: usize) {
-        self.fill = Fill::of(len);
-        let slots = if len == 0 {
-            0
-        } else {
-            self.fill.slots(len).max(MIN_SLOTS)
-        };
-        let new = (0..slots).map(|_| T::default()).collect();
+        let new = (0..Fill::slots(len)).map(|_| T::default()).collect();
         // In the order of their homes, but for those that went round the end.
         for entry in mem::replace(&mut self.slots, new) {
             if let Some(id) = entry.id() {
@@ -316,7 +325,7 @@ impl<T: Entry> Shard<T> {
 
     /// Forgets everything and gives the memory back.
     pub(super) fn clear(&mut self) -> usize {
-        let gone = self.len;
+        let gone = self.len();
         self.slots = Box::default();
         self.len = 0;
         self.cursor = 0;
@@ -338,7 +347,10 @@ fn spent_at<T: Entry>(slot: &T) -> Instant {
 /// (Lemire's fast range), so that their number need not be a power of two.
 #[inline]
 const fn home(id: SlotId, slots: usize) -> usize {
-    ((id.get() as u128 * slots as u128) >> SlotId::BITS) as usize
+    // Shifted first, while the shard is not locked yet: what is left to do then
+    // is the high half of a product.
+    let id = id.get() << (u64::BITS - SlotId::BITS);
+    ((id as u128 * slots as u128) >> u64::BITS) as usize
 }
 
 #[inline]
