@@ -12,6 +12,10 @@
 #[cfg(feature = "tower")]
 mod ext;
 
+/// Circuit breaking: the crate `buttress-circuit-breaker`.
+#[cfg(feature = "circuit-breaker")]
+pub use buttress_circuit_breaker as circuit_breaker;
+
 /// GCRA rate limiting with `X-RateLimit` headers: the crate
 /// `buttress-rate-limit`.
 #[cfg(feature = "rate-limit")]
@@ -21,7 +25,7 @@ pub use buttress_rate_limit as rate_limit;
 pub use buttress_core::tower_errors;
 pub use buttress_core::{
     Any, BoxError, Head, Http, ProblemResponder, Refusal, RefusalKind, Responder, Sees, View, body,
-    classify, clock, deadline, health, key, keyed, refusal, request, respond,
+    classify, clock, deadline, health, key, keyed, random, refusal, request, respond, retry_after,
 };
 #[cfg(feature = "tower")]
 pub use ext::ServiceBuilderExt;

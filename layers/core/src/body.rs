@@ -7,7 +7,7 @@
 //! what a request holds is not free when its head is.
 
 use std::{
-    fmt,
+    fmt, mem,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -117,7 +117,7 @@ pub enum BodyEnd<'a> {
         /// The trailers.
         trailers: Option<&'a HeaderMap>,
     },
-    /// With an error in its stream.
+    /// With an error in its stream, or a panic in the midst of it.
     Failed,
     /// Dropped before its end: the client went away, or lost interest.
     Dropped,
@@ -129,7 +129,8 @@ pub enum BodyEnd<'a> {
 /// Implemented for closures that take the end and the count of data bytes.
 pub trait BodyGuard {
     /// Called once, with how the body ended and how many bytes of data it had
-    /// handed on.
+    /// handed on. It must not panic: it may be called while the panic of the
+    /// body unwinds, and a second one aborts the process.
     fn ended(self, end: BodyEnd<'_>, bytes: u64);
 }
 
@@ -146,6 +147,8 @@ pin_project! {
     /// the inner body can tell (hyper does not poll again after it), or at once
     /// where there is nothing to send. A body that hyper drops unpolled (the
     /// answer to HEAD, a 204 or 304) counts as dropped unless it was empty.
+    /// One whose `poll_frame` panics has failed; what is dropped by a panic
+    /// elsewhere was dropped.
     pub struct GuardedBody<B, G: BodyGuard>
     {
         #[pin]
@@ -185,6 +188,20 @@ impl<B: Body, G: BodyGuard> GuardedBody<B, G> {
     }
 }
 
+/// Tells the guard if it is dropped, which only a panic does.
+struct OnPanic<'a, G: BodyGuard> {
+    guard: &'a mut Option<G>,
+    bytes: u64,
+}
+
+impl<G: BodyGuard> Drop for OnPanic<'_, G> {
+    fn drop(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.ended(BodyEnd::Failed, self.bytes);
+        }
+    }
+}
+
 impl<B: fmt::Debug, G: BodyGuard> fmt::Debug for GuardedBody<B, G> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GuardedBody")
@@ -203,7 +220,13 @@ impl<B: Body, G: BodyGuard> Body for GuardedBody<B, G> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         let mut this = self.project();
-        let frame = ready!(this.body.as_mut().poll_frame(cx));
+        let on_panic = OnPanic {
+            guard: &mut *this.guard,
+            bytes: *this.bytes,
+        };
+        let polled = this.body.as_mut().poll_frame(cx);
+        mem::forget(on_panic);
+        let frame = ready!(polled);
         let mut finish = |end: BodyEnd<'_>, bytes| {
             if let Some(guard) = this.guard.take() {
                 guard.ended(end, bytes);

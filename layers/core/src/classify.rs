@@ -4,17 +4,26 @@
 //! ask a [`Classify`], which sees a result twice: its head, as soon as there
 //! is one, and its end, once the body is over. A failure in the head is final.
 //! A success is provisional until the end, where a gRPC call first tells how
-//! it went and a body may still break.
+//! it went and a body may still break; unless [`expects`](Classify::expects)
+//! says that the end has [`Nothing`](Expect::Nothing) to tell.
 //!
 //! ```text
 //! Err(error) ───────────────▶ classify ─▶ Failure, for good
 //! Ok(head) ─▶ classify ─┬───▶ Failure or Ignored, for good
-//!                       └───▶ Success, so far
-//!                                │ body
-//!                                ├─ complete ─▶ classify_end(trailers)
-//!                                ├─ error ────▶ Failure
-//!                                └─ dropped ──▶ Ignored
+//!                       └───▶ Success ─▶ expects ─┬─ Nothing ─▶ Success, for good
+//!                                                 └─ anything else: so far
+//!                                                      │ body
+//!                                                      ├─ complete ─▶ classify_end(trailers)
+//!                                                      ├─ error ────▶ Failure
+//!                                                      └─ dropped ──▶ Ignored
 //! ```
+//!
+//! `Nothing` is for what lasts: a connection that was upgraded (101 Switching
+//! Protocols) and, where [`HttpClassifier::streaming`] names their types,
+//! streams of events. They succeeded when they began, and a call that goes on
+//! for hours must not keep a verdict waiting. What breaks off later is then no
+//! failure. The 2xx answer to a CONNECT is such a case too, but no response
+//! tells what it answers: who sends CONNECT wraps the classifier.
 //!
 //! | | for |
 //! |---|---|
@@ -47,6 +56,14 @@ use http::{HeaderMap, Response, StatusCode, header::CONTENT_TYPE};
 
 use crate::{body::BodyEnd, respond::GRPC_STATUS};
 
+mod intern;
+mod status;
+mod streaming;
+
+pub use status::StatusClassifier;
+
+use streaming::StreamingTypes;
+
 /// What a result says about the service that gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
@@ -68,6 +85,9 @@ pub enum Expect {
     End,
     /// Trailers with a `grpc-status`.
     GrpcStatus,
+    /// Nothing at all: the head was final, and what breaks off later is no
+    /// failure. Who holds a verdict back for the end of the body gives it now.
+    Nothing,
 }
 
 /// Judges results.
@@ -99,12 +119,15 @@ pub trait Classify<Res, Err> {
 
     /// The verdict on a body however it ended. An error in its stream is a
     /// failure. One that was dropped early decides nothing: its reader lost
-    /// interest, and that is no news of the service.
+    /// interest, and that is no news of the service. Where
+    /// [`Nothing`](Expect::Nothing) was expected, the head's success stands
+    /// whatever the end.
     fn classify_body(&self, expected: Expect, end: BodyEnd<'_>) -> Verdict {
-        match end {
-            BodyEnd::Complete { trailers } => self.classify_end(expected, trailers),
-            BodyEnd::Failed => Verdict::Failure,
-            BodyEnd::Dropped => Verdict::Ignored,
+        match (expected, end) {
+            (Expect::Nothing, _) => Verdict::Success,
+            (_, BodyEnd::Complete { trailers }) => self.classify_end(expected, trailers),
+            (_, BodyEnd::Failed) => Verdict::Failure,
+            (_, BodyEnd::Dropped) => Verdict::Ignored,
         }
     }
 }
@@ -136,95 +159,6 @@ where
 
     fn classify_body(&self, expected: Expect, end: BodyEnd<'_>) -> Verdict {
         (**self).classify_body(expected, end)
-    }
-}
-
-/// HTTP by its status: 5xx are failures, unless told otherwise.
-///
-/// Errors are failures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StatusClassifier {
-    failures: StatusSet,
-    ignored: StatusSet,
-}
-
-impl StatusClassifier {
-    /// 500 to 599 are failures, nothing is ignored.
-    #[must_use]
-    pub fn new() -> Self {
-        Self {
-            failures: (500..600)
-                .filter_map(|status| StatusCode::from_u16(status).ok())
-                .collect(),
-            ignored: StatusSet::default(),
-        }
-    }
-
-    /// Replaces the statuses that are failures.
-    #[must_use]
-    pub fn failures(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
-        self.failures = statuses.into_iter().collect();
-        self
-    }
-
-    /// Replaces the statuses that count as nothing, even if they are among the
-    /// failures.
-    #[must_use]
-    pub fn ignored(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
-        self.ignored = statuses.into_iter().collect();
-        self
-    }
-
-    fn status(&self, status: StatusCode) -> Verdict {
-        if self.ignored.contains(status) {
-            Verdict::Ignored
-        } else if self.failures.contains(status) {
-            Verdict::Failure
-        } else {
-            Verdict::Success
-        }
-    }
-}
-
-impl Default for StatusClassifier {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl<B, E> Classify<Response<B>, E> for StatusClassifier {
-    fn classify(&self, result: Result<&Response<B>, &E>) -> Verdict {
-        match result {
-            Ok(response) => self.status(response.status()),
-            Err(_) => Verdict::Failure,
-        }
-    }
-}
-
-/// One bit for each of 100 to 999, which is all that a status can be.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct StatusSet([u64; 15]);
-
-impl StatusSet {
-    fn place(status: StatusCode) -> (usize, u64) {
-        let index = usize::from(status.as_u16() - 100);
-        (index / 64, 1 << (index % 64))
-    }
-
-    fn contains(&self, status: StatusCode) -> bool {
-        let (word, bit) = Self::place(status);
-        self.0[word] & bit != 0
-    }
-}
-
-impl FromIterator<StatusCode> for StatusSet {
-    fn from_iter<I: IntoIterator<Item = StatusCode>>(statuses: I) -> Self {
-        let mut set = Self::default();
-        for status in statuses {
-            let (word, bit) = Self::place(status);
-            set.0[word] |= bit;
-        }
-        set
     }
 }
 
@@ -373,10 +307,10 @@ impl GrpcClassifier {
         }
     }
 
-    fn tail<B>(response: &Response<B>) -> Expect {
+    fn tail<B>(response: &Response<B>, content: Content) -> Expect {
         let told = response.headers().contains_key(GRPC_STATUS)
             || response.status() != StatusCode::OK
-            || content(response) == Content::GrpcWeb;
+            || content == Content::GrpcWeb;
         if told {
             Expect::End
         } else {
@@ -386,9 +320,9 @@ impl GrpcClassifier {
 
     fn end(self, expected: Expect, trailers: Option<&HeaderMap>) -> Verdict {
         match (trailers.and_then(GrpcCode::of), expected) {
-            (Some(code), _) => self.code(code),
+            (_, Expect::Nothing) | (None, Expect::End) => Verdict::Success,
             (None, Expect::GrpcStatus) => Verdict::Failure,
-            (None, Expect::End) => Verdict::Success,
+            (Some(code), _) => self.code(code),
         }
     }
 }
@@ -408,7 +342,10 @@ impl<B, E> Classify<Response<B>, E> for GrpcClassifier {
     }
 
     fn expects(&self, response: &Response<B>) -> Expect {
-        Self::tail(response)
+        if upgraded(response) {
+            return Expect::Nothing;
+        }
+        Self::tail(response, content(content_type(response)))
     }
 
     fn classify_end(&self, expected: Expect, trailers: Option<&HeaderMap>) -> Verdict {
@@ -425,10 +362,13 @@ fn bits(codes: impl IntoIterator<Item = GrpcCode>) -> u32 {
 ///
 /// The response's content-type and not the request's: a gateway's HTML 502 in
 /// answer to a gRPC call is judged by its status.
+///
+/// Three words: as cheap to copy into every call as a reference.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HttpClassifier {
     status: StatusClassifier,
     grpc: GrpcClassifier,
+    streaming: StreamingTypes,
 }
 
 impl HttpClassifier {
@@ -451,12 +391,40 @@ impl HttpClassifier {
         self.grpc = grpc;
         self
     }
+
+    /// Replaces the content types whose bodies are final at the head:
+    /// `text/event-stream`, say. Default: none.
+    ///
+    /// They are compared without regard to case, and without what follows a
+    /// `;` on either side. For these responses a success is one as soon as
+    /// its head is there ([`Expect::Nothing`]): a stream that breaks off later
+    /// is then no failure. A gRPC type named here hides the status in its
+    /// trailers.
+    ///
+    /// Each distinct set of types is kept for the life of the process, once.
+    ///
+    /// ```
+    /// # use buttress_core::classify::{Classify, Expect, HttpClassifier};
+    /// # use http::Response;
+    /// let classifier = HttpClassifier::new().streaming(["text/event-stream"]);
+    /// let response = Response::builder()
+    ///     .header("content-type", "text/event-stream; charset=utf-8")
+    ///     .body(())
+    ///     .unwrap();
+    /// let expected = Classify::<_, ()>::expects(&classifier, &response);
+    /// assert_eq!(expected, Expect::Nothing);
+    /// ```
+    #[must_use]
+    pub fn streaming(mut self, types: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        self.streaming = StreamingTypes::new(types);
+        self
+    }
 }
 
 impl<B, E> Classify<Response<B>, E> for HttpClassifier {
     fn classify(&self, result: Result<&Response<B>, &E>) -> Verdict {
         match result {
-            Ok(response) if content(response) == Content::Other => {
+            Ok(response) if content(content_type(response)) == Content::Other => {
                 self.status.status(response.status())
             }
             Ok(response) => self.grpc.head(response),
@@ -465,18 +433,32 @@ impl<B, E> Classify<Response<B>, E> for HttpClassifier {
     }
 
     fn expects(&self, response: &Response<B>) -> Expect {
-        match content(response) {
+        let content_type = content_type(response);
+        if upgraded(response) || self.streaming.has(content_type) {
+            return Expect::Nothing;
+        }
+        match content(content_type) {
             Content::Other => Expect::End,
-            _ => GrpcClassifier::tail(response),
+            grpc => GrpcClassifier::tail(response, grpc),
         }
     }
 
     fn classify_end(&self, expected: Expect, trailers: Option<&HeaderMap>) -> Verdict {
         match expected {
             Expect::GrpcStatus => self.grpc.end(expected, trailers),
-            Expect::End => Verdict::Success,
+            Expect::End | Expect::Nothing => Verdict::Success,
         }
     }
+}
+
+/// Whether HTTP is over on this connection: what follows is another protocol's.
+fn upgraded<B>(response: &Response<B>) -> bool {
+    response.status() == StatusCode::SWITCHING_PROTOCOLS
+}
+
+fn content_type<B>(response: &Response<B>) -> Option<&[u8]> {
+    let value = response.headers().get(CONTENT_TYPE)?;
+    Some(value.as_bytes())
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -488,12 +470,8 @@ enum Content {
 
 /// By the content-type: `application/grpc`, then nothing, `+` or `;`. What
 /// goes on with `-web` keeps its trailers in the body.
-fn content<B>(response: &Response<B>) -> Content {
-    let Some((start, rest)) = response
-        .headers()
-        .get(CONTENT_TYPE)
-        .and_then(|value| value.as_bytes().split_at_checked(16))
-    else {
+fn content(content_type: Option<&[u8]>) -> Content {
+    let Some((start, rest)) = content_type.and_then(|value| value.split_at_checked(16)) else {
         return Content::Other;
     };
     if !start.eq_ignore_ascii_case(b"application/grpc") {
@@ -507,202 +485,4 @@ fn content<B>(response: &Response<B>) -> Content {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::convert::Infallible;
-
-    use super::*;
-    use Verdict::{Failure, Ignored, Success};
-
-    type Head = Result<Response<()>, &'static str>;
-
-    fn http(status: u16) -> Head {
-        Ok(Response::builder().status(status).body(()).unwrap())
-    }
-
-    fn grpc(content_type: &str, status: Option<&str>) -> Head {
-        let mut response = Response::builder().header("content-type", content_type);
-        if let Some(status) = status {
-            response = response.header("grpc-status", status);
-        }
-        Ok(response.body(()).unwrap())
-    }
-
-    fn trailers(status: &str) -> HeaderMap {
-        let mut trailers = HeaderMap::new();
-        trailers.insert(GRPC_STATUS, status.parse().unwrap());
-        trailers
-    }
-
-    /// The head's verdict, and if it was a success, that of an end with these
-    /// trailers.
-    fn judge(
-        classifier: &impl Classify<Response<()>, &'static str>,
-        head: &Head,
-        trailers: Option<&HeaderMap>,
-    ) -> (Verdict, Option<Verdict>) {
-        let verdict = classifier.classify(head.as_ref());
-        let end = (verdict == Success)
-            .then(|| classifier.expects(head.as_ref().unwrap()))
-            .map(|expected| classifier.classify_body(expected, BodyEnd::Complete { trailers }));
-        (verdict, end)
-    }
-
-    #[test]
-    fn server_errors_are_failures_and_every_status_has_its_bit() {
-        let classifier = StatusClassifier::new();
-        for status in 100..1000 {
-            let expected = if (500..600).contains(&status) {
-                Failure
-            } else {
-                Success
-            };
-            let verdict = classifier.classify(http(status).as_ref());
-            assert_eq!(verdict, expected, "{status}");
-        }
-        assert_eq!(classifier.classify(Err::<&Response<()>, _>(&"io")), Failure);
-    }
-
-    #[test]
-    fn statuses_are_configured() {
-        let classifier = StatusClassifier::new()
-            .failures([StatusCode::BAD_GATEWAY, StatusCode::TOO_MANY_REQUESTS])
-            .ignored([StatusCode::BAD_GATEWAY]);
-        assert_eq!(judge(&classifier, &http(429), None).0, Failure);
-        assert_eq!(judge(&classifier, &http(500), None).0, Success);
-        assert_eq!(judge(&classifier, &http(502), None).0, Ignored);
-    }
-
-    #[test]
-    fn grpc_codes_and_their_defaults() {
-        let failures = [2, 4, 13, 14, 15];
-        for (number, code) in GrpcCode::ALL.into_iter().enumerate() {
-            assert_eq!(code as usize, number);
-            let expected = match number {
-                1 => Ignored,
-                n if failures.contains(&n) => Failure,
-                _ => Success,
-            };
-            let text = number.to_string();
-            let head = grpc("application/grpc", Some(&text));
-            let verdict = judge(&HttpClassifier::new(), &head, None);
-            assert_eq!(verdict.0, expected, "{number} in the headers");
-            let head = grpc("application/grpc+proto", None);
-            let verdict = judge(&HttpClassifier::new(), &head, Some(&trailers(&text)));
-            assert_eq!(verdict, (Success, Some(expected)), "{number} in trailers");
-        }
-    }
-
-    #[test]
-    fn nonsense_for_a_status_is_unknown() {
-        for text in ["", "x", "17", "-1", "99999999999999999999999"] {
-            assert_eq!(
-                GrpcCode::of(&trailers(text)),
-                Some(GrpcCode::Unknown),
-                "{text}"
-            );
-        }
-        assert_eq!(GrpcCode::of(&HeaderMap::new()), None);
-    }
-
-    #[test]
-    fn trailers_only_is_final_at_the_head() {
-        // What said OK in its head has no trailers to miss.
-        let head = grpc("application/grpc", Some("0"));
-        assert_eq!(
-            judge(&HttpClassifier::new(), &head, None),
-            (Success, Some(Success))
-        );
-        assert_eq!(
-            judge(&GrpcClassifier::new(), &head, None),
-            (Success, Some(Success))
-        );
-    }
-
-    #[test]
-    fn grpc_without_its_trailers_was_cut_short() {
-        let empty = HeaderMap::new();
-        for content_type in ["application/grpc", "application/grpc;x=1"] {
-            let head = grpc(content_type, None);
-            for trailers in [None, Some(&empty)] {
-                let verdict = judge(&HttpClassifier::new(), &head, trailers);
-                assert_eq!(verdict, (Success, Some(Failure)));
-            }
-        }
-        // Without the content-type only the gRPC classifier expects trailers.
-        assert_eq!(
-            judge(&GrpcClassifier::new(), &http(200), None).1,
-            Some(Failure)
-        );
-        assert_eq!(
-            judge(&HttpClassifier::new(), &http(200), None).1,
-            Some(Success)
-        );
-    }
-
-    #[test]
-    fn grpc_web_has_its_trailers_in_the_body() {
-        let head = grpc("application/grpc-web+proto", None);
-        assert_eq!(judge(&HttpClassifier::new(), &head, None).1, Some(Success));
-        assert_eq!(judge(&GrpcClassifier::new(), &head, None).1, Some(Success));
-        let head = grpc("application/grpc-web", Some("14"));
-        assert_eq!(judge(&HttpClassifier::new(), &head, None).0, Failure);
-    }
-
-    #[test]
-    fn plain_http_may_have_any_trailers() {
-        for content_type in ["text/plain", "application/grpcx"] {
-            let head = grpc(content_type, None);
-            let verdict = judge(&HttpClassifier::new(), &head, Some(&trailers("14")));
-            assert_eq!(verdict, (Success, Some(Success)));
-        }
-    }
-
-    #[test]
-    fn an_http_status_stands_in_for_a_missing_grpc_one() {
-        let classifier = GrpcClassifier::new();
-        for (status, expected) in [
-            (400, Failure),
-            (401, Success),
-            (404, Success),
-            (429, Failure),
-            (503, Failure),
-            (500, Failure),
-        ] {
-            assert_eq!(judge(&classifier, &http(status), None).0, expected);
-        }
-        // And then there are no trailers to wait for.
-        assert_eq!(
-            judge(&classifier, &http(404), None),
-            (Success, Some(Success))
-        );
-    }
-
-    #[test]
-    fn bodies_that_break_fail_and_those_that_are_dropped_say_nothing() {
-        let classifier = |result: Result<&Response<()>, &Infallible>| match result {
-            Ok(_) => Success,
-            Err(never) => match *never {},
-        };
-        let end = |end| Classify::classify_body(&classifier, Expect::End, end);
-        assert_eq!(end(BodyEnd::Complete { trailers: None }), Success);
-        assert_eq!(end(BodyEnd::Failed), Failure);
-        assert_eq!(end(BodyEnd::Dropped), Ignored);
-    }
-
-    #[test]
-    fn closures_and_shared_ones_judge_too() {
-        let over_two = |result: Result<&u32, &()>| match result {
-            Ok(0..=2) => Success,
-            Ok(_) => Failure,
-            Err(()) => Ignored,
-        };
-        let shared: Arc<dyn Classify<u32, ()>> = Arc::new(over_two);
-        assert_eq!(shared.classify(Ok(&2)), Success);
-        assert_eq!(shared.classify(Ok(&3)), Failure);
-        assert_eq!(shared.classify(Err(&())), Ignored);
-
-        let shared = Arc::new(GrpcClassifier::new());
-        let head = grpc("application/grpc", None);
-        assert_eq!(judge(&shared, &head, None), (Success, Some(Failure)));
-    }
-}
+mod tests;

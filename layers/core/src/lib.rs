@@ -8,9 +8,11 @@ pub mod deadline;
 pub mod health;
 pub mod key;
 pub mod keyed;
+pub mod random;
 pub mod refusal;
 pub mod request;
 pub mod respond;
+pub mod retry_after;
 pub mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -3,8 +3,8 @@
 //! A [`Refusal`] is made by the layer that refuses, and then becomes either an
 //! HTTP response, through a [`Responder`](crate::Responder), or an error: it
 //! implements [`std::error::Error`], so that a service without HTTP (or a
-//! client) finds it again with
-//! `error.downcast_ref::<Refusal>()`.
+//! client) finds it again with [`Refusal::find`], however the layers between
+//! wrapped it.
 
 use std::{borrow::Cow, fmt, time::Duration};
 
@@ -162,6 +162,9 @@ pub struct Refusal {
     kind: RefusalKind,
     retry_after: Option<Duration>,
     reason: Option<&'static str>,
+    // Not with the rest: an open breaker names itself on every refusal, and
+    // must not allocate for it.
+    origin: Option<Cow<'static, str>>,
     // Rare, so one word for all of it: a refusal stays small.
     extra: Option<Box<Extra>>,
 }
@@ -181,6 +184,7 @@ impl Refusal {
             kind,
             retry_after: None,
             reason: None,
+            origin: None,
             extra: None,
         }
     }
@@ -219,6 +223,25 @@ impl Refusal {
     pub fn with_member(mut self, name: &'static str, value: impl Into<serde_json::Value>) -> Self {
         self.extra().members.push((name, value.into()));
         self
+    }
+
+    /// Names the instance that refused (a breaker's name, say), for the logs
+    /// of this side: it shows in `Debug`, and is never sent to the client.
+    #[must_use]
+    pub fn with_origin(mut self, origin: impl Into<Cow<'static, str>>) -> Self {
+        self.origin = Some(origin.into());
+        self
+    }
+
+    /// The refusal that `error` is, or else the first in the chain of its
+    /// [`source`](std::error::Error::source)s, of which 32 are looked at.
+    ///
+    /// For a [`BoxError`](crate::BoxError), give `&*error`.
+    #[must_use]
+    pub fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a Self> {
+        std::iter::successors(Some(error), |error| error.source())
+            .take(1 + 32)
+            .find_map(|error| error.downcast_ref())
     }
 
     fn extra(&mut self) -> &mut Extra {
@@ -264,6 +287,12 @@ impl Refusal {
         self.reason.unwrap_or_else(|| self.kind.reason())
     }
 
+    /// The instance that refused, if it has a name.
+    #[must_use]
+    pub fn origin(&self) -> Option<&str> {
+        self.origin.as_deref()
+    }
+
     /// A sentence for people.
     #[must_use]
     pub fn detail(&self) -> &str {
@@ -280,7 +309,7 @@ impl Refusal {
             .flat_map(|extra| extra.members.iter().map(|(name, value)| (*name, value)))
     }
 
-    /// Whether the document of its kind says it all.
+    /// Whether the document of its kind says all that a client is told.
     pub(crate) const fn is_plain(&self) -> bool {
         self.extra.is_none() && self.reason.is_none()
     }
@@ -288,8 +317,12 @@ impl Refusal {
 
 impl fmt::Debug for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Refusal")
-            .field("kind", &self.kind)
+        let mut debug = f.debug_struct("Refusal");
+        debug.field("kind", &self.kind);
+        if let Some(origin) = self.origin() {
+            debug.field("origin", &origin);
+        }
+        debug
             .field("retry_after", &self.retry_after)
             .field("detail", &self.detail())
             .finish_non_exhaustive()
@@ -317,10 +350,11 @@ impl From<RefusalKind> for Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Head, ProblemResponder, Responder};
 
     #[test]
     fn it_is_small_and_found_again() {
-        assert!(size_of::<Refusal>() <= 48);
+        assert!(size_of::<Refusal>() <= 72);
         let error: crate::BoxError = Refusal::new(RefusalKind::RateLimited)
             .with_retry_after(Duration::from_millis(1500))
             .into();
@@ -345,6 +379,65 @@ mod tests {
         assert_eq!(secs(Duration::from_secs(1)), 1);
         assert_eq!(secs(Duration::from_nanos(1_000_000_001)), 2);
         assert_eq!(secs(Duration::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn its_origin_is_for_logs_alone() {
+        let plain = Refusal::new(RefusalKind::CircuitOpen);
+        assert_eq!(plain.origin(), None);
+        let named = plain.clone().with_origin("billing");
+        assert_eq!(named.origin(), Some("billing"));
+        assert_eq!(named, plain.clone().with_origin("billing".to_owned()));
+        assert!(format!("{named:?}").contains("origin: \"billing\""));
+        assert!(!format!("{plain:?}").contains("origin"));
+
+        // And the document stays the one that costs no allocation.
+        assert!(named.is_plain());
+        assert_eq!(named.to_string(), plain.to_string());
+        let request = http::Request::new(());
+        for refusal in [named.clone(), named.with_detail("not now")] {
+            let response = ProblemResponder.respond(&refusal, Head::from(&request));
+            assert!(!format!("{response:?}").contains("billing"));
+        }
+    }
+
+    /// An error that was caused by another, or by itself.
+    #[derive(Debug)]
+    struct Wrapped(Option<crate::BoxError>);
+
+    impl fmt::Display for Wrapped {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("wrapped")
+        }
+    }
+
+    impl std::error::Error for Wrapped {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            match &self.0 {
+                Some(cause) => Some(&**cause),
+                None => Some(self),
+            }
+        }
+    }
+
+    fn wrapped(cause: impl Into<crate::BoxError>, times: usize) -> crate::BoxError {
+        (0..times).fold(cause.into(), |cause, _| Wrapped(Some(cause)).into())
+    }
+
+    #[test]
+    fn it_is_found_wherever_it_is_wrapped() {
+        let refusal = Refusal::new(RefusalKind::CircuitOpen);
+        for times in [0, 1, 2, 32] {
+            let error = wrapped(refusal.clone(), times);
+            assert_eq!(Refusal::find(&*error), Some(&refusal), "{times}");
+        }
+        let inner = refusal.clone().with_origin("inner");
+        let error = wrapped(inner.clone(), 3);
+        assert_eq!(Refusal::find(&*error), Some(&inner));
+        assert_eq!(Refusal::find(&*wrapped("io", 3)), None);
+        // Not for ever.
+        assert_eq!(Refusal::find(&*wrapped(refusal, 33)), None);
+        assert_eq!(Refusal::find(&Wrapped(None)), None);
     }
 
     #[test]

@@ -2,6 +2,7 @@ use std::{
     cell::RefCell,
     collections::VecDeque,
     convert::Infallible,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     rc::Rc,
     task::{Context, Poll, Waker},
 };
@@ -90,6 +91,102 @@ fn the_last_frame_ends_a_body_that_can_tell() {
     let mut cx = Context::from_waker(Waker::noop());
     assert!(body.as_mut().poll_frame(&mut cx).is_ready());
     assert_eq!(log.borrow().as_slice(), [("complete".to_owned(), 3)]);
+}
+
+/// Two bytes, then a panic.
+struct Panics(bool);
+
+impl Body for Panics {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if std::mem::replace(&mut self.0, true) {
+            // Without the hook's noise.
+            resume_unwind(Box::new("in poll_frame"));
+        }
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"ab")))))
+    }
+}
+
+#[test]
+fn a_panic_in_the_body_is_its_failure() {
+    let log = Log::default();
+    let mut body = Box::pin(GuardedBody::new(Panics(false), guard(&log)));
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(body.as_mut().poll_frame(&mut cx).is_ready());
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        let _ = body.as_mut().poll_frame(&mut cx);
+    }));
+    assert!(panicked.is_err());
+    // At once, and not again when what is left of it is dropped.
+    assert_eq!(log.borrow().as_slice(), [("failed".to_owned(), 2)]);
+    drop(body);
+    assert_eq!(log.borrow().len(), 1);
+}
+
+#[test]
+fn a_panic_elsewhere_drops_the_body() {
+    let log = Log::default();
+    let mut body = Box::pin(GuardedBody::new(Panics(false), guard(&log)));
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(body.as_mut().poll_frame(&mut cx).is_ready());
+    let panicked = catch_unwind(AssertUnwindSafe(move || {
+        let _held = body;
+        resume_unwind(Box::new("in its reader"));
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(log.borrow().as_slice(), [("dropped".to_owned(), 2)]);
+}
+
+/// Reads one frame of a body while something else unwinds.
+struct ReadsInDrop<B: Body + Unpin>(B);
+
+impl<B: Body + Unpin> Drop for ReadsInDrop<B> {
+    fn drop(&mut self) {
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(Pin::new(&mut self.0).poll_frame(&mut cx).is_ready());
+    }
+}
+
+#[test]
+fn a_frame_read_while_something_else_unwinds_is_no_failure() {
+    let log = Log::default();
+    let body = GuardedBody::new(Panics(false), guard(&log));
+    let panicked = catch_unwind(AssertUnwindSafe(move || {
+        let _reads = ReadsInDrop(body);
+        resume_unwind(Box::new("elsewhere"));
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(log.borrow().as_slice(), [("dropped".to_owned(), 2)]);
+}
+
+#[test]
+fn waiting_for_a_frame_tells_nothing() {
+    struct Waits;
+
+    impl Body for Waits {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Pending
+        }
+    }
+
+    let log = Log::default();
+    let mut body = GuardedBody::new(Waits, guard(&log));
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(Pin::new(&mut body).poll_frame(&mut cx).is_pending());
+    assert!(log.borrow().is_empty());
+    drop(body);
+    assert_eq!(log.borrow().as_slice(), [("dropped".to_owned(), 0)]);
 }
 
 #[tokio::test]

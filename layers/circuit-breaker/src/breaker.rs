@@ -1,0 +1,454 @@
+//! One breaker, as one holds it in the hand.
+
+use std::{
+    fmt,
+    future::{Future, poll_fn},
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use buttress_core::{
+    classify::Verdict,
+    clock::{self, Instant},
+    health::{Health, HealthSource},
+    random::{Random, SharedRandom},
+};
+
+use crate::{
+    Cause, CircuitOpen, ConfigError, Error, Event, Permit, Settings, State, TransitionError,
+    cell::{Lease, Observer, Outlook, Rejection},
+    error::Problem,
+    event::Listener,
+    metrics::Metrics,
+};
+
+/// A circuit breaker: a cheap handle, whose clones are all the same breaker.
+///
+/// The [layer](crate::CircuitBreakerLayer) has one inside. By itself it
+/// protects any fallible future:
+///
+/// ```
+/// use buttress_circuit_breaker::{Breaker, Error, Settings, State};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let breaker = Breaker::builder("geocoder")
+///     .settings(Settings::aggressive())
+///     .build()?;
+/// for _ in 0..3 {
+///     let result = breaker.call(async || Err::<(), _>("no route to host")).await;
+///     assert!(matches!(result, Err(Error::Inner("no route to host"))));
+/// }
+/// assert_eq!(breaker.state(), State::Open);
+///
+/// // Open: the closure is not even called.
+/// let error = breaker.call(async || Ok::<_, &str>(())).await.unwrap_err();
+/// assert!(error.open().unwrap().retry_after().unwrap().as_secs() < 10);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Breaker(Arc<Owner>);
+
+/// Has the cell, and gives it back when the last handle is gone.
+struct Owner {
+    lease: Lease,
+    observer: Arc<Observer>,
+    settings: Mutex<Settings>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.lease.give_back();
+    }
+}
+
+/// Makes a [`Breaker`].
+pub struct BreakerBuilder {
+    pub(crate) name: Arc<str>,
+    settings: Settings,
+    listeners: Vec<Listener>,
+    random: SharedRandom,
+}
+
+impl BreakerBuilder {
+    /// When it opens, for how long, and what closes it. Default:
+    /// [`Settings::moderate`].
+    #[must_use]
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// Has `listener` called with the breaker's name for every [`Event`], in
+    /// the thread where it happens, outside of every lock. It should be quick,
+    /// and must not panic. Several may listen.
+    #[must_use]
+    pub fn on_event(mut self, listener: impl Fn(&str, &Event) + Send + Sync + 'static) -> Self {
+        self.listeners.push(Box::new(listener));
+        self
+    }
+
+    /// Where the jitter of [`ReopenBackoff`](crate::ReopenBackoff) comes from.
+    #[must_use]
+    pub fn random(mut self, random: impl Random) -> Self {
+        self.random = SharedRandom::new(random);
+        self
+    }
+
+    /// Makes the breaker, closed.
+    ///
+    /// # Errors
+    ///
+    /// Settings that make no sense, or a name that is not 1 to 128 printable
+    /// ASCII characters.
+    pub fn build(self) -> Result<Breaker, ConfigError> {
+        let Self {
+            name,
+            settings,
+            listeners,
+            random,
+        } = self;
+        let printable = name
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() || byte == b' ');
+        if name.is_empty() || name.len() > 128 || !printable {
+            return Err(Problem::Name.into());
+        }
+        let plan = settings.plan()?;
+        let observer = Arc::new(Observer {
+            metrics: Metrics::new(&name),
+            listeners: listeners.into_boxed_slice(),
+            name,
+        });
+        let lease = Lease::take(Arc::clone(&observer), plan, random, clock::now());
+        Ok(Breaker(Arc::new(Owner {
+            lease,
+            observer,
+            settings: Mutex::new(settings),
+        })))
+    }
+}
+
+impl fmt::Debug for BreakerBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BreakerBuilder")
+            .field("name", &self.name)
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A breaker at one moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Status {
+    /// Whether calls pass, and why.
+    pub state: State,
+    /// The number of the generation: one more with every change.
+    pub generation: u32,
+    /// Since when it is in this state.
+    pub since: Instant,
+    /// When the next probe may pass: where it is open.
+    pub next_probe: Option<Instant>,
+    /// Failures in a row, where they are a rule; otherwise those in the
+    /// window; half-open, those of the probes.
+    pub failures: u64,
+    /// Calls in the window.
+    pub calls: u64,
+    /// Those of them that failed.
+    pub failed: u64,
+    /// Those of them that were slow.
+    pub slow: u64,
+    /// Probes in flight.
+    pub probes_in_flight: u8,
+    /// Probes that have succeeded in this half-open.
+    pub probes_succeeded: u8,
+}
+
+impl Breaker {
+    /// Starts a breaker of this name: for logs, metrics and listeners.
+    pub fn builder(name: impl Into<Arc<str>>) -> BreakerBuilder {
+        BreakerBuilder {
+            name: name.into(),
+            settings: Settings::new(),
+            listeners: Vec::new(),
+            random: SharedRandom::default(),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &Arc<str> {
+        &self.0.observer.name
+    }
+
+    /// Asks for leave to call.
+    ///
+    /// # Errors
+    ///
+    /// [`CircuitOpen`] if it is open, or if half-open has all its probes under
+    /// way.
+    #[inline]
+    pub fn try_acquire(&self) -> Result<Permit, CircuitOpen> {
+        let Owner {
+            lease, observer, ..
+        } = &*self.0;
+        match lease.cell.admit(clock::now) {
+            Ok(ticket) => {
+                let observer = ticket.observed.then(|| {
+                    observer.tell(&Event::Call);
+                    Arc::clone(observer)
+                });
+                Ok(Permit::new(lease.cell, ticket, observer))
+            }
+            Err(rejection) => Err(self.rejected(rejection)),
+        }
+    }
+
+    #[inline]
+    fn rejected(&self, rejection: Rejection) -> CircuitOpen {
+        let Rejection {
+            reason,
+            retry_after,
+        } = rejection;
+        let Owner {
+            lease, observer, ..
+        } = &*self.0;
+        if observer.hears_calls() {
+            observer.tell(&Event::Rejected(reason));
+        }
+        CircuitOpen::of(*lease, reason, retry_after)
+    }
+
+    /// Calls `f` if the breaker lets it: an `Err` is a failure, an `Ok` a
+    /// success.
+    ///
+    /// Dropping the future gives the call up: see [`Permit`]. A panic is a
+    /// failure.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`] if the breaker does not let it pass; `f` is not called
+    /// then. Otherwise what `f` failed with.
+    pub async fn call<F, Fut, T, E>(&self, f: F) -> Result<T, Error<E>>
+    where
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<T, E>>,
+    {
+        let judge = |result: &Result<T, E>| match result {
+            Ok(_) => Verdict::Success,
+            Err(_) => Verdict::Failure,
+        };
+        self.call_judged(judge, f).await
+    }
+
+    /// The same, where `judge` says what its result means.
+    ///
+    /// # Errors
+    ///
+    /// As [`call`](Self::call).
+    pub async fn call_judged<J, F, Fut, T, E>(&self, judge: J, f: F) -> Result<T, Error<E>>
+    where
+        J: FnOnce(&Result<T, E>) -> Verdict,
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<T, E>>,
+    {
+        let mut permit = Some(self.try_acquire()?);
+        let future = Permit::during(&mut permit, f);
+        let mut future = pin!(future);
+        let result = poll_fn(|cx| Permit::during(&mut permit, || future.as_mut().poll(cx))).await;
+        let verdict = Permit::during(&mut permit, || judge(&result));
+        if let Some(permit) = permit {
+            permit.record(verdict);
+        }
+        result.map_err(Error::Inner)
+    }
+
+    /// Whether calls pass, and why.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.0.lease.cell.state()
+    }
+
+    /// All there is to know.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let view = self.0.lease.cell.view(clock::now());
+        Status {
+            state: view.state,
+            generation: view.generation,
+            since: view.since,
+            next_probe: view.until.filter(|_| view.state == State::Open),
+            failures: match view.state {
+                State::HalfOpen => view.probes.failed.into(),
+                _ if view.in_a_row > 0 => view.in_a_row.into(),
+                _ => view.sums.failed,
+            },
+            calls: view.sums.calls,
+            failed: view.sums.failed,
+            slow: view.sums.slow,
+            probes_in_flight: view.probes.in_flight,
+            probes_succeeded: view.probes.good,
+        }
+    }
+
+    /// What it decides by.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        let settings = self.0.settings.lock();
+        settings.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces what it decides by, while it serves. Its state stays, an open
+    /// one with the wait that it has; counting begins anew, and the calls in
+    /// flight count no more.
+    ///
+    /// # Errors
+    ///
+    /// Settings that make no sense; nothing is changed then.
+    pub fn configure(&self, settings: Settings) -> Result<(), ConfigError> {
+        let plan = settings.plan()?;
+        let held = self.0.settings.lock();
+        let mut held = held.unwrap_or_else(PoisonError::into_inner);
+        *held = settings;
+        drop(held);
+        self.0.lease.cell.set_plan(plan, clock::now());
+        Ok(())
+    }
+
+    /// Refuses all calls until [`reset`](Self::reset).
+    pub fn force_open(&self) {
+        self.force(State::ForcedOpen);
+    }
+
+    /// Lets all calls pass and counts nothing until [`reset`](Self::reset):
+    /// switched off.
+    pub fn force_closed(&self) {
+        self.force(State::ForcedClosed);
+    }
+
+    /// Lets all calls pass, counts them, and tells once what would have opened
+    /// it ([`Event::WouldOpen`]), until [`reset`](Self::reset).
+    pub fn metrics_only(&self) {
+        self.force(State::MetricsOnly);
+    }
+
+    fn force(&self, to: State) {
+        // Always possible, also where it is so already.
+        let forced = self.bring_about(to, None, Cause::Manual);
+        debug_assert!(forced.is_ok());
+    }
+
+    /// Closed, empty and automatic again, whatever it was.
+    pub fn reset(&self) {
+        self.0.lease.cell.reset(clock::now());
+    }
+
+    /// Opens it now, as a rule would: for `wait`, or for as long as the
+    /// settings say.
+    ///
+    /// # Errors
+    ///
+    /// Only one that is closed or half-open can be opened.
+    pub fn trip(&self, wait: impl Into<Option<Duration>>) -> Result<(), TransitionError> {
+        self.bring_about(State::Open, wait.into(), Cause::Manual)
+    }
+
+    /// Lets probes pass now, and not only when the wait is over.
+    ///
+    /// # Errors
+    ///
+    /// Only one that is open can be made half-open.
+    pub fn half_open(&self) -> Result<(), TransitionError> {
+        self.bring_about(State::HalfOpen, None, Cause::Manual)
+    }
+
+    /// Closes it now.
+    ///
+    /// # Errors
+    ///
+    /// Only one that is open or half-open can be closed; an override ends with
+    /// [`reset`](Self::reset).
+    pub fn close(&self) -> Result<(), TransitionError> {
+        self.bring_about(State::Closed, None, Cause::Manual)
+    }
+
+    /// Follows another breaker of the same name, in another process: the seam
+    /// for shared state. Its [`Event::StateChange`] comes with
+    /// [`Cause::Remote`], so that who publishes changes need not publish this
+    /// one.
+    ///
+    /// `wait` is for how long it is to be open yet.
+    ///
+    /// # Errors
+    ///
+    /// Where the same change by hand would make no sense.
+    pub fn follow(&self, to: State, wait: Option<Duration>) -> Result<(), TransitionError> {
+        self.bring_about(to, wait, Cause::Remote)
+    }
+
+    fn bring_about(
+        &self,
+        to: State,
+        wait: Option<Duration>,
+        cause: Cause,
+    ) -> Result<(), TransitionError> {
+        self.0.lease.cell.bring_about(to, wait, cause, clock::now())
+    }
+
+    /// Whether a call would pass now; no place is taken.
+    #[must_use]
+    pub fn would_pass(&self) -> bool {
+        self.0.lease.cell.outlook(clock::now()) == Outlook::Passes
+    }
+
+    pub(crate) fn lease(&self) -> Lease {
+        self.0.lease
+    }
+
+    /// How many handles there are.
+    pub(crate) fn handles(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
+    /// Whether two handles are of one breaker.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Observer {
+    /// Whether calls have to be told, and not only changes.
+    #[inline]
+    pub(crate) fn hears_calls(&self) -> bool {
+        Metrics::is_on() || !self.listeners.is_empty()
+    }
+}
+
+/// 1 closed, 0.5 half-open, 0 open, left out where it is switched off.
+impl HealthSource for Breaker {
+    fn name(&self) -> &str {
+        &self.0.observer.name
+    }
+
+    fn health(&self) -> Health {
+        match self.state() {
+            State::Closed | State::MetricsOnly => Health::HEALTHY,
+            State::HalfOpen => Health::scored(0.5),
+            State::Open | State::ForcedOpen => Health::UNHEALTHY,
+            State::ForcedClosed => Health::DISABLED,
+        }
+    }
+}
+
+impl fmt::Debug for Breaker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Breaker")
+            .field("name", &self.name())
+            .field("state", &self.state())
+            .finish_non_exhaustive()
+    }
+}

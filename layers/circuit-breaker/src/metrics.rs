@@ -1,0 +1,113 @@
+//! The names of what this layer counts, all of them.
+//!
+//! | metric | kind | labels | counts |
+//! | --- | --- | --- | --- |
+//! | `circuit_breaker_state` | gauge | `name` | 0 closed (forced and metrics-only too), 1 half-open, 2 open (forced too) |
+//! | `circuit_breaker_state_changes_total` | counter | `name`, `from`, `to`: `closed`, `open`, `half_open`, `forced_open`, `forced_closed`, `metrics_only` | changes of state |
+//! | `circuit_breaker_requests_total` | counter | `name`, `result`: `success`, `failure`, `ignored` | calls that were let through, when their result is known |
+//! | `circuit_breaker_rejections_total` | counter | `name`, `reason`: `open`, `half_open`, `forced_open` | calls refused |
+//!
+//! They go to the recorder that is installed when the breaker is built.
+
+#[cfg(feature = "metrics")]
+pub(crate) use on::Metrics;
+
+#[cfg(not(feature = "metrics"))]
+pub(crate) use off::Metrics;
+
+#[cfg(feature = "metrics")]
+mod on {
+    use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
+
+    use crate::{Event, Reason, State};
+
+    const STATE: &str = "circuit_breaker_state";
+    const CHANGES: &str = "circuit_breaker_state_changes_total";
+    const REQUESTS: &str = "circuit_breaker_requests_total";
+    const REJECTIONS: &str = "circuit_breaker_rejections_total";
+
+    /// Looked up once: a call costs one increment.
+    pub(crate) struct Metrics {
+        name: std::sync::Arc<str>,
+        state: Gauge,
+        success: Counter,
+        failure: Counter,
+        ignored: Counter,
+        rejections: [Counter; 3],
+    }
+
+    impl Metrics {
+        pub(crate) fn new(name: &std::sync::Arc<str>) -> Self {
+            describe_gauge!(STATE, "0 closed, 1 half-open, 2 open.");
+            describe_counter!(CHANGES, "Changes of a circuit breaker's state.");
+            describe_counter!(REQUESTS, "Calls let through, by their result.");
+            describe_counter!(REJECTIONS, "Calls refused by an open circuit breaker.");
+            let requests = |result: &'static str| counter!(REQUESTS, "name" => std::sync::Arc::clone(name), "result" => result);
+            let state = gauge!(STATE, "name" => std::sync::Arc::clone(name));
+            state.set(0.0);
+            Self {
+                state,
+                success: requests("success"),
+                failure: requests("failure"),
+                ignored: requests("ignored"),
+                rejections: Reason::ALL.map(|reason| {
+                    let name = std::sync::Arc::clone(name);
+                    counter!(REJECTIONS, "name" => name, "reason" => reason.as_str())
+                }),
+                name: std::sync::Arc::clone(name),
+            }
+        }
+
+        pub(crate) const fn is_on() -> bool {
+            true
+        }
+
+        pub(crate) fn event(&self, event: &Event) {
+            match event {
+                Event::StateChange(transition) => {
+                    let (from, to) = (transition.from.as_str(), transition.to.as_str());
+                    let name = std::sync::Arc::clone(&self.name);
+                    counter!(CHANGES, "name" => name, "from" => from, "to" => to).increment(1);
+                }
+                Event::Success { .. } => self.success.increment(1),
+                Event::Failure { .. } => self.failure.increment(1),
+                Event::Ignored => self.ignored.increment(1),
+                Event::Rejected(reason) => self.rejections[*reason as usize].increment(1),
+                Event::Call | Event::WouldOpen(_) => {}
+            }
+        }
+
+        /// Called in the order of the changes, which events need not be.
+        pub(crate) fn state(&self, state: State) {
+            self.state.set(match state {
+                State::Closed | State::ForcedClosed | State::MetricsOnly => 0.0,
+                State::HalfOpen => 1.0,
+                State::Open | State::ForcedOpen => 2.0,
+            });
+        }
+    }
+}
+
+#[cfg(not(feature = "metrics"))]
+mod off {
+    use crate::{Event, State};
+
+    /// Nothing is counted without the feature `metrics`.
+    pub(crate) struct Metrics(());
+
+    #[expect(clippy::unused_self, reason = "the same shape as with the feature")]
+    impl Metrics {
+        pub(crate) fn new(_: &std::sync::Arc<str>) -> Self {
+            Self(())
+        }
+
+        pub(crate) const fn is_on() -> bool {
+            false
+        }
+
+        #[inline]
+        pub(crate) fn event(&self, _: &Event) {}
+        #[inline]
+        pub(crate) fn state(&self, _: State) {}
+    }
+}

@@ -1,0 +1,298 @@
+//! The last so long: ten spans of a tenth each, counted apart.
+//!
+//! What is older than ten spans is not summed, so nothing has to expire and
+//! nothing is rescanned: the cost is the same for a hundred calls and for a
+//! million. Good calls, of which there are most, are counted in stripes, so
+//! that threads do not fight over one cache line; a call costs one write.
+
+use std::time::Duration;
+
+use buttress_core::{
+    clock::Instant,
+    sync::{
+        Padded,
+        atomic::{
+            AtomicU64,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
+    },
+};
+
+use super::{Mark, Sums, is_later};
+
+/// The shortest window.
+pub(crate) const MIN_TIME: Duration = Duration::from_millis(10);
+
+/// Spans in a window: it slides by a tenth.
+const SPANS: u64 = 10;
+/// A power of two above that.
+const RING: usize = 16;
+const STRIPES: usize = if cfg!(buttress_loom) { 2 } else { 8 };
+
+/// A counter: `generation:6 round:30 count:28`. A round is once through the
+/// ring, so that spans are told apart for 2³⁴ of them: five years of the
+/// shortest.
+const COUNT_BITS: u32 = 28;
+const COUNT: u64 = (1 << COUNT_BITS) - 1;
+const ROUND_BITS: u32 = 30;
+const GENERATION_BITS: u32 = 6;
+/// Room for every thread between its look and its addition.
+const FULL: u64 = COUNT - (1 << 16);
+
+/// Numbers the spans of a window. They are of one length, at most a 10⁻⁹ part
+/// shorter than a tenth, because it divides by multiplying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Epochs(pub(crate) u64);
+
+impl Epochs {
+    pub(crate) fn of(window: Duration) -> Self {
+        let span = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX) / SPANS;
+        Self(u64::MAX / span.max(1) + 1)
+    }
+
+    #[inline]
+    pub(crate) const fn at(self, now: Instant) -> u64 {
+        ((now.as_nanos() as u128 * self.0 as u128) >> 64) as u64
+    }
+}
+
+/// The kinds of call that are rare enough to be counted in one place.
+const RARE: usize = 3;
+
+#[derive(Debug)]
+pub(crate) struct TimeWindow {
+    good: Box<[Padded<[AtomicU64; RING]>]>,
+    /// Failed, slow, both.
+    rare: [[AtomicU64; RING]; RARE],
+}
+
+impl TimeWindow {
+    pub(crate) fn new() -> Self {
+        let ring = || std::array::from_fn(|_| AtomicU64::new(0));
+        Self {
+            good: (0..STRIPES).map(|_| Padded(ring())).collect(),
+            rare: std::array::from_fn(|_| ring()),
+        }
+    }
+
+    fn counters(&self) -> impl Iterator<Item = &AtomicU64> {
+        let good = self.good.iter().flat_map(|stripe| stripe.iter());
+        good.chain(self.rare.iter().flatten())
+    }
+
+    /// Forgets everything, before another generation begins.
+    pub(crate) fn clear(&self) {
+        for counter in self.counters() {
+            counter.store(0, Relaxed);
+        }
+    }
+
+    /// Notes a call that ended in this epoch.
+    #[inline]
+    pub(crate) fn note(&self, generation: u32, epoch: u64, mark: Mark) {
+        let place = epoch as usize % RING;
+        let counter = match (mark.failed, mark.slow) {
+            (false, false) => &self.good[stripe()][place],
+            (true, false) => &self.rare[0][place],
+            (false, true) => &self.rare[1][place],
+            (true, true) => &self.rare[2][place],
+        };
+        let tag = tag(generation, epoch);
+        let seen = counter.load(Relaxed);
+        if seen >> COUNT_BITS == tag {
+            // Full at a quarter of a thousand million: the rate hardly moves
+            // any more, and what is next to the count must not be touched.
+            if seen & COUNT < FULL {
+                counter.fetch_add(1, AcqRel);
+            }
+        } else {
+            begin(counter, seen, tag);
+        }
+    }
+
+    /// What this generation has noted in the ten epochs up to this one.
+    pub(crate) fn sums(&self, generation: u32, epoch: u64) -> Sums {
+        let mut sums = Sums::default();
+        for epoch in epoch.saturating_sub(SPANS - 1)..=epoch {
+            let place = epoch as usize % RING;
+            let tag = tag(generation, epoch);
+            let count = |counter: &AtomicU64| {
+                let seen = counter.load(Acquire);
+                if seen >> COUNT_BITS == tag {
+                    seen & COUNT
+                } else {
+                    0
+                }
+            };
+            let [failed, slow, both] = [0, 1, 2].map(|kind: usize| count(&self.rare[kind][place]));
+            let good: u64 = self.good.iter().map(|stripe| count(&stripe[place])).sum();
+            sums.calls += good + failed + slow + both;
+            sums.failed += failed + both;
+            sums.slow += slow + both;
+        }
+        sums
+    }
+}
+
+/// The first in its epoch: the counter was an older epoch's.
+#[cold]
+fn begin(counter: &AtomicU64, mut seen: u64, tag: u64) {
+    loop {
+        let other = seen >> COUNT_BITS;
+        let new = if other == tag {
+            seen + u64::from(seen & COUNT < FULL)
+        } else if is_before(tag, other) {
+            // Held up until the ring had gone round, or its generation was over.
+            return;
+        } else {
+            tag << COUNT_BITS | 1
+        };
+        match counter.compare_exchange_weak(seen, new, AcqRel, Relaxed) {
+            Ok(_) => return,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+const fn tag(generation: u32, epoch: u64) -> u64 {
+    let generation = generation as u64 & ((1 << GENERATION_BITS) - 1);
+    let round = (epoch / RING as u64) & ((1 << ROUND_BITS) - 1);
+    generation << ROUND_BITS | round
+}
+
+const fn is_before(own: u64, other: u64) -> bool {
+    if other == 0 {
+        // Vacant.
+        return false;
+    }
+    let generations = (other >> ROUND_BITS, own >> ROUND_BITS);
+    if generations.0 == generations.1 {
+        // Nobody is held up for so many rounds: what is further ahead is what
+        // is left of very long ago.
+        let ahead = other.wrapping_sub(own) & ((1 << ROUND_BITS) - 1);
+        ahead != 0 && ahead < 1 << 16
+    } else {
+        is_later(generations.0, generations.1, GENERATION_BITS)
+    }
+}
+
+/// The stripe of this thread.
+#[cfg(not(buttress_loom))]
+#[inline]
+fn stripe() -> usize {
+    use std::{cell::Cell, sync::atomic::AtomicUsize};
+
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    std::thread_local! {
+        static STRIPE: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    STRIPE.with(|stripe| {
+        let mut own = stripe.get();
+        if own == usize::MAX {
+            own = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            stripe.set(own);
+        }
+        own % STRIPES
+    })
+}
+
+#[cfg(buttress_loom)]
+fn stripe() -> usize {
+    0
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn it_holds_what_ended_lately(
+            window in prop_oneof![Just(10u64), Just(1000), 11u64..100_000],
+            start in prop_oneof![Just(0u64), Just(1 << 40), Just((1 << 58) + 12345)],
+            generation in prop_oneof![Just(0u32), Just(63), Just((1 << 30) - 1)],
+            // Thousandths of the window to pass before each call.
+            calls in prop::collection::vec(
+                (prop_oneof![4 => 0u64..50, 1 => 0u64..3000], any::<bool>(), any::<bool>()),
+                0..300,
+            ),
+        ) {
+            let span = Duration::from_millis(window);
+            let epochs = Epochs::of(span);
+            let store = TimeWindow::new();
+            let mut seen: Vec<(u64, Mark)> = Vec::new();
+            let mut now = start;
+            for (step, failed, slow) in calls {
+                now += step * window * 1000;
+                let epoch = epochs.at(Instant::from_nanos(now));
+                let mark = Mark { failed, slow };
+                store.note(generation, epoch, mark);
+                seen.push((now, mark));
+                let sums = store.sums(generation, epoch);
+                let within = |part: f64| {
+                    let nanos = (span.as_nanos() as f64 * part) as u64;
+                    let inside = seen.iter().filter(|(at, _)| now - at < nanos);
+                    inside.fold(Sums::default(), |sums, (_, mark)| Sums {
+                        calls: sums.calls + 1,
+                        failed: sums.failed + u64::from(mark.failed),
+                        slow: sums.slow + u64::from(mark.slow),
+                    })
+                };
+                // Nine tenths at least, the whole at most.
+                let (least, most) = (within(0.899_999), within(1.0));
+                prop_assert!(least.calls <= sums.calls && sums.calls <= most.calls);
+                prop_assert!(least.failed <= sums.failed && sums.failed <= most.failed);
+                prop_assert!(least.slow <= sums.slow && sums.slow <= most.slow);
+            }
+        }
+    }
+
+    const FAILED: Mark = Mark {
+        failed: true,
+        slow: false,
+    };
+    const GOOD: Mark = Mark {
+        failed: false,
+        slow: false,
+    };
+
+    #[test]
+    fn a_late_call_does_not_spoil_a_newer_span() {
+        let window = TimeWindow::new();
+        window.note(1, 100, FAILED);
+        window.note(1, 116, FAILED);
+        window.note(1, 100, FAILED);
+        assert_eq!(window.sums(1, 116).failed, 1);
+        // Nor one of a generation that is over.
+        window.note(2, 116, FAILED);
+        window.note(1, 116, FAILED);
+        assert_eq!(window.sums(2, 116).failed, 1);
+        assert_eq!(window.sums(1, 116).failed, 0);
+    }
+
+    #[test]
+    fn a_counter_stops_before_it_overflows() {
+        let window = TimeWindow::new();
+        window.note(3, 5, GOOD);
+        let counter = &window.good[stripe()][5];
+        counter.store(tag(3, 5) << COUNT_BITS | (FULL - 1), Relaxed);
+        for _ in 0..10 {
+            window.note(3, 5, GOOD);
+        }
+        assert_eq!(window.sums(3, 5).calls, FULL);
+    }
+
+    #[test]
+    fn the_cost_does_not_grow_with_the_calls() {
+        let window = TimeWindow::new();
+        for _ in 0..100_000 {
+            window.note(1, 3, GOOD);
+        }
+        assert_eq!(window.sums(1, 3).calls, 100_000);
+        assert_eq!(window.sums(1, 12).calls, 100_000);
+        assert_eq!(window.sums(1, 13).calls, 0);
+    }
+}
