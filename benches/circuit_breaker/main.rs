@@ -9,7 +9,7 @@ use std::env;
 use buttress_benches::{
     breaker::{
         self as runs, Rule,
-        ours::{self, Ours},
+        ours::Ours,
         peers::{self, Resilience},
     },
     contend::{Cost, Pairs, Turns, tasks, two_workers},
@@ -63,9 +63,6 @@ fn tell(only: &str) {
             "figure: ours over the peer's, or what the goal bounds; times: the processors' own, \
              a call.\n(*) The threads did not all run at once: the machine was busy, or they slept; no verdict."
         );
-        if !ours::IS_THE_LAYER {
-            println!("Ours is NOT the layer, but a model of what it cannot do without.");
-        }
     }
 }
 
