@@ -1,9 +1,11 @@
 //! Counts allocations and live bytes, for the bench that runs it: one line
-//! for each run, tab-separated.
+//! for each run, tab-separated. Told `breaker`, it counts those of the circuit
+//! breakers, else those of the rate limiters.
 
-use std::alloc::System;
+use std::{alloc::System, env};
 
 use buttress_benches::{
+    breaker,
     measure::drive,
     scenarios::{self, governor_by_key, lasting, ours_by_key},
 };
@@ -14,19 +16,31 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const CALLS: u64 = 1000;
 
-#[expect(clippy::print_stdout, reason = "that is what it is for")]
 fn main() {
-    for (name, make) in scenarios::ALL {
+    if env::args().nth(1).is_some_and(|only| only == "breaker") {
+        allocations(breaker::ALL);
+    } else {
+        allocations(scenarios::ALL);
+        bytes();
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "that is what it is for")]
+fn allocations(runs: &[scenarios::Named]) {
+    for (name, make) in runs {
         let mut run = make();
         // What is made once, and a table that has yet to be allocated.
-        run(100);
+        run(200);
         let region = Region::new(ALLOCATOR);
         run(CALLS);
         let change = region.change();
         let calls = change.allocations + change.reallocations;
         println!("allocations\t{name}\t{}", per_call(calls));
     }
+}
 
+#[expect(clippy::print_stdout, reason = "that is what it is for")]
+fn bytes() {
     for keys in [100_000_u64, 300_000, 1_000_000] {
         let region = Region::new(ALLOCATOR);
         let mut service = ours_by_key::<u64>(lasting(keys).0, 1_000_000);

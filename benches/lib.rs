@@ -1,6 +1,9 @@
 //! Buttress beside its peers, as ratios within one run. How it is measured,
 //! and what came of it: `docs/benchmarks.md`.
 
+pub mod breaker;
+pub mod contend;
+pub mod counts;
 pub mod measure;
 pub mod scenarios;
 pub mod table;

@@ -45,6 +45,10 @@ fn tell(only: &str) {
         ("pauses", pauses),
         ("threads", threads),
     ];
+    // Another bench's section.
+    if !sections.iter().any(|(name, _)| name.starts_with(only)) {
+        return;
+    }
     let counts = Counts::take();
     let mut table = Table::default();
     for (name, section) in sections {
