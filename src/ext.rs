@@ -26,6 +26,16 @@
 /// # fn main() {}
 /// ```
 pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
+    /// Breaks the circuit to a service that fails: see
+    /// [`CircuitBreakerLayer`](crate::circuit_breaker::CircuitBreakerLayer).
+    #[cfg(feature = "circuit-breaker")]
+    fn circuit_breaker<V: crate::View, M, C>(
+        self,
+        layer: crate::circuit_breaker::CircuitBreakerLayer<V, M, C>,
+    ) -> tower::ServiceBuilder<
+        tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C>, L>,
+    >;
+
     /// Limits the rate of requests: see
     /// [`RateLimitLayer`](crate::rate_limit::RateLimitLayer).
     ///
@@ -47,6 +57,16 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
 }
 
 impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
+    #[cfg(feature = "circuit-breaker")]
+    fn circuit_breaker<V: crate::View, M, C>(
+        self,
+        layer: crate::circuit_breaker::CircuitBreakerLayer<V, M, C>,
+    ) -> tower::ServiceBuilder<
+        tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C>, L>,
+    > {
+        self.layer(layer)
+    }
+
     #[cfg(feature = "rate-limit")]
     fn limit_rate<V: crate::View, M>(
         self,

@@ -12,6 +12,10 @@
 #[cfg(feature = "tower")]
 mod ext;
 
+/// Circuit breaking: the crate `buttress-circuit-breaker`.
+#[cfg(feature = "circuit-breaker")]
+pub use buttress_circuit_breaker as circuit_breaker;
+
 /// GCRA rate limiting with `X-RateLimit` headers: the crate
 /// `buttress-rate-limit`.
 #[cfg(feature = "rate-limit")]

@@ -66,7 +66,7 @@ impl Drop for Owner {
 
 /// Makes a [`Breaker`].
 pub struct BreakerBuilder {
-    name: Arc<str>,
+    pub(crate) name: Arc<str>,
     settings: Settings,
     listeners: Vec<Listener>,
     random: SharedRandom,

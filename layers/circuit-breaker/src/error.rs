@@ -30,6 +30,7 @@ pub(crate) enum Problem {
     BackoffMax,
     MaxKeys,
     RetryAfterMax,
+    SharedBreaker,
 }
 
 impl From<Problem> for ConfigError {
@@ -63,6 +64,9 @@ impl fmt::Display for ConfigError {
             Problem::BackoffMax => "the backoff's ceiling must not be below the reset timeout",
             Problem::MaxKeys => "the most keys must be at least 1",
             Problem::RetryAfterMax => "the longest Retry-After must be above 0",
+            Problem::SharedBreaker => {
+                "a breaker that is shared has its name, settings, listeners and randomness already"
+            }
         })
     }
 }

@@ -4,17 +4,29 @@
 mod backoff;
 mod breaker;
 mod cell;
+mod config;
 mod error;
 mod event;
+mod fallback;
+mod future;
+mod layer;
 pub mod metrics;
 mod permit;
+#[cfg(feature = "back-pressure")]
+mod ready;
+mod service;
 mod settings;
 mod window;
 mod word;
 
 pub use backoff::ReopenBackoff;
 pub use breaker::{Breaker, BreakerBuilder, Status};
+pub use config::CircuitBreakerBuilder;
 pub use error::{CircuitOpen, ConfigError, Error, TransitionError};
 pub use event::{Cause, Event, Reason, Rule, State, Transition};
+pub use fallback::{Fallback, FallbackService, ServiceFallback};
+pub use future::{ErrorFuture, FallbackFuture, Guard, Guarded, Judged, ResponseFuture};
+pub use layer::{CircuitBreakerLayer, Errors, Instead, Respond, ResultClassifier};
 pub use permit::Permit;
+pub use service::CircuitBreaker;
 pub use settings::{Settings, Window};

@@ -1,0 +1,5 @@
+//! The circuit breaker in whole stacks, over real sockets.
+
+mod axum;
+mod client;
+mod tonic;
