@@ -5,9 +5,9 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder,
+    circuit_breaker::Breaker,
     clock::{self, Instant, SystemClock, WallClock},
 };
-use buttress_circuit_breaker::Breaker;
 use bytes::Bytes;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode,

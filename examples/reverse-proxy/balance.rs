@@ -9,8 +9,10 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use buttress::classify::Verdict;
-use buttress_circuit_breaker::{Breaker, CircuitOpen};
+use buttress::{
+    circuit_breaker::{Breaker, CircuitOpen},
+    classify::Verdict,
+};
 
 use crate::upstream::{Connection, Endpoint, InFlight};
 
@@ -112,7 +114,7 @@ impl Balance {
 
 #[cfg(test)]
 mod tests {
-    use buttress_circuit_breaker::Settings;
+    use buttress::circuit_breaker::Settings;
 
     use super::*;
 

@@ -5,11 +5,11 @@ use std::{net::SocketAddr, sync::Arc};
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
     body::{BodyEnd, BodyGuard, GuardedBody, ResponseBody},
+    circuit_breaker::Breaker,
     key::{ClientIp, ExtractKeyExt, Global, PeerAddr, SharedKey, cookie, header},
     rate_limit::{HeaderFormat, Limit, RateLimitLayer},
     tower_errors::RefuseErrorsLayer,
 };
-use buttress_circuit_breaker::Breaker;
 use http::{HeaderValue, Request, Response, Version, header::CONNECTION};
 use hyper::body::Incoming;
 use tower::{

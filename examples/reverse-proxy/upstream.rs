@@ -14,10 +14,10 @@ use std::{
 };
 
 use buttress::{
+    circuit_breaker::{Breaker, CircuitOpen, Permit, State},
     classify::Verdict,
     clock::{self, Instant},
 };
-use buttress_circuit_breaker::{Breaker, CircuitOpen, Permit, State};
 use http::{Request, Response};
 use hyper::{
     body::Incoming,

@@ -2,8 +2,10 @@
 
 use std::{fmt, str::FromStr};
 
-use buttress::classify::{HttpClassifier, StatusClassifier};
-use buttress_circuit_breaker as circuit_breaker;
+use buttress::{
+    circuit_breaker,
+    classify::{HttpClassifier, StatusClassifier},
+};
 use http::StatusCode;
 use serde::{
     Deserialize, Deserializer,
