@@ -118,6 +118,10 @@ mod tests {
 
     use super::*;
 
+    fn breaker(endpoint: &Endpoint) -> &Breaker {
+        endpoint.breaker.as_ref().unwrap()
+    }
+
     fn three() -> Balance {
         let endpoint = |port: u16| {
             let breaker = Breaker::builder(format!("test@{port}"))
@@ -194,5 +198,46 @@ mod tests {
         let open = balance.pick().unwrap_err();
         // The soonest, not the last.
         assert_eq!(open.name().as_deref(), Some("test@2"));
+    }
+
+    #[test]
+    fn a_probe_comes_before_all_else_and_only_one() {
+        let balance = three();
+        let sick = &balance.endpoints()[1];
+        let _busy: Vec<_> = (0..10).map(|_| sick.enter().unwrap()).collect();
+        sick.enter().unwrap().record(Verdict::Failure);
+        breaker(sick).half_open().unwrap();
+        let probe = balance.pick().unwrap();
+        assert!(Arc::ptr_eq(probe.endpoint(), sick));
+        for _ in 0..100 {
+            assert!(!Arc::ptr_eq(balance.pick().unwrap().endpoint(), sick));
+        }
+        // Its client went away: the next one is the probe.
+        drop(probe);
+        assert!(Arc::ptr_eq(balance.pick().unwrap().endpoint(), sick));
+    }
+
+    #[test]
+    fn what_is_switched_off_is_no_probe() {
+        let balance = three();
+        let busy = &balance.endpoints()[1];
+        let _busy: Vec<_> = (0..10).map(|_| busy.enter().unwrap()).collect();
+        breaker(busy).force_closed();
+        for _ in 0..100 {
+            assert!(!Arc::ptr_eq(balance.pick().unwrap().endpoint(), busy));
+        }
+    }
+
+    #[test]
+    fn around_all_of_them_it_decides_for_all() {
+        let around = Breaker::builder("test").build().unwrap();
+        let balance = Balance {
+            breaker: Some(around.clone()),
+            ..three()
+        };
+        assert!(balance.pick().unwrap().permit.is_some());
+        around.force_open();
+        let open = balance.pick().unwrap_err();
+        assert_eq!(open.name().as_deref(), Some("test"));
     }
 }

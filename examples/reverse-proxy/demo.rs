@@ -72,7 +72,7 @@ curl -i -H 'x-api-key: another' http://{listen}/delay/6000
 
 # Three failures in a row open the circuit breaker: the upstream is not asked again for ten
 # seconds, whatever is wanted of it. Then one request may try.
-curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\n' -H 'x-api-key: third' 'http://{listen}/status/500?[1-5]'
+curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' -H 'x-api-key: third' 'http://{listen}/status/500?[1-5]'
 
 # What the operator sees. A person may prefer http://{admin}/ in a browser, a scraper /metrics.
 curl -s http://{admin}/breakers

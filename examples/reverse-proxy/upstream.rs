@@ -67,7 +67,7 @@ pub(crate) struct Endpoint {
     pub(crate) protocol: Protocol,
     pub(crate) authority: String,
     /// Of its own; none where the route has one for all, or none at all.
-    breaker: Option<Breaker>,
+    pub(crate) breaker: Option<Breaker>,
     in_flight: AtomicUsize,
     /// When it could not be reached, in the clock's nanoseconds; or zero.
     unreachable: AtomicU64,
