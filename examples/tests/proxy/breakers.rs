@@ -130,7 +130,7 @@ async fn serve(
 async fn proxy(upstreams: &[&Moody], breaker: &str) -> Proxy {
     let urls: Vec<_> = upstreams.iter().map(|upstream| upstream.url()).collect();
     Proxy::start(&format!(
-        "routes: [{{ name: orders, path: /, upstream: {urls:?}, timeout: 300ms,
+        "routes: [{{ name: orders, path: /, upstream: {urls:?}, timeout: 500ms,
   rate_limit: {{ limit: 1000 }}, circuit_breaker: {breaker} }}]"
     ))
     .await
@@ -277,7 +277,7 @@ async fn what_the_client_does_decides_nothing() {
     let upstream = Moody::start(Mood::Hangs).await;
     let proxy = proxy(
         &[&upstream],
-        "{ failure_threshold: 1, slow_call: { duration: 100ms, rate: 0.01 }, minimum_requests: 1 }",
+        "{ failure_threshold: 1, slow_call: { duration: 400ms, rate: 0.01 }, minimum_requests: 1 }",
     )
     .await;
     let name = at(&upstream);
@@ -334,6 +334,31 @@ async fn what_the_client_does_decides_nothing() {
     upstream.is(Mood::Says(503));
     assert_eq!(proxy.get("/").await.status(), 503);
     assert_eq!(breaker(&proxy, &name).await["state"], "open");
+}
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_because_the_request_did_decides_nothing() {
+    let upstream = Moody::start(Mood::Stalls).await;
+    let proxy = Proxy::start(&format!(
+        "limits: {{ max_body: 10B }}
+routes: [{{ name: orders, path: /, upstream: ['{}'], circuit_breaker: {{ failure_threshold: 1 }} }}]",
+        upstream.url()
+    ))
+    .await;
+    let mut client = Raw::connect(proxy.listen).await;
+    client
+        .send("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+        .await;
+    // The answer has begun before the request is too large.
+    client.until("hello").await;
+    client.send("14\r\n01234567890123456789\r\n").await;
+    client.rest().await;
+    let name = at(&upstream);
+    eventually("a verdict", || async {
+        results(&proxy, &name).await == [0.0, 0.0, 1.0]
+    })
+    .await;
+    assert_eq!(breaker(&proxy, &name).await["state"], "closed");
 }
 
 #[tokio::test]
@@ -396,7 +421,7 @@ async fn an_open_endpoint_is_passed_over_while_another_is_closed() {
     );
     let proxy = proxy(
         &[&sick, &well],
-        "{ failure_threshold: 2, reset_timeout: 1s }",
+        "{ failure_threshold: 2, reset_timeout: 2s }",
     )
     .await;
     eventually("open", || async {
@@ -405,7 +430,7 @@ async fn an_open_endpoint_is_passed_over_while_another_is_closed() {
     })
     .await;
     assert_eq!(sick.hits(), 2);
-    // Many at once, within its second.
+    // Many at once, before its time is up.
     let before = well.hits();
     let answers = (0..20).map(|_| proxy.get("/"));
     for answer in soon("answers", futures(answers)).await {
