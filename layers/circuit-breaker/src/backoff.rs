@@ -58,7 +58,8 @@ impl ReopenBackoff {
     }
 
     /// The longest that it stays open, before the jitter. Not below the
-    /// `reset_timeout`.
+    /// `reset_timeout`; 366 days at most, jitter and all. Openings beyond are
+    /// not remembered.
     #[must_use]
     pub const fn max(mut self, max: Duration) -> Self {
         self.max = max;
@@ -96,15 +97,7 @@ impl ReopenBackoff {
 
     /// The wait at this level; `draw` is random.
     pub(crate) fn wait(&self, base: Duration, level: u32, draw: u64) -> Duration {
-        let level = i32::try_from(level.min(MAX_LEVEL)).unwrap_or(i32::MAX);
-        let grown = base.as_secs_f64() * self.factor.powi(level);
-        // What cannot be told apart from the base stays exactly the base.
-        let wait = if self.factor <= 1.0 || level == 0 {
-            base
-        } else {
-            // Too large for a `Duration` is too large for the ceiling.
-            Duration::try_from_secs_f64(grown).map_or(self.max, |grown| grown.min(self.max))
-        };
+        let wait = self.grown(base, level);
         if self.jitter <= 0.0 {
             return wait;
         }
@@ -113,6 +106,30 @@ impl ReopenBackoff {
         let part = (draw >> 11) as f64 / (1u64 << 53) as f64;
         let longer = wait.as_secs_f64() * self.jitter * part;
         wait.saturating_add(Duration::try_from_secs_f64(longer).unwrap_or_default())
+    }
+
+    fn grown(&self, base: Duration, level: u32) -> Duration {
+        // What cannot be told apart from the base stays exactly the base.
+        if self.factor <= 1.0 || level == 0 {
+            return base;
+        }
+        let level = i32::try_from(level.min(MAX_LEVEL)).unwrap_or(i32::MAX);
+        let grown = base.as_secs_f64() * self.factor.powi(level);
+        // Too large for a `Duration` is too large for the ceiling.
+        Duration::try_from_secs_f64(grown).map_or(self.max, |grown| grown.min(self.max))
+    }
+
+    /// The level after an opening at this one: higher only as long as that
+    /// makes the wait longer, so that a day at the ceiling takes no longer to
+    /// be forgotten than reaching it took. (Envoy's outlier detection stops
+    /// its multiplier there, too.)
+    pub(crate) fn raised(&self, base: Duration, level: u32) -> u32 {
+        let next = level.saturating_add(1);
+        if self.grown(base, next) > self.grown(base, level) {
+            next
+        } else {
+            level
+        }
     }
 
     /// The level that is left after so long a healthy while.
@@ -187,6 +204,15 @@ mod tests {
         );
         // By default, the time that it stays open for.
         assert_eq!(ReopenBackoff::new(2.0).decayed(3, BASE, BASE), 2);
+    }
+
+    #[test]
+    fn a_long_outage_is_not_remembered_longer_than_the_ceiling() {
+        let backoff = ReopenBackoff::new(2.0).max(Duration::from_secs(60));
+        let after = |openings| (0..openings).fold(0, |level, _| backoff.raised(BASE, level));
+        assert_eq!([0, 1, 2, 3, 4, 100_000].map(after), [0, 1, 2, 3, 3, 3]);
+        assert_eq!(backoff.wait(BASE, 3, 0), Duration::from_secs(60));
+        assert_eq!(ReopenBackoff::default().raised(BASE, 0), 0);
     }
 
     #[test]

@@ -17,10 +17,11 @@ use buttress_core::{
 
 use crate::{
     Cause, CircuitOpen, ConfigError, Error, Event, Permit, Settings, State, TransitionError,
-    cell::{Lease, Observer, Outlook, Rejection},
+    cell::{Lease, Observer, Outlook, Rejection, Ticket},
     error::Problem,
     event::Listener,
     metrics::Metrics,
+    word::Word,
 };
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
@@ -190,18 +191,33 @@ impl Breaker {
     ///
     /// [`CircuitOpen`] if it is open, or if half-open has all its probes under
     /// way.
-    #[inline]
+    // Always, and the rest apart: a permit that is handed over in memory is
+    // copied in other sizes than it was written in, and the processor waits
+    // for each of these copies longer than for all else together.
+    #[inline(always)]
     pub fn try_acquire(&self) -> Result<Permit, CircuitOpen> {
+        let cell = self.0.lease.cell;
+        match cell.admit_closed() {
+            Ok(ticket) if !ticket.observed() => Ok(Permit::new(cell, ticket, None)),
+            other => self.try_acquire_otherwise(other),
+        }
+    }
+
+    #[inline(never)]
+    fn try_acquire_otherwise(&self, closed: Result<Ticket, Word>) -> Result<Permit, CircuitOpen> {
         let Owner {
             lease, observer, ..
         } = &*self.0;
-        match lease.cell.admit(clock::now) {
+        let ticket = closed.or_else(|word| lease.cell.admit_otherwise(word, clock::now));
+        match ticket {
             Ok(ticket) => {
-                let observer = ticket.observed.then(|| {
+                let heard = ticket.observed().then(|| Arc::clone(observer));
+                // The permit first: should a listener panic, it is given back.
+                let permit = Permit::new(lease.cell, ticket, heard);
+                if ticket.observed() {
                     observer.tell(&Event::Call);
-                    Arc::clone(observer)
-                });
-                Ok(Permit::new(lease.cell, ticket, observer))
+                }
+                Ok(permit)
             }
             Err(rejection) => Err(self.rejected(rejection)),
         }
@@ -266,10 +282,11 @@ impl Breaker {
         result.map_err(Error::Inner)
     }
 
-    /// Whether calls pass, and why.
+    /// Whether calls pass, and why. One that is open stays so until a call
+    /// comes after its wait; half-open whose time is up is open.
     #[must_use]
     pub fn state(&self) -> State {
-        self.0.lease.cell.state()
+        self.0.lease.cell.state(clock::now)
     }
 
     /// All there is to know.
@@ -283,8 +300,7 @@ impl Breaker {
             next_probe: view.until.filter(|_| view.state == State::Open),
             failures: match view.state {
                 State::HalfOpen => view.probes.failed.into(),
-                _ if view.in_a_row > 0 => view.in_a_row.into(),
-                _ => view.sums.failed,
+                _ => view.in_a_row.map_or(view.sums.failed, u64::from),
             },
             calls: view.sums.calls,
             failed: view.sums.failed,
@@ -310,11 +326,16 @@ impl Breaker {
     /// Settings that make no sense; nothing is changed then.
     pub fn configure(&self, settings: Settings) -> Result<(), ConfigError> {
         let plan = settings.plan()?;
+        let cell = self.0.lease.cell;
+        let now = clock::now();
+        cell.catch_up(now);
         let held = self.0.settings.lock();
         let mut held = held.unwrap_or_else(PoisonError::into_inner);
         *held = settings;
+        // Both under one lock: of two changes at once, the same one stays.
+        let news = cell.set_plan(plan, now);
         drop(held);
-        self.0.lease.cell.set_plan(plan, clock::now());
+        cell.tell(news);
         Ok(())
     }
 
@@ -346,8 +367,8 @@ impl Breaker {
         self.0.lease.cell.reset(clock::now());
     }
 
-    /// Opens it now, as a rule would: for `wait`, or for as long as the
-    /// settings say.
+    /// Opens it now, as a rule would: for `wait` (366 days at most), or for as
+    /// long as the settings say.
     ///
     /// # Errors
     ///

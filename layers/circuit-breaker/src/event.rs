@@ -113,8 +113,9 @@ pub enum Cause {
 
 /// A change of state.
 ///
-/// A generation is the span between two changes, and they are numbered in
-/// order (wrapping at 2³⁰), so that who hears of two changes knows which was
+/// Every change begins a generation, and so do new settings and a reset, of
+/// which nobody hears where the state stays. They are numbered in order
+/// (wrapping at 2³⁰), so that who hears of two changes knows which was
 /// first: listeners are called outside of every lock, and may hear of them in
 /// another order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,8 +183,9 @@ pub enum Event {
         /// Whether it took as long as the slow-call rule says, or longer.
         slow: bool,
     },
-    /// A call counts as nothing: by its verdict, or because it was given up
-    /// on.
+    /// A call says nothing: by its verdict, or because it was given up on.
+    /// (Given up on after it had become slow it may count all the same: see
+    /// [`Permit`](crate::Permit).)
     Ignored,
     /// A call was refused.
     Rejected(Reason),

@@ -118,7 +118,7 @@ impl<C> BodyGuard for Guard<C> {
     #[inline]
     fn ended(self, end: BodyEnd<'_>, _: u64) {
         let Some(Provisional {
-            permit,
+            mut permit,
             judge,
             expected,
             end: judge_end,
@@ -126,9 +126,7 @@ impl<C> BodyGuard for Guard<C> {
         else {
             return;
         };
-        let mut permit = Some(permit);
-        let verdict = Permit::during(&mut permit, || judge_end(&judge.classifier, expected, end));
-        let Some(permit) = permit else { return };
+        let verdict = permit.step(|| judge_end(&judge.classifier, expected, end));
         let hold = match (&judge.hold, end) {
             (
                 Some(hold),
@@ -175,12 +173,11 @@ pin_project! {
 }
 
 impl<F, C> Guarded<F, C> {
-    /// `permit` is there unless the call has failed already.
     #[inline]
-    pub(crate) fn judged(future: F, permit: Option<Permit>, judge: Judge<C>) -> Self {
+    pub(crate) fn judged(future: F, permit: Permit, judge: Judge<C>) -> Self {
         Self {
             future,
-            permit,
+            permit: Some(permit),
             judge: Some(judge),
         }
     }
@@ -207,14 +204,14 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let result = ready!(Permit::during(this.permit, || this.future.poll(cx)));
+        let result = ready!(Permit::step_if_any(this.permit, || this.future.poll(cx)));
         let mut guard = Guard::DECIDED;
         if let Some(judge) = this.judge.take() {
             let Head {
                 verdict,
                 expected,
                 hold,
-            } = Permit::during(this.permit, || judge.head(&result));
+            } = Permit::step_if_any(this.permit, || judge.head(&result));
             if let Some(mut permit) = this.permit.take() {
                 if verdict == Verdict::Success && expected != Expect::Nothing && hold.is_none() {
                     permit.arrived();
@@ -248,14 +245,14 @@ pin_project! {
     pub struct Judged<F, C> {
         #[pin]
         future: F,
-        permit: Option<Permit>,
+        permit: Permit,
         classifier: C,
     }
 }
 
 impl<F, C> Judged<F, C> {
     #[inline]
-    pub(crate) fn new(future: F, permit: Option<Permit>, classifier: C) -> Self {
+    pub(crate) fn new(future: F, permit: Permit, classifier: C) -> Self {
         Self {
             future,
             permit,
@@ -274,11 +271,11 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let result = ready!(Permit::during(this.permit, || this.future.poll(cx)));
-        let verdict = Permit::during(this.permit, || this.classifier.classify(result.as_ref()));
-        if let Some(permit) = this.permit.take() {
-            permit.record(verdict);
-        }
+        let result = ready!(this.permit.step(|| this.future.poll(cx)));
+        let verdict = this
+            .permit
+            .step(|| this.classifier.classify(result.as_ref()));
+        this.permit.conclude(verdict);
         Poll::Ready(result)
     }
 }

@@ -11,6 +11,8 @@ mod fallback;
 mod future;
 mod layer;
 pub mod metrics;
+#[cfg(all(test, not(buttress_loom)))]
+mod model_tests;
 mod permit;
 #[cfg(feature = "back-pressure")]
 mod ready;

@@ -22,6 +22,9 @@ use crate::{
 /// where [`count_dropped_probes`] says so): else a timeout around the breaker
 /// would hide that its callee hangs.
 ///
+/// That goes for a permit dropped by a panic, too, as nobody can tell whose
+/// panic it is; a step run by [`during`](Self::during) has failed if it panics.
+///
 /// A permit belongs to the generation that it was given in. If the state has
 /// changed since, what it says feeds metrics and listeners, and changes
 /// nothing else.
@@ -32,21 +35,51 @@ use crate::{
 pub struct Permit {
     cell: &'static Cell,
     ticket: Ticket,
-    pace: Pace,
+    /// Where it is timed, and until its head is there.
+    started: Instant,
+    phase: Phase,
     /// Only where someone hears of each call.
     observer: Option<Arc<Observer>>,
 }
 
-#[derive(Clone, Copy)]
-enum Pace {
-    /// Nobody asks.
-    Untimed,
-    Since(Instant),
-    /// The head is there: it took so long.
-    Took {
-        slow: bool,
-    },
-    Recorded,
+/// A whole word, as all of a permit's fields are: what is written as bytes and
+/// then copied as a word makes the processor wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Phase(u64);
+
+impl Phase {
+    /// Nobody asks how long it takes.
+    const UNTIMED: Self = Self(0);
+    const RUNNING: Self = Self(1);
+    /// The head is there, in time.
+    const QUICK: Self = Self(2);
+    /// The head is there, too late.
+    const SLOW: Self = Self(3);
+    const RECORDED: Self = Self(4);
+
+    /// A step of the call runs. Should the permit be dropped meanwhile, then
+    /// by the step's panic.
+    const STEPPING: u64 = 8;
+
+    #[inline]
+    const fn pace(self) -> Self {
+        Self(self.0 & !Self::STEPPING)
+    }
+
+    #[inline]
+    const fn is_stepping(self) -> bool {
+        self.0 & Self::STEPPING != 0
+    }
+
+    #[inline]
+    const fn begin_step(&mut self) {
+        self.0 |= Self::STEPPING;
+    }
+
+    #[inline]
+    const fn end_step(&mut self) {
+        self.0 &= !Self::STEPPING;
+    }
 }
 
 impl Permit {
@@ -56,14 +89,26 @@ impl Permit {
         ticket: Ticket,
         observer: Option<Arc<Observer>>,
     ) -> Self {
+        Self::new_at(cell, ticket, observer, clock::now)
+    }
+
+    #[inline]
+    pub(crate) fn new_at(
+        cell: &'static Cell,
+        ticket: Ticket,
+        observer: Option<Arc<Observer>>,
+        now: impl Fn() -> Instant,
+    ) -> Self {
+        let (phase, started) = if ticket.timed() {
+            (Phase::RUNNING, now())
+        } else {
+            (Phase::UNTIMED, Instant::from_nanos(0))
+        };
         Self {
             cell,
             ticket,
-            pace: if ticket.timed {
-                Pace::Since(clock::now())
-            } else {
-                Pace::Untimed
-            },
+            started,
+            phase,
             observer,
         }
     }
@@ -71,68 +116,123 @@ impl Permit {
     /// Whether the call is a probe of a half-open breaker.
     #[must_use]
     pub const fn is_probe(&self) -> bool {
-        matches!(self.ticket.kind, Kind::Probe)
+        matches!(self.ticket.kind(), Kind::Probe)
     }
 
     /// The response's head is there: how long the call took is settled, what
     /// its body takes is not the callee's doing alone.
     #[inline]
     pub fn arrived(&mut self) {
-        if let Pace::Since(_) = self.pace {
-            let slow = self.is_slow();
-            self.pace = Pace::Took { slow };
+        self.arrived_at(clock::now);
+    }
+
+    #[inline]
+    pub(crate) fn arrived_at(&mut self, now: impl Fn() -> Instant) {
+        if self.phase == Phase::RUNNING {
+            let slow = now() - self.started >= self.cell.slow_limit();
+            self.phase = if slow { Phase::SLOW } else { Phase::QUICK };
         }
     }
 
-    fn is_slow(&self) -> bool {
-        match self.pace {
-            Pace::Untimed | Pace::Recorded => false,
-            Pace::Since(started) => clock::now() - started >= self.cell.slow_limit(),
-            Pace::Took { slow } => slow,
+    /// Runs a step of the call. Should it panic, the call has failed when the
+    /// permit is dropped. Unlike [`during`](Self::during) it leaves the permit
+    /// where it is, and no other code to run while a panic unwinds.
+    #[inline(always)]
+    pub(crate) fn step<R>(&mut self, step: impl FnOnce() -> R) -> R {
+        self.phase.begin_step();
+        let result = step();
+        self.phase.end_step();
+        result
+    }
+
+    /// The same, where the call may be none of ours.
+    #[inline(always)]
+    pub(crate) fn step_if_any<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
+        if let Some(permit) = slot {
+            permit.phase.begin_step();
         }
+        let result = step();
+        if let Some(permit) = slot {
+            permit.phase.end_step();
+        }
+        result
+    }
+
+    /// As [`record`](Self::record), where the permit stays where it is.
+    #[inline(always)]
+    pub(crate) fn conclude(&mut self, verdict: Verdict) {
+        self.settle(Some(verdict), None, clock::now);
     }
 
     /// Says how the call went.
-    #[inline]
+    #[inline(always)]
     pub fn record(self, verdict: Verdict) {
-        self.finish(Some(verdict), None);
+        self.finish(Some(verdict), None, clock::now);
     }
 
     /// Says how the call went, and that the callee asks to be left alone for
-    /// so long (its `Retry-After`): the breaker opens at once, for at least
-    /// that long.
+    /// so long (its `Retry-After`): whatever the verdict, the breaker opens at
+    /// once, for at least that long (366 days at most). Nothing is asked for by
+    /// zero.
     pub fn record_holding_off(self, verdict: Verdict, hold: Duration) {
-        self.finish(Some(verdict), Some(hold));
+        self.finish(Some(verdict), Some(hold), clock::now);
     }
 
     /// Runs a step of the call. Should it panic, the call has failed.
     #[inline]
     pub fn during<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
-        struct Unwinding<'a>(&'a mut Option<Permit>);
+        Self::during_at(slot, clock::now, step)
+    }
 
-        impl Drop for Unwinding<'_> {
+    #[inline]
+    pub(crate) fn during_at<R>(
+        slot: &mut Option<Self>,
+        now: impl Fn() -> Instant,
+        step: impl FnOnce() -> R,
+    ) -> R {
+        struct Unwinding<'a, F: Fn() -> Instant>(&'a mut Option<Permit>, F);
+
+        impl<F: Fn() -> Instant> Drop for Unwinding<'_, F> {
             fn drop(&mut self) {
                 if let Some(permit) = self.0.take() {
-                    permit.record(Verdict::Failure);
+                    permit.finish(Some(Verdict::Failure), None, &self.1);
                 }
             }
         }
 
-        let unwinding = Unwinding(slot);
+        let unwinding = Unwinding(slot, now);
         let result = step();
         mem::forget(unwinding);
         result
     }
 
-    #[inline]
-    fn finish(mut self, verdict: Option<Verdict>, hold: Option<Duration>) {
-        self.settle(verdict, hold);
+    /// Without a verdict: the call was given up on.
+    #[inline(always)]
+    pub(crate) fn finish(
+        mut self,
+        verdict: Option<Verdict>,
+        hold: Option<Duration>,
+        now: impl Fn() -> Instant,
+    ) {
+        self.settle(verdict, hold.filter(|hold| !hold.is_zero()), now);
     }
 
-    #[inline]
-    fn settle(&mut self, verdict: Option<Verdict>, hold: Option<Duration>) {
-        let slow = self.is_slow();
-        self.pace = Pace::Recorded;
+    // Always: see [`Breaker::try_acquire`](crate::Breaker::try_acquire).
+    #[inline(always)]
+    fn settle(
+        &mut self,
+        verdict: Option<Verdict>,
+        hold: Option<Duration>,
+        now: impl Fn() -> Instant,
+    ) {
+        // Read once, also where the window asks for it again.
+        let pace = self.phase.pace();
+        let ended = (pace == Phase::RUNNING).then(&now);
+        let slow = match ended {
+            Some(ended) => ended - self.started >= self.cell.slow_limit(),
+            None => pace == Phase::SLOW,
+        };
+        self.phase = Phase::RECORDED;
         let mark = |failed| Outcome::Done(Mark { failed, slow });
         let outcome = match verdict {
             Some(Verdict::Success) => mark(false),
@@ -140,7 +240,8 @@ impl Permit {
             None if slow => Outcome::DroppedSlow,
             Some(Verdict::Ignored) | None => Outcome::Nothing,
         };
-        self.cell.record(self.ticket, outcome, hold, clock::now);
+        self.cell
+            .record(self.ticket, outcome, hold, || ended.unwrap_or_else(&now));
         if let Some(observer) = self.observer.take() {
             observer.tell(&match verdict {
                 Some(Verdict::Success) => Event::Success { slow },
@@ -154,8 +255,9 @@ impl Permit {
 impl Drop for Permit {
     #[inline]
     fn drop(&mut self) {
-        if !matches!(self.pace, Pace::Recorded) {
-            self.settle(None, None);
+        if self.phase != Phase::RECORDED {
+            let verdict = self.phase.is_stepping().then_some(Verdict::Failure);
+            self.settle(verdict, None, clock::now);
         }
     }
 }
@@ -163,8 +265,8 @@ impl Drop for Permit {
 impl fmt::Debug for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Permit")
-            .field("generation", &self.ticket.generation)
-            .field("kind", &self.ticket.kind)
+            .field("generation", &self.ticket.generation())
+            .field("kind", &self.ticket.kind())
             .finish_non_exhaustive()
     }
 }

@@ -108,29 +108,27 @@ impl<S, V: View, M, C> CircuitBreaker<S, V, M, C> {
 
 impl<S, M, C: Clone> CircuitBreaker<S, Http, M, C> {
     #[inline]
-    fn guarded<B>(&mut self, request: Request<B>, permit: Permit) -> Guarded<S::Future, C>
+    fn guarded<B>(&mut self, request: Request<B>, mut permit: Permit) -> Guarded<S::Future, C>
     where
         S: Service<Request<B>>,
     {
-        let mut permit = Some(permit);
         let judge = Judge {
             classifier: self.shared.classifier.clone(),
             hold: self.shared.hold.clone(),
         };
-        let future = Permit::during(&mut permit, || self.inner.call(request));
+        let future = permit.step(|| self.inner.call(request));
         Guarded::judged(future, permit, judge)
     }
 }
 
 impl<S, Req: 'static, M, C: Clone> CircuitBreaker<S, Any<Req>, M, C> {
     #[inline]
-    fn judged(&mut self, request: Req, permit: Permit) -> Judged<S::Future, C>
+    fn judged(&mut self, request: Req, mut permit: Permit) -> Judged<S::Future, C>
     where
         S: Service<Req>,
     {
-        let mut permit = Some(permit);
         let classifier = self.shared.classifier.clone();
-        let future = Permit::during(&mut permit, || self.inner.call(request));
+        let future = permit.step(|| self.inner.call(request));
         Judged::new(future, permit, classifier)
     }
 }

@@ -77,7 +77,7 @@ pub struct Settings {
 /// Calls that a rate needs unless told otherwise.
 const DEFAULT_MINIMUM: u32 = 20;
 /// The longest of all spans.
-const YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
+pub(crate) const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 
 impl Settings {
     /// The defaults: [`moderate`](Self::moderate).
@@ -302,7 +302,7 @@ impl Settings {
         };
         let (slow, slow_ppm) = match self.slow {
             Some((duration, rate)) => {
-                if duration.is_zero() || duration > YEAR {
+                if duration.is_zero() || duration > LONGEST {
                     return Err(Problem::SlowDuration.into());
                 }
                 (duration, millionths(rate).ok_or(Problem::SlowRate)?)
@@ -313,7 +313,7 @@ impl Settings {
             Window::Calls(calls) if !(1..=MAX_CALLS).contains(&calls) => {
                 return Err(Problem::WindowCalls.into());
             }
-            Window::Time(span) if !(MIN_TIME..=YEAR).contains(&span) => {
+            Window::Time(span) if !(MIN_TIME..=LONGEST).contains(&span) => {
                 return Err(Problem::WindowTime.into());
             }
             _ if !rated => (Counts::Nowhere, u32::MAX),
@@ -327,7 +327,7 @@ impl Settings {
             Some(calls) => calls,
             None => DEFAULT_MINIMUM.min(most_calls),
         };
-        let span = |span: Duration| (!span.is_zero() && span <= YEAR).then_some(span);
+        let span = |span: Duration| (!span.is_zero() && span <= LONGEST).then_some(span);
         let reset_timeout = span(self.reset_timeout).ok_or(Problem::ResetTimeout)?;
         self.backoff.check(reset_timeout)?;
         let half_open = self.half_open_timeout.unwrap_or(reset_timeout);
@@ -487,7 +487,7 @@ mod tests {
         assert!(says(&new().consecutive_failures(0)).contains("1 to 16777215"));
         assert!(says(&new().failure_rate(0.0)).contains("above 0 and at most 1"));
         assert!(says(&new().slow_calls(Duration::ZERO, 0.5)).contains("slow-call duration"));
-        assert!(says(&new().slow_calls(YEAR, 1.1)).contains("slow-call rate"));
+        assert!(says(&new().slow_calls(LONGEST, 1.1)).contains("slow-call rate"));
         assert!(says(&new().window(Window::Calls(0))).contains("1 to 4096"));
         assert!(says(&new().window(Window::Calls(4097))).contains("1 to 4096"));
         assert!(says(&new().window(Window::Time(Duration::from_millis(9)))).contains("10 ms"));

@@ -13,21 +13,22 @@ use buttress_core::{
         Padded,
         atomic::{
             AtomicU64,
-            Ordering::{AcqRel, Acquire, Relaxed},
+            Ordering::{Relaxed, SeqCst},
         },
     },
 };
 
-use super::{Mark, Sums, is_later};
+use super::{Mark, Sums, clear, is_later};
 
 /// The shortest window.
 pub(crate) const MIN_TIME: Duration = Duration::from_millis(10);
 
-/// Spans in a window: it slides by a tenth.
-const SPANS: u64 = 10;
+/// Spans in a window: it slides by a tenth. (Fewer for loom, which visits
+/// each.)
+const SPANS: u64 = if cfg!(buttress_loom) { 2 } else { 10 };
 /// A power of two above that.
-const RING: usize = 16;
-const STRIPES: usize = if cfg!(buttress_loom) { 2 } else { 8 };
+const RING: usize = if cfg!(buttress_loom) { 4 } else { 16 };
+const STRIPES: usize = if cfg!(buttress_loom) { 1 } else { 8 };
 
 /// A counter: `generation:6 round:30 count:28`. A round is once through the
 /// ring, so that spans are told apart for 2³⁴ of them: five years of the
@@ -36,11 +37,10 @@ const COUNT_BITS: u32 = 28;
 const COUNT: u64 = (1 << COUNT_BITS) - 1;
 const ROUND_BITS: u32 = 30;
 const GENERATION_BITS: u32 = 6;
-/// Room for every thread between its look and its addition.
-const FULL: u64 = COUNT - (1 << 16);
 
-/// Numbers the spans of a window. They are of one length, at most a 10⁻⁹ part
-/// shorter than a tenth, because it divides by multiplying.
+/// Numbers the spans of a window. They are of one length, a hair shorter than a
+/// tenth because it divides by multiplying: by a 10⁻⁹ part for a window of
+/// minutes, by 2·10⁻⁴ for one of a year.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Epochs(pub(crate) u64);
 
@@ -83,7 +83,7 @@ impl TimeWindow {
     /// Forgets everything, before another generation begins.
     pub(crate) fn clear(&self) {
         for counter in self.counters() {
-            counter.store(0, Relaxed);
+            clear(counter, 0);
         }
     }
 
@@ -97,35 +97,27 @@ impl TimeWindow {
             (false, true) => &self.rare[1][place],
             (true, true) => &self.rare[2][place],
         };
-        let tag = tag(generation, epoch);
-        let seen = counter.load(Relaxed);
-        if seen >> COUNT_BITS == tag {
-            // Full at a quarter of a thousand million: the rate hardly moves
-            // any more, and what is next to the count must not be touched.
-            if seen & COUNT < FULL {
-                counter.fetch_add(1, AcqRel);
-            }
-        } else {
-            begin(counter, seen, tag);
-        }
+        count(counter, tag(generation, epoch));
     }
 
-    /// What this generation has noted in the ten epochs up to this one.
+    /// What this generation has noted in the ten epochs up to this one; and in
+    /// the next, which another thread may have entered that looked before us:
+    /// if we did not see its failure, nobody would see both.
     pub(crate) fn sums(&self, generation: u32, epoch: u64) -> Sums {
         let mut sums = Sums::default();
-        for epoch in epoch.saturating_sub(SPANS - 1)..=epoch {
+        for epoch in epoch.saturating_sub(SPANS - 1)..=epoch.saturating_add(1) {
             let place = epoch as usize % RING;
             let tag = tag(generation, epoch);
-            let count = |counter: &AtomicU64| {
-                let seen = counter.load(Acquire);
+            let read = |counter: &AtomicU64| {
+                let seen = counter.load(SeqCst);
                 if seen >> COUNT_BITS == tag {
                     seen & COUNT
                 } else {
                     0
                 }
             };
-            let [failed, slow, both] = [0, 1, 2].map(|kind: usize| count(&self.rare[kind][place]));
-            let good: u64 = self.good.iter().map(|stripe| count(&stripe[place])).sum();
+            let [failed, slow, both] = [0, 1, 2].map(|kind: usize| read(&self.rare[kind][place]));
+            let good: u64 = self.good.iter().map(|stripe| read(&stripe[place])).sum();
             sums.calls += good + failed + slow + both;
             sums.failed += failed + both;
             sums.slow += slow + both;
@@ -134,20 +126,26 @@ impl TimeWindow {
     }
 }
 
-/// The first in its epoch: the counter was an older epoch's.
-#[cold]
-fn begin(counter: &AtomicU64, mut seen: u64, tag: u64) {
+/// One more. Not by adding blindly: between the look and the addition the
+/// counter may have become another epoch's or another generation's, and what
+/// is over must not count there. Nor may it run over into the tag: at a quarter
+/// of a thousand million a rate hardly moves any more, and it stays there.
+#[inline]
+fn count(counter: &AtomicU64, tag: u64) {
+    let mut seen = counter.load(Relaxed);
     loop {
-        let other = seen >> COUNT_BITS;
-        let new = if other == tag {
-            seen + u64::from(seen & COUNT < FULL)
-        } else if is_before(tag, other) {
+        let new = if seen >> COUNT_BITS == tag {
+            if seen & COUNT == COUNT {
+                return;
+            }
+            seen + 1
+        } else if is_before(tag, seen >> COUNT_BITS) {
             // Held up until the ring had gone round, or its generation was over.
             return;
         } else {
             tag << COUNT_BITS | 1
         };
-        match counter.compare_exchange_weak(seen, new, AcqRel, Relaxed) {
+        match counter.compare_exchange_weak(seen, new, SeqCst, Relaxed) {
             Ok(_) => return,
             Err(now) => seen = now,
         }
@@ -156,7 +154,8 @@ fn begin(counter: &AtomicU64, mut seen: u64, tag: u64) {
 
 const fn tag(generation: u32, epoch: u64) -> u64 {
     let generation = generation as u64 & ((1 << GENERATION_BITS) - 1);
-    let round = (epoch / RING as u64) & ((1 << ROUND_BITS) - 1);
+    // From 1 on, so that no tag of the first rounds reads as vacant.
+    let round = (epoch / RING as u64 + 1) & ((1 << ROUND_BITS) - 1);
     generation << ROUND_BITS | round
 }
 
@@ -278,11 +277,11 @@ mod tests {
         let window = TimeWindow::new();
         window.note(3, 5, GOOD);
         let counter = &window.good[stripe()][5];
-        counter.store(tag(3, 5) << COUNT_BITS | (FULL - 1), Relaxed);
+        counter.store(tag(3, 5) << COUNT_BITS | (COUNT - 1), Relaxed);
         for _ in 0..10 {
             window.note(3, 5, GOOD);
         }
-        assert_eq!(window.sums(3, 5).calls, FULL);
+        assert_eq!(window.sums(3, 5).calls, COUNT);
     }
 
     #[test]

@@ -1,0 +1,327 @@
+//! The state changes: always under the lock, and told after it.
+
+use std::time::Duration;
+
+use buttress_core::{
+    clock::Instant,
+    sync::atomic::Ordering::{AcqRel, Release},
+};
+
+use super::{Cell, Cold, Kind, NEVER, News, Ticket, place};
+use crate::{
+    Cause, Event, Rule, State, Transition, TransitionError,
+    settings::LONGEST,
+    word::{Probes, Word},
+};
+
+impl Cell {
+    /// Begins the next generation. The lock is held, so that no other begins.
+    pub(super) fn publish(
+        &self,
+        cold: &mut Cold,
+        next: Word,
+        until: Instant,
+        at: Instant,
+        cause: Cause,
+        wait: Option<Duration>,
+    ) -> News {
+        let from = self.word().state();
+        if next.state().counts() {
+            // Before the word, after which calls are counted.
+            if let Some(window) = self.calls.get() {
+                window.clear(next.generation());
+            }
+            if let Some(window) = self.time.get() {
+                window.clear();
+            }
+        }
+        // The generation before last had this place: who reads of it what is
+        // not its own finds a later word, too.
+        self.hot.until[place(next)].store(until.as_nanos(), Release);
+        // Others change this word too, but only from what they have read in
+        // this generation: their exchange fails. A swap and no store, as loom
+        // orders the one with their exchanges and not the other.
+        self.hot.word.swap(next.0, AcqRel);
+        let to = next.state();
+        let changed = from != to;
+        if changed {
+            cold.since = at;
+        }
+        News {
+            observer: cold.observer.clone(),
+            event: changed.then_some(Event::StateChange(Transition {
+                from,
+                to,
+                generation: next.generation(),
+                at,
+                cause,
+                wait,
+            })),
+            wakers: std::mem::take(&mut cold.waiters),
+        }
+    }
+
+    pub(crate) fn tell(&self, news: News) {
+        let News {
+            observer,
+            event,
+            wakers,
+        } = news;
+        for (_, waker) in wakers {
+            waker.wake();
+        }
+        let (Some(observer), Some(event)) = (observer, event) else {
+            return;
+        };
+        if let Event::StateChange(change) = &event {
+            trace(&observer.name, change);
+            // The gauge shows the latest state, whoever is the last to set it.
+            loop {
+                let state = self.word().state();
+                observer.metrics.state(state);
+                if self.word().state() == state {
+                    break;
+                }
+            }
+        }
+        observer.tell(&event);
+    }
+
+    /// The first caller after the wait begins to probe, with a place taken.
+    #[cold]
+    pub(super) fn begin_probing(&self, generation: u32, now: Instant) -> Option<Ticket> {
+        let mut cold = self.lock();
+        let word = self.word();
+        if word.generation() != generation {
+            return None;
+        }
+        let next = word.next(State::HalfOpen).with_probes(Probes {
+            in_flight: 1,
+            ..Probes::default()
+        });
+        let limit = cold
+            .plan
+            .as_ref()
+            .map_or(Duration::ZERO, |plan| plan.half_open);
+        let news = self.publish(&mut cold, next, now + limit, now, Cause::WaitOver, None);
+        drop(cold);
+        self.tell(news);
+        Some(Ticket::of(next))
+    }
+
+    /// Opens, from closed; or tells that it would have.
+    #[cold]
+    pub(super) fn trip(&self, generation: u32, rule: Rule, hold: Option<Duration>, now: Instant) {
+        let word = self.word();
+        if word.state() == State::MetricsOnly && word.is_told() {
+            return;
+        }
+        let draw = self.draw();
+        let mut cold = self.lock();
+        let word = self.word();
+        if word.generation() != generation {
+            return;
+        }
+        let news = if word.state() == State::MetricsOnly {
+            if !self.told() {
+                return;
+            }
+            News {
+                observer: cold.observer.clone(),
+                event: Some(Event::WouldOpen(rule)),
+                wakers: Vec::new(),
+            }
+        } else {
+            self.open(&mut cold, Cause::Rule(rule), hold, now, draw)
+        };
+        drop(cold);
+        self.tell(news);
+    }
+
+    /// Whether this is the first time.
+    fn told(&self) -> bool {
+        loop {
+            let word = self.word();
+            if word.is_told() {
+                return false;
+            }
+            if self.swap(word, word.told()) {
+                return true;
+            }
+        }
+    }
+
+    /// Drawn before locking: a user's generator does not run under the lock.
+    fn draw(&self) -> u64 {
+        let random = self.lock().random.clone();
+        random.next_u64()
+    }
+
+    fn open(
+        &self,
+        cold: &mut Cold,
+        cause: Cause,
+        hold: Option<Duration>,
+        at: Instant,
+        draw: u64,
+    ) -> News {
+        let word = self.word();
+        let plan = cold.plan.as_ref().expect("set with the owner");
+        if word.state() == State::Closed {
+            let healthy = at - cold.since;
+            cold.level = plan
+                .backoff
+                .decayed(cold.level, healthy, plan.reset_timeout);
+        }
+        let wait = match (cause, hold) {
+            // It asked for a pause and has not failed: a pause it is.
+            (Cause::Rule(Rule::RetryAfter) | Cause::Manual | Cause::Remote, Some(hold)) => hold,
+            (_, hold) => {
+                let wait = plan.backoff.wait(plan.reset_timeout, cold.level, draw);
+                cold.level = plan.backoff.raised(plan.reset_timeout, cold.level);
+                wait.max(hold.unwrap_or_default())
+            }
+        };
+        let wait = wait.min(LONGEST);
+        self.publish(
+            cold,
+            word.next(State::Open),
+            at + wait,
+            at,
+            cause,
+            Some(wait),
+        )
+    }
+
+    /// Half-open was undecided for too long. It has been open since then.
+    #[cold]
+    pub(super) fn overdue(&self, generation: u32, now: Instant) {
+        let draw = self.draw();
+        let mut cold = self.lock();
+        let word = self.word();
+        let until = self.until_locked(word);
+        if word.generation() != generation || word.state() != State::HalfOpen || now < until {
+            return;
+        }
+        let news = self.open(&mut cold, Cause::ProbesOverdue, None, until, draw);
+        drop(cold);
+        self.tell(news);
+    }
+
+    /// Opens a half-open that is overdue, so that what is done by hand finds
+    /// the state that it should be.
+    pub(crate) fn catch_up(&self, now: Instant) {
+        let word = self.word();
+        if word.state() == State::HalfOpen && self.until(word).is_some_and(|until| now >= until) {
+            self.overdue(word.generation(), now);
+        }
+    }
+
+    #[cold]
+    pub(super) fn reopen(&self, generation: u32, hold: Option<Duration>, now: Instant) {
+        let draw = self.draw();
+        let mut cold = self.lock();
+        if self.word().generation() != generation {
+            return;
+        }
+        let news = self.open(&mut cold, Cause::ProbeFailed, hold, now, draw);
+        drop(cold);
+        self.tell(news);
+    }
+
+    #[cold]
+    pub(super) fn close_probed(&self, generation: u32, now: Instant) {
+        let mut cold = self.lock();
+        let word = self.word();
+        if word.generation() != generation {
+            return;
+        }
+        let next = word.next(State::Closed);
+        let news = self.publish(&mut cold, next, NEVER, now, Cause::Probed, None);
+        drop(cold);
+        self.tell(news);
+    }
+
+    /// Brings about a state by hand, or because it is so elsewhere. `wait` is
+    /// for how long it is to be open.
+    pub(crate) fn bring_about(
+        &self,
+        to: State,
+        wait: Option<Duration>,
+        cause: Cause,
+        now: Instant,
+    ) -> Result<(), TransitionError> {
+        self.catch_up(now);
+        let draw = self.draw();
+        let mut cold = self.lock();
+        let word = self.word();
+        let from = word.state();
+        let sense = match to {
+            State::Open => matches!(from, State::Closed | State::HalfOpen),
+            State::HalfOpen => from == State::Open,
+            State::Closed => matches!(from, State::Open | State::HalfOpen),
+            State::ForcedOpen | State::ForcedClosed | State::MetricsOnly => true,
+        };
+        if !sense {
+            return Err(TransitionError { from, to });
+        }
+        if from == to {
+            // An override that is there already.
+            return Ok(());
+        }
+        let news = match to {
+            State::Open => self.open(&mut cold, cause, wait, now, draw),
+            State::HalfOpen => {
+                let limit = cold
+                    .plan
+                    .as_ref()
+                    .map_or(Duration::ZERO, |plan| plan.half_open);
+                let next = word.next(State::HalfOpen);
+                self.publish(&mut cold, next, now + limit, now, cause, None)
+            }
+            to => self.publish(&mut cold, word.next(to), NEVER, now, cause, None),
+        };
+        drop(cold);
+        self.tell(news);
+        Ok(())
+    }
+
+    /// Closed, empty and automatic, from whatever state.
+    pub(crate) fn reset(&self, now: Instant) {
+        self.catch_up(now);
+        let mut cold = self.lock();
+        cold.level = 0;
+        cold.since = now;
+        let next = self.word().next(State::Closed);
+        let news = self.publish(&mut cold, next, NEVER, now, Cause::Manual, None);
+        drop(cold);
+        self.tell(news);
+    }
+}
+fn trace(name: &str, change: &Transition) {
+    let Transition {
+        from,
+        to,
+        cause,
+        wait,
+        ..
+    } = change;
+    if matches!(to, State::Open | State::ForcedOpen) {
+        tracing::warn!(
+            name,
+            from = from.as_str(),
+            to = to.as_str(),
+            ?cause,
+            ?wait,
+            "circuit breaker opened"
+        );
+    } else {
+        tracing::info!(
+            name,
+            from = from.as_str(),
+            to = to.as_str(),
+            ?cause,
+            "circuit breaker changed"
+        );
+    }
+}
