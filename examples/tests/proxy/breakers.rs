@@ -25,6 +25,8 @@ use crate::support::{
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mood {
     Well,
+    /// Well, after a fifth of a second.
+    Slow,
     Says(u16),
     /// Closes without a word.
     Dies,
@@ -90,8 +92,11 @@ async fn serve(
     while read_head(&mut stream).await.is_some() {
         hits.fetch_add(1, SeqCst);
         let mood = *mood.lock().unwrap();
+        if mood == Mood::Slow {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
         let answer = match mood {
-            Mood::Well => "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes".to_owned(),
+            Mood::Well | Mood::Slow => "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes".to_owned(),
             Mood::Says(status) => format!("HTTP/1.1 {status} X\r\ncontent-length: 2\r\n\r\nno"),
             Mood::Dies => return Ok(()),
             Mood::Hangs => String::new(),
@@ -411,6 +416,21 @@ async fn statuses_and_rates_are_the_operators() {
     assert_eq!(breaker(&proxy, &name).await["state"], "open");
     refused(&proxy.get("/").await);
     assert_eq!(upstream.hits(), 11);
+}
+
+#[tokio::test]
+async fn slow_answers_open_it_as_good_as_they_are() {
+    let upstream = Moody::start(Mood::Slow).await;
+    let proxy = proxy(
+        &[&upstream],
+        "{ slow_call: { duration: 100ms, rate: 1 }, window: { time: 60s }, minimum_requests: 3 }",
+    )
+    .await;
+    for _ in 0..3 {
+        assert_eq!(proxy.get("/").await.status(), 200);
+    }
+    refused(&proxy.get("/").await);
+    assert_eq!(results(&proxy, &at(&upstream)).await, [3.0, 0.0, 0.0]);
 }
 
 #[tokio::test]
