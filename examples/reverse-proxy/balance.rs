@@ -1,4 +1,5 @@
-//! Which endpoint a request goes to: the power of two choices.
+//! Which endpoint a request goes to: the power of two choices, among those
+//! whose circuit breaker lets it pass.
 //!
 //! Of two endpoints picked at random, the one with fewer requests in flight.
 //! Nearly as even as asking all of them, without the herd that runs to the
@@ -6,80 +7,136 @@
 //! Load Balancing", 2001). A request is in flight until its response body has
 //! ended, so that a slow download weighs as much as it should.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
+
+use buttress::{
+    circuit_breaker::{Breaker, CircuitOpen},
+    classify::Verdict,
+};
 
 use crate::upstream::{Connection, Endpoint, InFlight};
 
 /// The endpoints of a route.
 #[derive(Clone, Debug)]
-pub(crate) struct Balance(Arc<[Arc<Endpoint>]>);
+pub(crate) struct Balance {
+    endpoints: Arc<[Arc<Endpoint>]>,
+    /// Around all of them; `None` where each has its own, or none has.
+    breaker: Option<Breaker>,
+}
 
 impl Balance {
     /// Of at least one endpoint.
-    pub(crate) fn new(endpoints: impl IntoIterator<Item = Arc<Endpoint>>) -> Self {
-        Self(endpoints.into_iter().collect())
+    pub(crate) fn new(
+        endpoints: impl IntoIterator<Item = Arc<Endpoint>>,
+        breaker: Option<Breaker>,
+    ) -> Self {
+        Self {
+            endpoints: endpoints.into_iter().collect(),
+            breaker,
+        }
     }
 
     pub(crate) fn endpoints(&self) -> &[Arc<Endpoint>] {
-        &self.0
+        &self.endpoints
     }
 
     /// Picks an endpoint and counts the request there.
-    pub(crate) fn pick(&self) -> InFlight {
-        let count = self.0.len();
-        if count == 1 {
-            return self.0[0].enter();
+    ///
+    /// Fails where no breaker lets it pass, with the one that will be the
+    /// first to take a probe.
+    pub(crate) fn pick(&self) -> Result<InFlight, CircuitOpen> {
+        let permit = self
+            .breaker
+            .as_ref()
+            .map(Breaker::try_acquire)
+            .transpose()?;
+        // A probe comes first: an endpoint with many old requests in flight
+        // would never be the lighter one, and so never be probed.
+        let probed = self.endpoints.iter().find(|it| it.wants_probe());
+        let passing = self.endpoints.iter().filter(|it| it.passes());
+        let lighter = fastrand::choose_multiple(passing, 2)
+            .into_iter()
+            .min_by_key(|it| (it.rests(), it.in_flight(), fastrand::u32(..)));
+        // And then any: others may have taken the place that was seen.
+        let candidates = probed.into_iter().chain(lighter).chain(&*self.endpoints);
+        let mut refusals = Vec::new();
+        for endpoint in candidates {
+            match endpoint.enter() {
+                Ok(mut in_flight) => {
+                    in_flight.permit = in_flight.permit.take().or(permit);
+                    return Ok(in_flight);
+                }
+                Err(open) => refusals.push(open),
+            }
         }
-        let first = fastrand::usize(..count);
-        // Any other one: a step of 1 to count - 1, around the circle.
-        let second = (first + fastrand::usize(1..count)) % count;
-        let load = |index: usize| {
-            let endpoint = &self.0[index];
-            (endpoint.rests(), endpoint.in_flight())
-        };
-        let lighter = if load(second) < load(first) {
-            second
-        } else {
-            first
-        };
-        self.0[lighter].enter()
+        let wait = |open: &CircuitOpen| open.retry_after().unwrap_or(Duration::MAX);
+        Err(refusals
+            .into_iter()
+            .min_by_key(wait)
+            .expect("there is an endpoint"))
     }
 
-    /// Picks an endpoint and connects to it. One that cannot be reached costs
-    /// the request nothing while there are others: none of it has left yet.
-    pub(crate) async fn connect(&self) -> (InFlight, io::Result<Connection>) {
-        let mut in_flight = self.pick();
-        for _ in 1..self.0.len() {
+    /// Connects to the endpoint that was picked. One that cannot be reached
+    /// costs the request nothing while there are others: none of it has left
+    /// yet.
+    pub(crate) async fn connect(&self, in_flight: &mut InFlight) -> io::Result<Connection> {
+        for _ in 1..self.endpoints.len() {
             let connection = in_flight.endpoint().connection(None).await;
-            if connection.is_ok() {
-                return (in_flight, connection);
-            }
-            // It rests now, and two picked at random could both be resting.
-            let others = self.0.iter().filter(|endpoint| !endpoint.rests());
-            match others.min_by_key(|endpoint| endpoint.in_flight()) {
-                Some(other) => in_flight = other.enter(),
-                None => return (in_flight, connection),
+            if connection.is_ok() || !self.turn_elsewhere(in_flight) {
+                return connection;
             }
         }
-        let connection = in_flight.endpoint().connection(None).await;
-        (in_flight, connection)
+        in_flight.endpoint().connection(None).await
+    }
+
+    /// Takes the request to another endpoint, if there is one.
+    fn turn_elsewhere(&self, in_flight: &mut InFlight) -> bool {
+        // It rests now, and two picked at random could both be resting.
+        let other = self
+            .endpoints
+            .iter()
+            .filter(|it| !it.rests() && it.passes())
+            .min_by_key(|it| it.in_flight())
+            .and_then(|it| it.enter().ok());
+        let Some(mut other) = other else {
+            return false;
+        };
+        if self.breaker.is_some() {
+            // What the route's breaker hears is how the request ends.
+            other.permit = in_flight.permit.take();
+        } else {
+            in_flight.record(Verdict::Failure);
+        }
+        *in_flight = other;
+        true
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use buttress::circuit_breaker::Settings;
+
     use super::*;
 
+    fn breaker(endpoint: &Endpoint) -> &Breaker {
+        endpoint.breaker.as_ref().unwrap()
+    }
+
     fn three() -> Balance {
-        let endpoint =
-            |port: u16| Endpoint::new(&format!("h2c://127.0.0.1:{port}").parse().unwrap());
-        Balance::new([1, 2, 3].map(endpoint))
+        let endpoint = |port: u16| {
+            let breaker = Breaker::builder(format!("test@{port}"))
+                .settings(Settings::new().consecutive_failures(1))
+                .build();
+            let upstream = format!("h2c://127.0.0.1:{port}").parse().unwrap();
+            Endpoint::new(&upstream, Some(breaker.unwrap()))
+        };
+        Balance::new([1, 2, 3].map(endpoint), None)
     }
 
     #[test]
     fn the_load_spreads_evenly() {
         let balance = three();
-        let held: Vec<_> = (0..300).map(|_| balance.pick()).collect();
+        let held: Vec<_> = (0..300).map(|_| balance.pick().unwrap()).collect();
         for endpoint in balance.endpoints() {
             // The gap between the fullest and the emptiest grows as log log n.
             assert!((95..=105).contains(&endpoint.in_flight()), "{endpoint:?}");
@@ -94,11 +151,93 @@ mod tests {
     }
 
     #[test]
+    fn idle_ones_get_the_same() {
+        let balance = three();
+        let mut counts = [0; 3];
+        for _ in 0..3000 {
+            let in_flight = balance.pick().unwrap();
+            let same = |it: &Arc<Endpoint>| Arc::ptr_eq(it, in_flight.endpoint());
+            counts[balance.endpoints().iter().position(same).unwrap()] += 1;
+        }
+        // Six standard deviations.
+        assert!(
+            counts.iter().all(|count| (845..=1155).contains(count)),
+            "{counts:?}"
+        );
+    }
+
+    #[test]
     fn the_fullest_is_never_chosen() {
         let balance = three();
-        let _busy: Vec<_> = (0..10).map(|_| balance.endpoints()[1].enter()).collect();
+        let _busy: Vec<_> = (0..10)
+            .map(|_| balance.endpoints()[1].enter().unwrap())
+            .collect();
         for _ in 0..100 {
-            assert_ne!(&*balance.pick().endpoint().url, "h2c://127.0.0.1:2");
+            let picked = balance.pick().unwrap();
+            assert_ne!(&*picked.endpoint().url, "h2c://127.0.0.1:2");
         }
+    }
+
+    #[test]
+    fn an_open_one_is_passed_over_however_empty_it_is() {
+        let balance = three();
+        let fail = |index: usize| {
+            let mut in_flight = balance.endpoints()[index].enter().unwrap();
+            in_flight.record(Verdict::Failure);
+        };
+        let _busy: Vec<_> = [0, 2, 2, 0, 0]
+            .map(|index| balance.endpoints()[index].enter().unwrap())
+            .into();
+        fail(1);
+        for _ in 0..100 {
+            let picked = balance.pick().unwrap();
+            assert_ne!(&*picked.endpoint().url, "h2c://127.0.0.1:2");
+        }
+        fail(0);
+        fail(2);
+        let open = balance.pick().unwrap_err();
+        // The soonest, not the last.
+        assert_eq!(open.name().as_deref(), Some("test@2"));
+    }
+
+    #[test]
+    fn a_probe_comes_before_all_else_and_only_one() {
+        let balance = three();
+        let sick = &balance.endpoints()[1];
+        let _busy: Vec<_> = (0..10).map(|_| sick.enter().unwrap()).collect();
+        sick.enter().unwrap().record(Verdict::Failure);
+        breaker(sick).half_open().unwrap();
+        let probe = balance.pick().unwrap();
+        assert!(Arc::ptr_eq(probe.endpoint(), sick));
+        for _ in 0..100 {
+            assert!(!Arc::ptr_eq(balance.pick().unwrap().endpoint(), sick));
+        }
+        // Its client went away: the next one is the probe.
+        drop(probe);
+        assert!(Arc::ptr_eq(balance.pick().unwrap().endpoint(), sick));
+    }
+
+    #[test]
+    fn what_is_switched_off_is_no_probe() {
+        let balance = three();
+        let busy = &balance.endpoints()[1];
+        let _busy: Vec<_> = (0..10).map(|_| busy.enter().unwrap()).collect();
+        breaker(busy).force_closed();
+        for _ in 0..100 {
+            assert!(!Arc::ptr_eq(balance.pick().unwrap().endpoint(), busy));
+        }
+    }
+
+    #[test]
+    fn around_all_of_them_it_decides_for_all() {
+        let around = Breaker::builder("test").build().unwrap();
+        let balance = Balance {
+            breaker: Some(around.clone()),
+            ..three()
+        };
+        assert!(balance.pick().unwrap().permit.is_some());
+        around.force_open();
+        let open = balance.pick().unwrap_err();
+        assert_eq!(open.name().as_deref(), Some("test"));
     }
 }

@@ -9,7 +9,7 @@
 use std::{
     fmt,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -52,13 +52,19 @@ impl std::error::Error for Cut {}
 
 /// The one body that the client sends, shared by the attempts to send it on.
 #[derive(Clone)]
-pub(crate) struct Source(Arc<Mutex<Inner>>);
+pub(crate) struct Source {
+    inner: Arc<Mutex<Inner>>,
+    /// Why the body ended early, if it did. By itself, so that who wants to
+    /// know need not keep the body.
+    pub(crate) cut: Arc<OnceLock<Cut>>,
+}
 
 struct Inner {
     body: Incoming,
     seen: u64,
     limit: u64,
-    cut: Option<Cut>,
+    /// Asked for more, the client had none.
+    pending: bool,
     /// Data frames already handed on, while all of them are kept.
     kept: Vec<Bytes>,
     kept_trailers: Option<HeaderMap>,
@@ -70,21 +76,24 @@ struct Inner {
 
 impl Source {
     pub(crate) fn new(body: Incoming, limit: u64) -> Self {
-        Self(Arc::new(Mutex::new(Inner {
-            body,
-            seen: 0,
-            limit,
-            cut: None,
-            kept: Vec::new(),
-            kept_trailers: None,
-            keeping: true,
-            attempt: 0,
-        })))
+        Self {
+            inner: Arc::new(Mutex::new(Inner {
+                body,
+                seen: 0,
+                limit,
+                pending: false,
+                kept: Vec::new(),
+                kept_trailers: None,
+                keeping: true,
+                attempt: 0,
+            })),
+            cut: Arc::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing in here can be left half done by a panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The body from its start, for the next attempt; the earlier ones get no
@@ -108,9 +117,9 @@ impl Source {
         inner.kept = Vec::new();
     }
 
-    /// Why the body ended early, if it did.
-    pub(crate) fn cut(&self) -> Option<Cut> {
-        self.lock().cut
+    /// Whether it is the client's turn: what has come so far is sent on.
+    pub(crate) fn waits_for_client(&self) -> bool {
+        self.lock().pending
     }
 }
 
@@ -196,8 +205,9 @@ impl Body for Outgoing {
         if inner.attempt != this.attempt {
             return Poll::Ready(Some(Err(Cut::Unwanted)));
         }
-        if let Some(cut) = inner.cut {
-            return Poll::Ready(Some(Err(cut)));
+        let cut_off = |cut| Poll::Ready(Some(Err(*source.cut.get_or_init(|| cut))));
+        if let Some(cut) = source.cut.get() {
+            return cut_off(*cut);
         }
         if let Some(data) = inner.kept.get(this.next) {
             this.next += 1;
@@ -210,19 +220,17 @@ impl Body for Outgoing {
             this.trailed = true;
             return Poll::Ready(Some(Ok(Frame::trailers(trailers.clone()))));
         }
-        let frame = match ready!(Pin::new(&mut inner.body).poll_frame(cx)) {
+        let polled = Pin::new(&mut inner.body).poll_frame(cx);
+        inner.pending = polled.is_pending();
+        let frame = match ready!(polled) {
             None => return Poll::Ready(None),
             Some(Ok(frame)) => frame,
-            Some(Err(_)) => {
-                inner.cut = Some(Cut::Client);
-                return Poll::Ready(Some(Err(Cut::Client)));
-            }
+            Some(Err(_)) => return cut_off(Cut::Client),
         };
         if let Some(data) = frame.data_ref() {
             inner.seen += data.len() as u64;
             if inner.seen > inner.limit {
-                inner.cut = Some(Cut::TooLarge);
-                return Poll::Ready(Some(Err(Cut::TooLarge)));
+                return cut_off(Cut::TooLarge);
             }
             if inner.keeping && inner.seen <= KEPT as u64 {
                 let data = data.clone();

@@ -24,7 +24,7 @@ use tokio::{
     time::{Interval, interval},
 };
 
-use crate::settings::{Count, LimitHeaders, RateLimit, Route, Span};
+use crate::settings::{CircuitBreaker, Count, LimitHeaders, RateLimit, Route, Span};
 
 /// The demo's one route.
 pub(crate) fn route(upstream: SocketAddr) -> Route {
@@ -45,6 +45,10 @@ pub(crate) fn route(upstream: SocketAddr) -> Route {
             max_keys: Count(100_000),
             mode: "strict".parse().expect(sound),
         }),
+        circuit_breaker: Some(CircuitBreaker {
+            preset: "aggressive".parse().expect(sound),
+            ..CircuitBreaker::default()
+        }),
     }
 }
 
@@ -54,7 +58,8 @@ pub(crate) fn greet(listen: SocketAddr, admin: SocketAddr) -> io::Result<()> {
     write!(
         out,
         "\
-A demo: five requests a second for each x-api-key or address, twenty at once. Try
+A demo: five requests a second for each x-api-key or address, twenty at once,
+and a circuit breaker in front of the upstream. Try
 
 # How you stand: X-RateLimit-Limit, -Remaining and -Reset, on every answer.
 curl -i 'http://{listen}/echo?hello=world'
@@ -62,14 +67,15 @@ curl -i 'http://{listen}/echo?hello=world'
 # More than the burst: the last ones are 429, and their Retry-After can be trusted.
 curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' 'http://{listen}/status/200?[1-25]'
 
-# A body that comes bit by bit goes on bit by bit.
-curl -N http://{listen}/stream/5
-
 # An upstream that is slower than the timeout of five seconds: 504, as a problem document.
-curl -i -H 'x-api-key: someone-else' http://{listen}/delay/6000
+curl -i -H 'x-api-key: another' http://{listen}/delay/6000
 
-# What the operator sees. A person may prefer http://{admin}/ in a browser.
-curl -s http://{admin}/metrics
+# Three failures in a row open the circuit breaker: the upstream is not asked again for ten
+# seconds, whatever is wanted of it. Then one request may try.
+curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' -H 'x-api-key: third' 'http://{listen}/status/500?[1-5]'
+
+# What the operator sees. A person may prefer http://{admin}/ in a browser, a scraper /metrics.
+curl -s http://{admin}/breakers
 
 "
     )?;

@@ -4,17 +4,20 @@
 //! which the layer around it turns into a response.
 
 use std::{
+    convert::Infallible,
     error::Error as _,
     io,
     net::IpAddr,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, OnceLock, atomic::Ordering},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use buttress::{
     Head, Refusal, RefusalKind,
     body::{BodyEnd, BodyGuard, GuardedBody},
+    classify::{Classify, Expect, HttpClassifier, Verdict},
     key::{ClientIp, PeerAddr},
 };
 use http::{
@@ -55,6 +58,10 @@ pub(crate) struct Rules {
     pub(crate) client_ip: ClientIp,
     /// The prefix to take off the path; empty for none.
     pub(crate) strip: String,
+    /// How long there is until the response's head.
+    pub(crate) timeout: Duration,
+    /// What the breakers take for a failure.
+    pub(crate) judge: HttpClassifier,
 }
 
 impl Forward {
@@ -82,81 +89,55 @@ impl Rules {
     async fn forward(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
         self.screen(&request)?;
         let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();
-        let (in_flight, connection) = self.balance.connect().await;
-        let endpoint = Arc::clone(in_flight.endpoint());
-        let _ = facts.upstream.set(Arc::clone(&endpoint.url));
-        let connection = connection.map_err(|error| {
-            let _ = facts.error.set(format!("connect: {error}"));
-            unreachable(&error)
+        let mut in_flight = self.balance.pick().map_err(|open| {
+            let _ = facts.error.set(open.to_string());
+            Refusal::from(open)
         })?;
 
-        // A tunnel needs HTTP/1.1 on both sides.
         let upgrade = headers::upgrade(request.version(), request.headers())
-            .filter(|_| endpoint.protocol == Protocol::Http1)
             .map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
-        let (mut head, body) = request.into_parts();
+        let (head, body) = request.into_parts();
         let source = (!body.is_end_stream()).then(|| Source::new(body, self.limits.max_body.0));
-        let mut outgoing = match &source {
-            Some(source) => source.attempt().expect("nothing is lost yet"),
-            None => Outgoing::empty(),
-        };
-        let exact = outgoing.size_hint().exact();
-        let mut hold = None;
-        let waits = source.is_some() && headers::expects_continue(&head.headers);
-        self.prepare(
-            &mut head,
-            &endpoint,
-            upgrade.as_ref().map(|(name, _)| name),
-            exact,
-        )?;
-        if waits && endpoint.protocol == Protocol::Http1 {
-            hold = Some(hold_back(&mut head, &mut outgoing));
-        }
+        let source = source.as_ref();
 
-        let sent = send(
-            &endpoint,
-            connection,
-            head,
-            outgoing,
-            source.as_ref(),
-            &facts,
-        )
-        .await;
-        let (mut response, connection) = match sent {
+        // In here, and not in a layer around all this: a timeout that dropped
+        // us would look to the breaker like a client that went away.
+        let exchange = self.exchange(&mut in_flight, head, source, upgrade, &facts);
+        let exchanged = match tokio::time::timeout(self.timeout, exchange).await {
+            Ok(exchanged) => exchanged,
+            Err(_) => Err(RefusalKind::TimedOut.into()),
+        };
+        let _ = facts.upstream.set(Arc::clone(&in_flight.endpoint().url));
+        let answer = match exchanged {
             Ok(answer) => answer,
-            Err(error) => {
-                let _ = facts.error.set(chain(&error));
-                return Err(match source.as_ref().and_then(Source::cut) {
-                    Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
-                    Some(Cut::Client) => Refusal::new(RefusalKind::BadRequest)
-                        .with_detail("the request body broke off"),
-                    _ => match &error {
-                        SendError::Connect(error) => unreachable(error),
-                        SendError::Send(_) => RefusalKind::BadGateway.into(),
-                    },
-                });
+            Err(refusal) => {
+                in_flight.record(blame(&refusal, source));
+                return Err(refusal);
             }
         };
-        if let Some(source) = &source {
+        let Answer {
+            mut response,
+            connection,
+            hold,
+            upgrade,
+        } = answer;
+        if let Some(source) = source {
             source.settle();
+        }
+
+        // A failure is one for good, a success only once its body has ended.
+        in_flight.arrived();
+        let verdict = self.judge.classify(Ok::<_, &Infallible>(&response));
+        let expected = Classify::<_, Infallible>::expects(&self.judge, &response);
+        if verdict != Verdict::Success || expected == Expect::Nothing {
+            in_flight.record(verdict);
         }
 
         // The version is of the hop; hyper writes the client's own.
         *response.version_mut() = Version::HTTP_11;
-        if headers::is_coded(response.headers()) {
-            let _ = facts.error.set("a transfer coding but chunked".to_owned());
-            return Err(RefusalKind::BadGateway.into());
-        }
-        let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         let protocol = response.headers().get(UPGRADE).cloned();
         headers::strip_hop_by_hop(response.headers_mut());
-        if switched {
-            let (Some((_, client)), Some(protocol)) = (upgrade, protocol) else {
-                let _ = facts
-                    .error
-                    .set("101 to a request that asked for none".to_owned());
-                return Err(RefusalKind::BadGateway.into());
-            };
+        if let (Some(client), Some(protocol)) = (upgrade, protocol) {
             response.headers_mut().insert(UPGRADE, protocol);
             response
                 .headers_mut()
@@ -173,8 +154,77 @@ impl Rules {
             connection,
             in_flight,
             hold,
+            cut: source.map(|source| Arc::clone(&source.cut)),
+            judge: self.judge,
+            expected,
         }));
         Ok(response.map(|body| GuardedBody::new(body, ending)))
+    }
+
+    /// Sends the request to the endpoint, or to another one where that cannot
+    /// be reached, and waits for the head of the answer.
+    async fn exchange(
+        &self,
+        in_flight: &mut InFlight,
+        mut head: Parts,
+        source: Option<&Source>,
+        upgrade: Option<(HeaderValue, OnUpgrade)>,
+        facts: &Facts,
+    ) -> Result<Answer, Refusal> {
+        let connection = self.balance.connect(in_flight).await.map_err(|error| {
+            let _ = facts.error.set(format!("connect: {error}"));
+            unreachable(&error)
+        })?;
+        let endpoint = in_flight.endpoint();
+
+        // A tunnel needs HTTP/1.1 on both sides.
+        let (protocol, upgrade) = upgrade
+            .filter(|_| endpoint.protocol == Protocol::Http1)
+            .unzip();
+        let mut outgoing = match source {
+            Some(source) => source.attempt().expect("nothing is lost yet"),
+            None => Outgoing::empty(),
+        };
+        let exact = outgoing.size_hint().exact();
+        let mut hold = None;
+        let waits = source.is_some() && headers::expects_continue(&head.headers);
+        self.prepare(&mut head, endpoint, protocol.as_ref(), exact)?;
+        if waits && endpoint.protocol == Protocol::Http1 {
+            hold = Some(hold_back(&mut head, &mut outgoing));
+        }
+
+        let sent = send(endpoint, connection, head, outgoing, source, facts).await;
+        let (response, connection) = sent.map_err(|error| {
+            let _ = facts.error.set(chain(&error));
+            match source.and_then(|source| source.cut.get()) {
+                Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
+                Some(Cut::Client) => {
+                    Refusal::new(RefusalKind::BadRequest).with_detail("the request body broke off")
+                }
+                _ => match &error {
+                    SendError::Connect(error) => unreachable(error),
+                    SendError::Send(_) => RefusalKind::BadGateway.into(),
+                },
+            }
+        })?;
+
+        let nonsense = |what: &str| {
+            let _ = facts.error.set(what.to_owned());
+            Err(RefusalKind::BadGateway.into())
+        };
+        if headers::is_coded(response.headers()) {
+            return nonsense("a transfer coding but chunked");
+        }
+        let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if switched && (upgrade.is_none() || !response.headers().contains_key(UPGRADE)) {
+            return nonsense("101 to a request that asked for none");
+        }
+        Ok(Answer {
+            response,
+            connection,
+            hold,
+            upgrade: upgrade.filter(|_| switched),
+        })
     }
 
     /// Refuses what is too large, or has been here before.
@@ -406,6 +456,16 @@ enum SendError {
     Send(hyper::Error),
 }
 
+/// What a failed exchange says of the endpoint: nothing where the client is to
+/// blame. Else anyone could open a breaker by a few requests sent slowly.
+fn blame(refusal: &Refusal, source: Option<&Source>) -> Verdict {
+    match refusal.kind() {
+        RefusalKind::BadGateway => Verdict::Failure,
+        RefusalKind::TimedOut if !source.is_some_and(Source::waits_for_client) => Verdict::Failure,
+        _ => Verdict::Ignored,
+    }
+}
+
 /// Who says no is a bad gateway; who says nothing has run out of time.
 fn unreachable(error: &io::Error) -> Refusal {
     match error.kind() {
@@ -427,23 +487,41 @@ fn chain(error: &SendError) -> String {
     text
 }
 
+/// An endpoint's answer.
+struct Answer {
+    response: Response<Incoming>,
+    connection: Connection,
+    hold: Option<Hold>,
+    /// The client's side of a tunnel: it is a 101.
+    upgrade: Option<OnUpgrade>,
+}
+
 /// What a request holds until its response has ended.
 struct Held {
     connection: Connection,
     in_flight: InFlight,
     hold: Option<Hold>,
+    /// Why the request ended early, if it does.
+    cut: Option<Arc<OnceLock<Cut>>>,
+    judge: HttpClassifier,
+    /// What the end must tell before a success is one.
+    expected: Expect,
 }
 
-/// Lets go of what a request holds, when its response ends. A response that
-/// ended early takes its HTTP/1.1 connection with it: the rest is still on it.
+/// Lets go of what a request holds, when its response ends, and tells the
+/// breaker how. A response that ended early takes its HTTP/1.1 connection with
+/// it: the rest is still on it.
 pub(crate) struct Ending(Option<Held>);
 
 impl BodyGuard for Ending {
     fn ended(self, end: BodyEnd<'_>, _: u64) {
         let Some(Held {
             connection,
-            in_flight,
+            mut in_flight,
             hold,
+            cut,
+            judge,
+            expected,
         }) = self.0
         else {
             return;
@@ -451,6 +529,13 @@ impl BodyGuard for Ending {
         if let Some(hold) = hold {
             hold.cut();
         }
+        in_flight.record(match cut.and_then(|cut| cut.get().copied()) {
+            // What broke off was the request, and the answer with it.
+            Some(_) => Verdict::Ignored,
+            None => {
+                Classify::<Response<Incoming>, Infallible>::classify_body(&judge, expected, end)
+            }
+        });
         if matches!(end, BodyEnd::Complete { .. }) {
             connection.finish(in_flight.endpoint());
         }

@@ -1,11 +1,12 @@
 //! A reverse proxy with the Buttress layers on every route.
 //!
 //! ```text
-//!             ┌ serve ─────┐ ┌ proxy ────────────────────────────────────────────┐
-//!             │ accept     │ │  route ─▶ rate limit ─▶ refusals ─▶ timeout ─▶ forward ─▶ upstream
-//!  client ──▶ │ count      │▶│    │                                          balance, headers,
-//!             │ time       │ │    └─ access line, written when the body ends    pooled connections
-//!             └────────────┘ └───────────────────────────────────────────────────┘
+//!             ┌ serve ─────┐ ┌ proxy ────────────────────────────────────────────────────┐
+//!             │ accept     │ │  route ─▶ rate limit ─▶ refusals ─▶ forward               │
+//!  client ──▶ │ count      │▶│    │                                 breaker ─▶ timeout ─▶ upstream
+//!             │ time       │ │    └─ access line, written        balance, headers,       │
+//!             │            │ │       when the body ends          pooled connections      │
+//!             └────────────┘ └───────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! `README.md` beside this file says how to start it and what the settings

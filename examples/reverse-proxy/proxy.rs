@@ -5,6 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
     body::{BodyEnd, BodyGuard, GuardedBody, ResponseBody},
+    circuit_breaker::Breaker,
     key::{ClientIp, ExtractKeyExt, Global, PeerAddr, SharedKey, cookie, header},
     rate_limit::{HeaderFormat, Limit, RateLimitLayer},
     tower_errors::RefuseErrorsLayer,
@@ -22,7 +23,7 @@ use crate::{
     forward::{self, Forward, Rules},
     headers,
     serve::Busy,
-    settings::{self, Key, LimitHeaders, Limits, Settings},
+    settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Settings},
     upstream::Endpoint,
 };
 
@@ -37,6 +38,8 @@ pub(crate) type Body = GuardedBody<RouteBody, Last>;
 pub(crate) struct Proxy {
     /// In the order in which they are tried.
     routes: Vec<Route>,
+    /// Those of all routes, in the order of the file.
+    pub(crate) breakers: Vec<Breaker>,
     limits: Arc<Limits>,
     /// For the requests that have no route.
     unrouted: (Arc<str>, Arc<Meters>),
@@ -59,10 +62,11 @@ impl Proxy {
         let client_ip = ClientIp::new()
             .trust(networks)
             .expect("checked in the settings");
+        let mut breakers = Vec::new();
         let mut routes: Vec<_> = settings
             .routes
             .iter()
-            .map(|route| Route::new(route, &limits, &client_ip))
+            .map(|route| Route::new(route, &limits, &client_ip, &mut breakers))
             .collect();
         // A host's own routes go first, and then the longest prefix.
         routes.sort_by_key(|route| {
@@ -71,6 +75,7 @@ impl Proxy {
         });
         Self {
             routes,
+            breakers,
             limits,
             unrouted: (Arc::from(""), Meters::new("")),
         }
@@ -188,25 +193,32 @@ impl BodyGuard for Last {
 }
 
 impl Route {
-    fn new(route: &settings::Route, limits: &Arc<Limits>, client_ip: &ClientIp) -> Self {
-        let balance = Balance::new(route.upstream.iter().map(Endpoint::new));
+    fn new(
+        route: &settings::Route,
+        limits: &Arc<Limits>,
+        client_ip: &ClientIp,
+        breakers: &mut Vec<Breaker>,
+    ) -> Self {
+        let balance = balance(route, breakers);
         let strip = if route.strip_prefix {
             &*route.path.0
         } else {
             ""
         };
+        let judge = route.circuit_breaker.as_ref().map(CircuitBreaker::judge);
         let forward = Forward::new(Rules {
             balance: balance.clone(),
             limits: Arc::clone(limits),
             client_ip: client_ip.clone(),
             strip: strip.to_owned(),
+            timeout: route.timeout.0,
+            judge: judge.unwrap_or_default(),
         });
 
         // Outermost first. The limiter sees the errors of all others as
         // responses, and so tells every client how it stands.
         let inside = ServiceBuilder::new()
             .layer(RefuseErrorsLayer::new().catch_all())
-            .timeout(route.timeout.0)
             .service(forward);
         let service = match &route.rate_limit {
             Some(rule) => Either::Left(
@@ -228,6 +240,32 @@ impl Route {
             service: BoxCloneSyncService::new(service),
         }
     }
+}
+
+/// A route's endpoints with their circuit breakers, which are added to those
+/// that there are.
+fn balance(route: &settings::Route, breakers: &mut Vec<Breaker>) -> Balance {
+    let mut breaker = |name: String, rule: &CircuitBreaker| {
+        // The same endpoint named twice has one breaker.
+        if let Some(breaker) = breakers.iter().find(|it| **it.name() == *name) {
+            return breaker.clone();
+        }
+        let builder = Breaker::builder(name).settings(rule.settings());
+        breakers.push(builder.build().expect("checked in the settings"));
+        breakers[breakers.len() - 1].clone()
+    };
+    let rule = |per| {
+        route
+            .circuit_breaker
+            .as_ref()
+            .filter(|rule| rule.per == per)
+    };
+    let around = rule(Per::Route).map(|rule| breaker(route.name.0.clone(), rule));
+    let endpoints = route.upstream.iter().map(|upstream| {
+        let own = rule(Per::Upstream).map(|rule| breaker(route.breaker_at(upstream), rule));
+        Endpoint::new(upstream, own)
+    });
+    Balance::new(endpoints, around)
 }
 
 fn rate_limit(

@@ -13,7 +13,11 @@ use std::{
     time::Duration,
 };
 
-use buttress::clock::{self, Instant};
+use buttress::{
+    circuit_breaker::{Breaker, CircuitOpen, Permit, State},
+    classify::Verdict,
+    clock::{self, Instant},
+};
 use http::{Request, Response};
 use hyper::{
     body::Incoming,
@@ -62,6 +66,8 @@ pub(crate) struct Endpoint {
     pub(crate) url: Arc<str>,
     pub(crate) protocol: Protocol,
     pub(crate) authority: String,
+    /// Of its own; none where the route has one for all, or none at all.
+    pub(crate) breaker: Option<Breaker>,
     in_flight: AtomicUsize,
     /// When it could not be reached, in the clock's nanoseconds; or zero.
     unreachable: AtomicU64,
@@ -96,11 +102,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Endpoint {
     /// Needs a runtime: idle connections are closed by a task of their own.
-    pub(crate) fn new(upstream: &Upstream) -> Arc<Self> {
+    pub(crate) fn new(upstream: &Upstream, breaker: Option<Breaker>) -> Arc<Self> {
         let endpoint = Arc::new(Self {
             url: upstream.to_string().into(),
             protocol: upstream.protocol,
             authority: upstream.authority.clone(),
+            breaker,
             in_flight: AtomicUsize::new(0),
             unreachable: AtomicU64::new(0),
             idle: Mutex::new(Vec::new()),
@@ -118,10 +125,31 @@ impl Endpoint {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Counts a request as in flight until the guard is dropped.
-    pub(crate) fn enter(self: &Arc<Self>) -> InFlight {
+    /// Whether its breaker would let a request pass.
+    pub(crate) fn passes(&self) -> bool {
+        self.breaker.as_ref().is_none_or(Breaker::would_pass)
+    }
+
+    /// Whether its breaker has a place for a probe.
+    pub(crate) fn wants_probe(&self) -> bool {
+        self.breaker.as_ref().is_some_and(|breaker| {
+            matches!(breaker.state(), State::Open | State::HalfOpen) && breaker.would_pass()
+        })
+    }
+
+    /// Counts a request as in flight until the guard is dropped, if the
+    /// breaker lets it pass.
+    pub(crate) fn enter(self: &Arc<Self>) -> Result<InFlight, CircuitOpen> {
+        let permit = self
+            .breaker
+            .as_ref()
+            .map(Breaker::try_acquire)
+            .transpose()?;
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        InFlight(Arc::clone(self))
+        Ok(InFlight {
+            endpoint: Arc::clone(self),
+            permit,
+        })
     }
 
     /// Whether it could not be reached a moment ago.
@@ -240,19 +268,37 @@ async fn close_idle(endpoint: Weak<Endpoint>) {
     }
 }
 
-/// A request in flight.
+/// A request in flight, and a breaker's leave for it. Dropped without a
+/// verdict it was given up on, which says nothing of the endpoint.
 #[derive(Debug)]
-pub(crate) struct InFlight(Arc<Endpoint>);
+pub(crate) struct InFlight {
+    endpoint: Arc<Endpoint>,
+    pub(crate) permit: Option<Permit>,
+}
 
 impl InFlight {
     pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.0
+        &self.endpoint
+    }
+
+    /// The response's head is there: how long it took is settled.
+    pub(crate) fn arrived(&mut self) {
+        if let Some(permit) = &mut self.permit {
+            permit.arrived();
+        }
+    }
+
+    /// Tells the breaker how it went. Only the first word counts.
+    pub(crate) fn record(&mut self, verdict: Verdict) {
+        if let Some(permit) = self.permit.take() {
+            permit.record(verdict);
+        }
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.endpoint.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

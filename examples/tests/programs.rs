@@ -32,7 +32,11 @@ fn the_client_waits_or_is_told_so() {
     let output = output("client");
     // Two at once, five a second for a second; the others would be too late.
     assert_eq!(output.matches("200 OK").count(), 7, "{output}");
-    assert_eq!(output.matches("not sent").count(), 3, "{output}");
+    assert_eq!(output.matches("not sent: the quota").count(), 3, "{output}");
+    // Three failures, and then the breaker is open.
+    assert_eq!(output.matches("502 Bad Gateway").count(), 3, "{output}");
+    let refused = "not sent: the circuit breaker";
+    assert_eq!(output.matches(refused).count(), 2, "{output}");
 }
 
 #[test]
@@ -43,7 +47,14 @@ fn the_grpc_client_heeds_the_pushback() {
 }
 
 #[test]
-fn the_server_refuses_the_sixth() {
+fn the_server_refuses_the_sixth_and_does_not_try_what_is_broken() {
+    assert_eq!(statuses("/"), ["200", "200", "200", "200", "200", "429"]);
+    let broken = ["500", "500", "500", "503", "503", "429"];
+    assert_eq!(statuses("/broken"), broken);
+}
+
+/// What six requests for this path get from a server of their own.
+fn statuses(path: &str) -> Vec<String> {
     let mut server = program("axum")
         .arg("127.0.0.1:0")
         .stdout(Stdio::piped())
@@ -57,10 +68,11 @@ fn the_server_refuses_the_sixth() {
         .find_map(|line| Some(line.rsplit_once("http://")?.1.to_owned()))
         .expect("it says where it listens");
     let address = address.trim_end_matches("; done");
-    let statuses: Vec<String> = (0..6)
+    let statuses = (0..6)
         .map(|_| {
             let mut stream = TcpStream::connect(address).expect("it listens");
-            let request = format!("GET / HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+            let request =
+                format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
             stream.write_all(request.as_bytes()).expect("sent");
             let mut response = String::new();
             stream.read_to_string(&mut response).expect("answered");
@@ -69,5 +81,5 @@ fn the_server_refuses_the_sixth() {
         .collect();
     server.kill().expect("it still runs");
     server.wait().expect("it has ended");
-    assert_eq!(statuses, ["200", "200", "200", "200", "200", "429"]);
+    statuses
 }

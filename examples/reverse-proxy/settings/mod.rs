@@ -7,6 +7,7 @@
 //! by [`Settings::check`]. Both end in one [`Nonsense`]: the file, the key's
 //! path, and what was expected.
 
+mod breaker;
 mod scalar;
 mod show;
 
@@ -22,10 +23,11 @@ use buttress::rate_limit::Quota;
 use config::{Config, ConfigError, File, FileFormat};
 use http::HeaderName;
 use ipnet::IpNet;
-use scalar::from_scalar;
+use scalar::{from_scalar, words};
 use serde::{Deserialize, Deserializer};
 
-pub(crate) use scalar::{Count, Name, Secret, Size, Span};
+pub(crate) use breaker::{CircuitBreaker, Per};
+pub(crate) use scalar::{Count, Name, Rate, Secret, Size, Span};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Deserialize)]
@@ -97,6 +99,15 @@ pub(crate) struct Route {
     pub(crate) timeout: Span,
     #[serde(default, deserialize_with = "present")]
     pub(crate) rate_limit: Option<RateLimit>,
+    #[serde(default, deserialize_with = "present")]
+    pub(crate) circuit_breaker: Option<CircuitBreaker>,
+}
+
+impl Route {
+    /// What the circuit breaker of this endpoint is called.
+    pub(crate) fn breaker_at(&self, upstream: &Upstream) -> String {
+        format!("{}@{}", self.name.0, upstream.authority)
+    }
 }
 
 /// Reads what need not be there, but is. YAML takes a key with nothing behind
@@ -333,32 +344,6 @@ impl fmt::Display for Key {
     }
 }
 
-/// A closed set of words, each a variant, with one error for all others.
-macro_rules! words {
-    ($(#[$doc:meta])* $type:ident { $($(#[$attribute:meta])* $variant:ident = $word:literal),* }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(crate) enum $type { $($(#[$attribute])* $variant),* }
-
-        impl FromStr for $type {
-            type Err = String;
-
-            fn from_str(text: &str) -> Result<Self, String> {
-                match text {
-                    $($word => Ok(Self::$variant),)*
-                    _ => Err(format!("expected {}, got `{text}`", [$($word),*].join(" or "))),
-                }
-            }
-        }
-
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $(Self::$variant => $word),* })
-            }
-        }
-    };
-}
-
 words!(
     /// Which headers tell a client its limit.
     LimitHeaders { XRateLimit = "x-ratelimit", Draft = "draft" }
@@ -401,12 +386,14 @@ const NOT_YET: &[&str] = &[
     "tls",
     "redis",
     "shutdown",
-    "circuit_breaker",
     "retry",
     "verify_webhook",
     "sign_webhook",
     "on_store_error",
 ];
+
+/// The longest name that a circuit breaker takes.
+const MAX_NAME: usize = 128;
 
 /// The longest target that `http::Uri` takes.
 const MAX_PATH: u64 = u16::MAX as u64 - 1;
@@ -480,6 +467,20 @@ impl Settings {
             }
             if let Some(Err(error)) = route.rate_limit.as_ref().map(|rule| rule.quota().check()) {
                 return nonsense(&at("rate_limit"), error.to_string());
+            }
+            if let Some(rule) = &route.circuit_breaker {
+                if let Err((key, error)) = rule.check() {
+                    return nonsense(&at(&format!("circuit_breaker{key}")), error.to_string());
+                }
+                for (number, upstream) in route.upstream.iter().enumerate() {
+                    let name = route.breaker_at(upstream);
+                    if rule.per == Per::Upstream && name.len() > MAX_NAME {
+                        let expected = format!(
+                            "expected a host so short that the breaker's name `{name}` has at most {MAX_NAME} characters"
+                        );
+                        return nonsense(&at(&format!("upstream[{number}]")), expected);
+                    }
+                }
             }
             if let Some(first) = names.insert(&route.name.0, index) {
                 let expected = format!(

@@ -62,7 +62,34 @@ macro_rules! from_scalar {
 }
 pub(super) use from_scalar;
 
-from_scalar!(Span, Size, Count, Name, Secret);
+/// A closed set of words, each a variant, with one error for all others.
+macro_rules! words {
+    ($(#[$doc:meta])* $type:ident { $($(#[$attribute:meta])* $variant:ident = $word:literal),* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum $type { $($(#[$attribute])* $variant),* }
+
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($word => Ok(Self::$variant),)*
+                    _ => Err(format!("expected {}, got `{text}`", [$($word),*].join(" or "))),
+                }
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$variant => $word),* })
+            }
+        }
+    };
+}
+pub(super) use words;
+
+from_scalar!(Span, Size, Count, Rate, Name, Secret);
 
 /// The number in front of a unit, times what the unit stands for.
 fn with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
@@ -175,6 +202,28 @@ impl FromStr for Count {
     }
 }
 
+/// A part of a whole: above 0, at most 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Rate(pub(crate) f64);
+
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse()
+            .ok()
+            .filter(|&rate| rate > 0.0 && rate <= 1.0)
+            .map(Self)
+            .ok_or_else(|| format!("expected a rate above 0 and at most 1, got `{text}`"))
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// A route's name: `[a-z0-9-]{1,64}`, fit for a label and a state key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Name(pub(crate) String);
@@ -263,6 +312,9 @@ mod tests {
         }
         for text in ["", "0", "-1", "1.5", "4294967296", "many"] {
             assert!(text.parse::<Count>().is_err(), "{text:?}");
+        }
+        for text in ["", "0", "-0.5", "1.1", "50%", "NaN", "inf"] {
+            assert!(text.parse::<Rate>().is_err(), "{text:?}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use yaml_rust2::{Yaml, YamlEmitter, yaml::Hash};
 
-use super::{RateLimit, Route, Settings};
+use super::{CircuitBreaker, Rate, RateLimit, Route, Settings, breaker::Window};
 
 fn text(value: impl Display) -> Yaml {
     Yaml::String(value.to_string())
@@ -12,6 +12,10 @@ fn text(value: impl Display) -> Yaml {
 
 fn number(value: u32) -> Yaml {
     Yaml::Integer(value.into())
+}
+
+fn rate(value: Rate) -> Yaml {
+    Yaml::Real(value.to_string())
 }
 
 fn list<T: Display>(values: &[T]) -> Yaml {
@@ -81,6 +85,10 @@ fn route(route: &Route) -> Yaml {
         ("upstream", Some(list(&route.upstream))),
         ("timeout", Some(text(route.timeout))),
         ("rate_limit", route.rate_limit.as_ref().map(rate_limit)),
+        (
+            "circuit_breaker",
+            route.circuit_breaker.as_ref().map(circuit_breaker),
+        ),
     ])
 }
 
@@ -93,5 +101,44 @@ fn rate_limit(rule: &RateLimit) -> Yaml {
         ("headers", Some(list(&rule.headers))),
         ("max_keys", Some(number(rule.max_keys.0))),
         ("mode", Some(text(rule.mode))),
+    ])
+}
+
+fn circuit_breaker(rule: &CircuitBreaker) -> Yaml {
+    let threshold = rule.effective_threshold();
+    let (window, minimum) = rule.effective_window().unzip();
+    let window = window.map(|window| {
+        mapping([match window {
+            Window::Requests(calls) => ("requests", Some(number(calls.0))),
+            Window::Time(span) => ("time", Some(text(span))),
+        }])
+    });
+    let slow_call = rule.slow_call.map(|slow| {
+        mapping([
+            ("duration", Some(text(slow.duration))),
+            ("rate", Some(rate(slow.rate))),
+        ])
+    });
+    let statuses = rule.failure_statuses.iter();
+    mapping([
+        ("preset", Some(text(rule.preset))),
+        ("failure_threshold", threshold.map(|count| number(count.0))),
+        ("failure_rate", rule.failure_rate.map(rate)),
+        ("window", window),
+        ("minimum_requests", minimum.map(|count| number(count.0))),
+        ("slow_call", slow_call),
+        (
+            "failure_statuses",
+            Some(Yaml::Array(
+                statuses.map(|status| number(status.0.into())).collect(),
+            )),
+        ),
+        ("reset_timeout", Some(text(rule.effective_reset_timeout()))),
+        (
+            "half_open_requests",
+            Some(number(rule.half_open_requests.0)),
+        ),
+        ("per", Some(text(rule.per))),
+        ("shared", Some(Yaml::Boolean(false))),
     ])
 }

@@ -2,14 +2,12 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
-use http::{Request, Response};
+use http::Request;
 use http_body_util::Full;
-use serde_json::Value;
 use tokio::{io::AsyncWriteExt, time::Instant};
 
 use crate::support::{
-    Proxy, Raw, Upstream, fetch, get, json, nobody, number, read_head, reply, to,
+    Proxy, Raw, Upstream, fetch, get, nobody, number, problem, read_head, reply, to,
 };
 
 #[expect(
@@ -32,26 +30,6 @@ async fn limited(rule: &str) -> (Proxy, Upstream) {
     ))
     .await;
     (proxy, upstream)
-}
-
-fn problem(response: &Response<Bytes>, status: u16, reason: &str) -> Value {
-    assert_eq!(response.status(), status, "{response:?}");
-    assert_eq!(
-        response.headers()["content-type"],
-        "application/problem+json"
-    );
-    let problem = json(response);
-    assert_eq!(problem["status"], status);
-    assert_eq!(problem["reason"], reason);
-    for member in ["type", "title", "detail"] {
-        assert!(
-            problem[member]
-                .as_str()
-                .is_some_and(|text| !text.is_empty()),
-            "{problem}"
-        );
-    }
-    problem
 }
 
 #[tokio::test]

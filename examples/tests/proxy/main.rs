@@ -2,6 +2,7 @@
 //! its contract promises to scripts, operators and clients.
 
 mod answers;
+mod breakers;
 mod forwarding;
 mod life;
 mod settings;

@@ -116,9 +116,169 @@ fn nonsense_ends_it_with_one_line() {
         ),
         (route_with("retries: 3"), "routes[1].retries", "unknown key"),
         (
-            route_with("circuit_breaker: {}"),
+            route_with("circuit_breaker: "),
             "routes[1].circuit_breaker",
+            "expected a section of keys",
+        ),
+        (
+            route_with("circuit_breaker: 5"),
+            "routes[1].circuit_breaker",
+            "expected a section of keys",
+        ),
+        (
+            route_with("circuit_breaker: { preset: brave }"),
+            "routes[1].circuit_breaker.preset",
+            "aggressive or moderate or tolerant or critical",
+        ),
+        (
+            route_with("circuit_breaker: { failure_treshold: 3 }"),
+            "routes[1].circuit_breaker.failure_treshold",
+            "unknown key",
+        ),
+        (
+            route_with("circuit_breaker: { failure_threshold: 0 }"),
+            "routes[1].circuit_breaker.failure_threshold",
+            "whole number from 1",
+        ),
+        (
+            route_with("circuit_breaker: { failure_threshold: 16777216 }"),
+            "routes[1].circuit_breaker.failure_threshold",
+            "1 to 16777215",
+        ),
+        (
+            route_with("circuit_breaker: { failure_threshold: }"),
+            "routes[1].circuit_breaker.failure_threshold",
+            "whole number from 1",
+        ),
+        (
+            route_with("circuit_breaker: { failure_rate: 0 }"),
+            "routes[1].circuit_breaker.failure_rate",
+            "above 0 and at most 1",
+        ),
+        (
+            route_with("circuit_breaker: { failure_rate: 1.5 }"),
+            "routes[1].circuit_breaker.failure_rate",
+            "got `1.5`",
+        ),
+        (
+            route_with("circuit_breaker: { failure_rate: 50% }"),
+            "routes[1].circuit_breaker.failure_rate",
+            "above 0 and at most 1",
+        ),
+        (
+            route_with("circuit_breaker: { window: 100 }"),
+            "routes[1].circuit_breaker.window",
+            "expected a section of keys",
+        ),
+        (
+            route_with("circuit_breaker: { window: {} }"),
+            "routes[1].circuit_breaker.window",
+            "either requests or time",
+        ),
+        (
+            route_with("circuit_breaker: { window: { requests: 9, time: 9s } }"),
+            "routes[1].circuit_breaker.window",
+            "either requests or time",
+        ),
+        (
+            route_with("circuit_breaker: { window: { requests: 5000 } }"),
+            "routes[1].circuit_breaker.window.requests",
+            "1 to 4096",
+        ),
+        (
+            route_with("circuit_breaker: { window: { requests: 0 } }"),
+            "routes[1].circuit_breaker.window.requests",
+            "whole number from 1",
+        ),
+        (
+            route_with("circuit_breaker: { window: { time: 5ms } }"),
+            "routes[1].circuit_breaker.window.time",
+            "10 ms",
+        ),
+        (
+            route_with("circuit_breaker: { window: { calls: 5 } }"),
+            "routes[1].circuit_breaker.window.calls",
+            "unknown key",
+        ),
+        (
+            route_with("circuit_breaker: { failure_rate: 0.5, minimum_requests: 0 }"),
+            "routes[1].circuit_breaker.minimum_requests",
+            "whole number from 1",
+        ),
+        (
+            route_with(
+                "circuit_breaker: { failure_rate: 0.5, window: { requests: 5 }, minimum_requests: 6 }",
+            ),
+            "routes[1].circuit_breaker.minimum_requests",
+            "fit into the window",
+        ),
+        (
+            route_with("circuit_breaker: { slow_call: { duration: 1s } }"),
+            "routes[1].circuit_breaker.slow_call.rate",
+            "missing",
+        ),
+        (
+            route_with("circuit_breaker: { slow_call: { duration: 1, rate: 1 } }"),
+            "routes[1].circuit_breaker.slow_call.duration",
+            "such as 250ms",
+        ),
+        (
+            route_with("circuit_breaker: { slow_call: { duration: 1s, rate: 2 } }"),
+            "routes[1].circuit_breaker.slow_call.rate",
+            "above 0 and at most 1",
+        ),
+        (
+            route_with("circuit_breaker: { failure_statuses: [500, 200] }"),
+            "routes[1].circuit_breaker.failure_statuses[1]",
+            "400 to 599",
+        ),
+        (
+            route_with("circuit_breaker: { failure_statuses: 500 }"),
+            "routes[1].circuit_breaker.failure_statuses",
+            "sequence",
+        ),
+        (
+            route_with("circuit_breaker: { reset_timeout: 0s }"),
+            "routes[1].circuit_breaker.reset_timeout",
+            "duration above zero",
+        ),
+        (
+            route_with("circuit_breaker: { half_open_requests: 0 }"),
+            "routes[1].circuit_breaker.half_open_requests",
+            "whole number from 1",
+        ),
+        (
+            route_with("circuit_breaker: { half_open_requests: 256 }"),
+            "routes[1].circuit_breaker.half_open_requests",
+            "1 to 255",
+        ),
+        (
+            route_with("circuit_breaker: { per: host }"),
+            "routes[1].circuit_breaker.per",
+            "upstream or route",
+        ),
+        (
+            route_with("circuit_breaker: { shared: true }"),
+            "routes[1].circuit_breaker.shared",
             "not built in yet",
+        ),
+        (
+            route_with("circuit_breaker: { shared: { quorum: 2 } }"),
+            "routes[1].circuit_breaker.shared",
+            "not built in yet",
+        ),
+        (
+            route_with("circuit_breaker: { shared: 2 }"),
+            "routes[1].circuit_breaker.shared",
+            "expected false",
+        ),
+        (
+            format!(
+                "routes: [{{ name: a, path: /a, upstream: ['http://h:1', 'http://{}:1'], circuit_breaker: {{}} }}]",
+                "h".repeat(125)
+            ),
+            "routes[0].upstream[1]",
+            "at most 128 characters",
         ),
         (
             route_with("retry: {}"),
@@ -396,6 +556,8 @@ routes:
   upstream: ['http://127.0.0.1', 'h2c://[::1]:9002']
   timeout: 90s
   rate_limit: {{ limit: 3, period: 1h, key: 'cookie:Session', headers: [], max_keys: 5 }}
+  circuit_breaker: {{ failure_rate: 0.25, slow_call: {{ duration: 2s, rate: 1 }}, window: {{ time: 10s }}, failure_statuses: [], per: route, shared: false }}
+- {{ name: preset, path: /preset, upstream: ['http://localhost:1'], circuit_breaker: {{ preset: critical }} }}
 - {{ name: '123', path: /, upstream: ['http://localhost:1'] }}
 "
         )
@@ -423,12 +585,32 @@ routes:
             "- \"http://127.0.0.1:80\"",
             "key: \"cookie:Session\"",
             "- \"::1/128\"",
+            // A rate alone replaces the rule of the preset; the rest of it
+            // stays.
+            "preset: moderate",
+            "failure_rate: 0.25",
+            "time: 10s",
+            "minimum_requests: 20",
+            "duration: 2s",
+            "rate: 1",
+            "failure_statuses: []",
+            "reset_timeout: 30s",
+            "half_open_requests: 1",
+            "per: route",
+            "shared: false",
+            "preset: critical",
+            "failure_threshold: 2",
+            "reset_timeout: 1m",
+            "- 504",
+            "per: upstream",
         ] {
             assert!(
                 first.lines().any(|have| have.trim() == line),
                 "{line}\n{first}"
             );
         }
+        assert_eq!(first.matches("failure_threshold").count(), 1, "{first}");
+        assert_eq!(first.matches("window").count(), 1, "{first}");
         let again = file(&first);
         assert_eq!(check(&["--config", again.to_str().unwrap()], &[]), first);
     }
@@ -497,24 +679,31 @@ async fn the_demo_prints_five_lines_that_do_what_they_say() {
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
 
     let (address, path) = target(&lines[2]);
-    assert_eq!(
-        fetch(address, get(&path)).await.into_body(),
-        "chunk 1 of 5\nchunk 2 of 5\nchunk 3 of 5\nchunk 4 of 5\nchunk 5 of 5\n"
-    );
-
-    let (address, path) = target(&lines[3]);
     let slow = fetch(address, get(&path)).await;
     assert_eq!(slow.status(), 504);
     assert!(slow.headers().contains_key("x-ratelimit-limit"));
+    assert_eq!(proxy.get("/echo").await.status(), 200);
+
+    let (address, path) = target(&lines[3]);
+    let (path, range) = path.split_once("?[1-").unwrap();
+    let count: usize = range.trim_end_matches(']').parse().unwrap();
+    let mut answers = Vec::new();
+    for _ in 0..count {
+        answers.push(fetch(address, get(path)).await);
+    }
+    assert_eq!(count, 5);
+    for answer in &answers[..3] {
+        assert_eq!(answer.status(), 500);
+    }
+    for answer in &answers[3..] {
+        assert_eq!(answer.status(), 503);
+        assert_eq!(answer.headers()["retry-after"], "10");
+    }
 
     let (address, path) = target(&lines[4]);
     assert_eq!(address, proxy.admin);
-    let metrics = fetch(address, get(&path)).await.into_body();
-    assert!(
-        String::from_utf8(metrics.to_vec())
-            .unwrap()
-            .contains("proxy_requests_total")
-    );
+    let breakers = crate::support::json(&fetch(address, get(&path)).await);
+    assert_eq!(breakers[0]["state"], "open");
 }
 
 #[test]

@@ -361,6 +361,27 @@ pub(crate) fn json(response: &Response<Bytes>) -> Value {
     serde_json::from_slice(response.body()).unwrap_or_else(|_| panic!("no JSON: {response:?}"))
 }
 
+/// The problem document of a refusal, which must be a whole one.
+pub(crate) fn problem(response: &Response<Bytes>, status: u16, reason: &str) -> Value {
+    assert_eq!(response.status(), status, "{response:?}");
+    assert_eq!(
+        response.headers()["content-type"],
+        "application/problem+json"
+    );
+    let problem = json(response);
+    assert_eq!(problem["status"], status);
+    assert_eq!(problem["reason"], reason);
+    for member in ["type", "title", "detail"] {
+        assert!(
+            problem[member]
+                .as_str()
+                .is_some_and(|text| !text.is_empty()),
+            "{problem}"
+        );
+    }
+    problem
+}
+
 /// A request of HTTP/1.1.
 pub(crate) fn get(path: &str) -> Request<Full<Bytes>> {
     Request::get(path)
