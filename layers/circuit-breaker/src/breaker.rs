@@ -23,6 +23,7 @@ use crate::{
     event::Listener,
     metrics::Metrics,
     settings::Plan,
+    source::sealed::AtOnce,
 };
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
@@ -255,11 +256,36 @@ impl Breaker {
     ///
     /// [`CircuitOpen`] if it is open, or if half-open has all its probes under
     /// way.
-    // Always: what is handed over in memory is copied in other sizes than it
-    // was written in, and the processor waits for each of these copies longer
-    // than for all else together. So all that crosses a call fits registers.
-    #[inline(always)]
+    #[inline]
     pub fn try_acquire(&self) -> Result<Permit, CircuitOpen> {
+        match self.at_once() {
+            AtOnce::Passes(permit) => Ok(permit),
+            AtOnce::Refused(open) => Err(open),
+            AtOnce::Unclear => self.try_acquire_otherwise(),
+        }
+    }
+
+    /// What is nearly always the answer, apart from the rest: so that it stays
+    /// in registers, and need not go where a call writes its own. What is
+    /// handed over in memory is copied in other sizes than it was written in,
+    /// and the processor waits for each of these copies longer than for all
+    /// else together.
+    #[inline(always)]
+    pub(crate) fn at_once(&self) -> AtOnce {
+        let lease = self.0.lease;
+        let word = lease.cell.word();
+        if word.is_plain() {
+            return AtOnce::Passes(Permit::plain(lease.cell, Ticket::of(word)));
+        }
+        match lease.cell.refuse(word, clock::now) {
+            Some(rejection) => AtOnce::Refused(CircuitOpen::of(lease, rejection)),
+            None => AtOnce::Unclear,
+        }
+    }
+
+    /// The rest.
+    #[inline(never)]
+    pub(crate) fn try_acquire_otherwise(&self) -> Result<Permit, CircuitOpen> {
         let Owner {
             lease, observer, ..
         } = &*self.0;
@@ -275,7 +301,6 @@ impl Breaker {
         }
     }
 
-    #[inline(never)]
     fn heard(&self, ticket: Ticket) -> Permit {
         let Owner {
             lease, observer, ..

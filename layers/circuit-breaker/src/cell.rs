@@ -248,11 +248,12 @@ impl Cell {
     }
 
     #[inline]
-    fn word(&self) -> Word {
+    pub(crate) fn word(&self) -> Word {
         Word(self.hot.word.load(Acquire))
     }
 
     /// The end of this word's state; `None` if another generation has begun.
+    #[inline]
     fn until(&self, word: Word) -> Option<Instant> {
         let until = Instant::from_nanos(self.hot.until[place(word)].load(Acquire));
         (self.word().generation() == word.generation()).then_some(until)
@@ -287,7 +288,7 @@ const fn place(word: Word) -> usize {
 impl Ticket {
     /// In an open state nobody has one.
     #[inline]
-    const fn of(word: Word) -> Self {
+    pub(crate) const fn of(word: Word) -> Self {
         Self(word)
     }
 
@@ -303,6 +304,18 @@ impl Ticket {
             State::ForcedClosed => Kind::Free,
             _ => Kind::Call,
         }
+    }
+
+    /// Whether it is by this very word, and nothing has changed since.
+    #[inline]
+    const fn is(self, word: Word) -> bool {
+        self.0.0 == word.0
+    }
+
+    /// Whether nothing need be known of the call but how it went.
+    #[inline]
+    pub(crate) const fn is_plain(self) -> bool {
+        self.0.is_plain()
     }
 
     /// Whether the call is to be timed.

@@ -112,42 +112,24 @@ impl std::error::Error for TransitionError {}
 /// The breaker did not let the call pass.
 ///
 /// Small, and made without an allocation: it knows the name by the place of
-/// the breaker.
-#[derive(Clone)]
+/// the breaker. For tests of your own, have one from a breaker that is
+/// [forced open](crate::Breaker::force_open).
+#[derive(Clone, Copy)]
 pub struct CircuitOpen {
-    /// Nobody's, if it was made by hand.
-    lease: Option<Lease>,
+    lease: Lease,
     rejection: Rejection,
-    named: Option<Box<Arc<str>>>,
 }
 
 impl CircuitOpen {
-    /// One of your own making, for tests.
-    #[must_use]
-    pub fn new(name: &str, reason: Reason, retry_after: Option<Duration>) -> Self {
-        Self {
-            lease: None,
-            rejection: Rejection::new(reason, retry_after),
-            named: Some(Box::new(name.into())),
-        }
-    }
-
     #[inline]
     pub(crate) const fn of(lease: Lease, rejection: Rejection) -> Self {
-        Self {
-            lease: Some(lease),
-            rejection,
-            named: None,
-        }
+        Self { lease, rejection }
     }
 
     /// The breaker's name; `None` if the breaker is gone.
     #[must_use]
     pub fn name(&self) -> Option<Arc<str>> {
-        match &self.named {
-            Some(name) => Some(Arc::clone(name)),
-            None => self.lease?.name(),
-        }
+        self.lease.name()
     }
 
     /// Why.

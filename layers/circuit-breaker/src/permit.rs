@@ -83,7 +83,18 @@ impl Phase {
 }
 
 impl Permit {
+    /// Of a [plain](Ticket::is_plain) ticket.
     #[inline]
+    pub(crate) const fn plain(cell: &'static Cell, ticket: Ticket) -> Self {
+        Self {
+            cell,
+            ticket,
+            started: Instant::from_nanos(0),
+            phase: Phase::UNTIMED,
+            observer: None,
+        }
+    }
+
     pub(crate) fn new(
         cell: &'static Cell,
         ticket: Ticket,
@@ -92,7 +103,6 @@ impl Permit {
         Self::new_at(cell, ticket, observer, clock::now)
     }
 
-    #[inline]
     pub(crate) fn new_at(
         cell: &'static Cell,
         ticket: Ticket,
@@ -161,13 +171,30 @@ impl Permit {
     /// As [`record`](Self::record), where the permit stays where it is.
     #[inline(always)]
     pub(crate) fn conclude(&mut self, verdict: Verdict) {
+        if self.is_good(verdict) {
+            self.phase = Phase::RECORDED;
+            self.cell.record_good(self.ticket, clock::now);
+        } else {
+            self.conclude_otherwise(verdict);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn conclude_otherwise(&mut self, verdict: Verdict) {
         self.settle(Some(verdict), None, clock::now);
     }
 
-    /// Says how the call went.
+    /// What nearly all are, and what is done for them has to be short.
     #[inline(always)]
-    pub fn record(self, verdict: Verdict) {
-        self.finish(Some(verdict), None, clock::now);
+    fn is_good(&self, verdict: Verdict) -> bool {
+        verdict == Verdict::Success && self.ticket.is_plain()
+    }
+
+    /// Says how the call went.
+    #[inline]
+    pub fn record(mut self, verdict: Verdict) {
+        self.conclude(verdict);
     }
 
     /// Says how the call went, and that the callee asks to be left alone for
@@ -207,7 +234,6 @@ impl Permit {
     }
 
     /// Without a verdict: the call was given up on.
-    #[inline(always)]
     pub(crate) fn finish(
         mut self,
         verdict: Option<Verdict>,
@@ -217,8 +243,13 @@ impl Permit {
         self.settle(verdict, hold.filter(|hold| !hold.is_zero()), now);
     }
 
-    // Always: see [`Breaker::try_acquire`](crate::Breaker::try_acquire).
-    #[inline(always)]
+    #[cold]
+    #[inline(never)]
+    fn give_up(&mut self) {
+        let verdict = self.phase.is_stepping().then_some(Verdict::Failure);
+        self.settle(verdict, None, clock::now);
+    }
+
     fn settle(
         &mut self,
         verdict: Option<Verdict>,
@@ -256,8 +287,7 @@ impl Drop for Permit {
     #[inline]
     fn drop(&mut self) {
         if self.phase != Phase::RECORDED {
-            let verdict = self.phase.is_stepping().then_some(Verdict::Failure);
-            self.settle(verdict, None, clock::now);
+            self.give_up();
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::{
     Breaker, CircuitOpen, Error, Fallback, PerKey, Permit, Registry, Source,
     future::{ErrorFuture, FallbackFuture, Guard, Guarded, Judge, Judged, ResponseFuture},
     layer::{Errors, Instead, Respond, Shared},
+    source::sealed::AtOnce,
 };
 
 /// The service of a [`CircuitBreakerLayer`](crate::CircuitBreakerLayer).
@@ -108,6 +109,19 @@ impl<S, V: View, M, C, P: Source<V>> CircuitBreaker<S, V, M, C, P> {
         Poll::Ready(())
     }
 
+    /// Asks the request's breaker for leave to call.
+    #[inline]
+    fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen>
+    where
+        P: Source<V>,
+    {
+        match self.shared.source.at_once() {
+            AtOnce::Passes(permit) => Ok(permit),
+            AtOnce::Refused(open) => Err(open),
+            AtOnce::Unclear => self.shared.source.admit(request),
+        }
+    }
+
     /// Readiness, before it is the mode's.
     #[inline]
     fn poll_inner<Req>(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>>
@@ -136,7 +150,7 @@ impl<S, M, C: Clone, P> CircuitBreaker<S, Http, M, C, P> {
 }
 
 impl<S, Req: 'static, M, C: Clone, P> CircuitBreaker<S, Any<Req>, M, C, P> {
-    #[inline]
+    #[inline(always)]
     fn judged(&mut self, request: Req, mut permit: Permit) -> Judged<S::Future, C>
     where
         S: Service<Req>,
@@ -198,7 +212,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        match self.shared.source.admit(Head::from(&request)) {
+        match self.admit(Head::from(&request)) {
             Ok(permit) => ResponseFuture::calling(self.guarded(request, permit)),
             Err(open) => ResponseFuture::refused(self.refuse(&open, Head::from(&request))),
         }
@@ -223,7 +237,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        match self.shared.source.admit(Head::from(&request)) {
+        match self.admit(Head::from(&request)) {
             Ok(permit) => ErrorFuture::calling(self.guarded(request, permit)),
             Err(open) => ErrorFuture::refused(open),
         }
@@ -249,7 +263,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        match self.shared.source.admit(Head::from(&request)) {
+        match self.admit(Head::from(&request)) {
             Ok(permit) => FallbackFuture::calling(self.guarded(request, permit)),
             Err(open) => {
                 let instead = self.shared.mode.0.fall_back(request, open);
@@ -275,8 +289,26 @@ where
         self.poll_inner(cx).map_err(Error::Inner)
     }
 
-    #[inline]
+    #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
+        match self.shared.source.at_once() {
+            AtOnce::Passes(permit) => ErrorFuture::calling(self.judged(request, permit)),
+            AtOnce::Refused(open) => ErrorFuture::refused(open),
+            AtOnce::Unclear => self.call_otherwise(request),
+        }
+    }
+}
+
+impl<S, C, Req, P> CircuitBreaker<S, Any<Req>, Errors, C, P>
+where
+    P: Source<Any<Req>>,
+    S: Service<Req>,
+    C: Classify<S::Response, S::Error> + Clone,
+    Req: 'static,
+{
+    /// Apart, as [`Breaker::at_once`] says.
+    #[inline(never)]
+    fn call_otherwise(&mut self, request: Req) -> ErrorFuture<Judged<S::Future, C>> {
         match self.shared.source.admit(&request) {
             Ok(permit) => ErrorFuture::calling(self.judged(request, permit)),
             Err(open) => ErrorFuture::refused(open),
@@ -303,7 +335,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        match self.shared.source.admit(&request) {
+        match self.admit(&request) {
             Ok(permit) => FallbackFuture::calling(self.judged(request, permit)),
             Err(open) => FallbackFuture::instead(self.shared.mode.0.fall_back(request, open)),
         }

@@ -19,8 +19,19 @@ impl<V: View> Source<V> for PerKey<V> {}
 pub(crate) mod sealed {
     use super::{Breaker, CircuitOpen, Permit, Refusal, View};
 
+    /// What can be said of a call at once.
+    #[derive(Debug)]
+    pub enum AtOnce {
+        Passes(Permit),
+        Refused(CircuitOpen),
+        Unclear,
+    }
+
     pub trait Sealed<V: View>: Send + Sync + 'static {
-        /// Asks the request's breaker for leave to call.
+        /// What can be said without a look at the request.
+        fn at_once(&self) -> AtOnce;
+
+        /// Asks the request's breaker for leave to call, where it was unclear.
         fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen>;
 
         /// The refusal that a responder is shown.
@@ -31,10 +42,16 @@ pub(crate) mod sealed {
     }
 }
 
+use sealed::AtOnce;
+
 impl<V: View> sealed::Sealed<V> for Breaker {
-    #[inline]
+    #[inline(always)]
+    fn at_once(&self) -> AtOnce {
+        self.at_once()
+    }
+
     fn admit(&self, _: V::Ref<'_>) -> Result<Permit, CircuitOpen> {
-        self.try_acquire()
+        self.try_acquire_otherwise()
     }
 
     fn refusal(&self, open: &CircuitOpen) -> Refusal {
@@ -67,13 +84,18 @@ impl<V: View> PerKey<V> {
 
 impl<V: View> sealed::Sealed<V> for PerKey<V> {
     #[inline]
+    fn at_once(&self) -> AtOnce {
+        AtOnce::Unclear
+    }
+
+    #[inline]
     fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen> {
         let key = self.key.extract(request);
         self.registry.try_acquire(&key.unwrap_or(Key::global()))
     }
 
     fn refusal(&self, open: &CircuitOpen) -> Refusal {
-        open.clone().into()
+        (*open).into()
     }
 
     #[inline]

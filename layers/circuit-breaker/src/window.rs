@@ -10,6 +10,7 @@ use buttress_core::sync::atomic::{
 };
 
 mod calls;
+mod stripe;
 mod time;
 
 pub(crate) use calls::{CallWindow, MAX_CALLS};
@@ -23,6 +24,10 @@ pub(crate) struct Mark {
 }
 
 impl Mark {
+    pub(crate) const GOOD: Self = Self {
+        failed: false,
+        slow: false,
+    };
     pub(crate) const SLOW: Self = Self {
         failed: false,
         slow: true,

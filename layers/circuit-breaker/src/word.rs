@@ -102,6 +102,20 @@ impl Word {
         }
     }
 
+    /// Whether calls pass and nothing need be known of them but how they went:
+    /// the state nearly always.
+    #[inline]
+    pub(crate) const fn is_plain(self) -> bool {
+        self.0 & (STATE | SLOW | OBSERVED) == State::Closed as u64
+    }
+
+    /// Whether a success leaves a word like this, and all that is counted
+    /// beside it, as it is.
+    #[inline]
+    pub(crate) const fn is_spotless(self) -> bool {
+        self.0 & (DATA | 0b11 << COUNTS_AT) == 0
+    }
+
     /// Whether calls are timed.
     #[inline]
     pub(crate) const fn is_timed(self) -> bool {

@@ -270,7 +270,7 @@ async fn any_service_by_a_closure_with_errors_or_a_fallback() {
     let error = call("a", true).await.unwrap_err();
     assert_eq!(error.open().unwrap().name().as_deref(), Some("a"));
     assert!(
-        Refusal::from(error.open().unwrap().clone())
+        Refusal::from(*error.open().unwrap())
             .retry_after()
             .is_some()
     );

@@ -12,14 +12,15 @@ use crate::{Reason, State, word::Word};
 const PROBE_PLACE: Duration = Duration::from_secs(1);
 
 impl Cell {
-    /// Lets a call pass or not. Every ticket must be recorded, or given back.
-    #[inline(always)]
-    pub(crate) fn admit(&self, now: impl Fn() -> Instant) -> Result<Ticket, Rejection> {
-        let word = self.word();
-        if word.state().counts() {
-            return Ok(Ticket::of(word));
+    /// Refuses at once, where that is sure and nobody has to hear of it.
+    #[inline]
+    pub(crate) fn refuse(&self, word: Word, now: impl Fn() -> Instant) -> Option<Rejection> {
+        if word.state() != State::Open || word.is_observed() {
+            return None;
         }
-        self.admit_unless_open(word, now)
+        let now = now();
+        let until = self.until(word)?;
+        (now < until).then(|| Rejection::new(Reason::Open, Some(until - now)))
     }
 
     /// Lets a call pass or not, where no change of state and no place among the
@@ -43,12 +44,9 @@ impl Cell {
         }
     }
 
-    #[inline(never)]
-    fn admit_unless_open(
-        &self,
-        mut word: Word,
-        now: impl Fn() -> Instant,
-    ) -> Result<Ticket, Rejection> {
+    /// Lets a call pass or not. Every ticket must be recorded, or given back.
+    pub(crate) fn admit(&self, now: impl Fn() -> Instant) -> Result<Ticket, Rejection> {
+        let mut word = self.word();
         loop {
             match word.state() {
                 State::Closed | State::MetricsOnly => return Ok(Ticket::of(word)),

@@ -18,9 +18,32 @@ use crate::{
 };
 
 impl Cell {
+    /// Records that a call of a [plain](Word::is_plain) ticket went well.
+    #[inline(always)]
+    pub(crate) fn record_good(&self, ticket: Ticket, now: impl Fn() -> Instant) {
+        let word = self.word();
+        if ticket.is(word) && word.is_spotless() {
+            return;
+        }
+        if word.generation() == ticket.generation() {
+            self.record_good_in(word, now);
+        }
+    }
+
+    #[inline]
+    fn record_good_in(&self, word: Word, now: impl Fn() -> Instant) {
+        if word.in_a_row() != 0 {
+            self.end_run(word.generation());
+        }
+        // Armed is read after the window was written, and the window is
+        // summed after arming: one of the two sees the other.
+        if self.note(word, Mark::GOOD, &now) && Word(self.hot.word.load(SeqCst)).is_armed() {
+            self.judge(word, &now);
+        }
+    }
+
     /// Records how a call went. `hold` is how long the callee asks to be left
     /// alone.
-    #[inline]
     pub(crate) fn record(
         &self,
         ticket: Ticket,
@@ -34,17 +57,7 @@ impl Cell {
         }
         match (ticket.kind(), outcome) {
             (Kind::Call, Outcome::Done(mark)) if mark.is_good() && hold.is_none() => {
-                if word.in_a_row() != 0 {
-                    self.end_run(ticket.generation());
-                }
-                // Armed is read after the window was written, and the window
-                // is summed after arming: one of the two sees the other.
-                if word.counts() != Counts::Nowhere
-                    && self.note(word, mark, &now)
-                    && Word(self.hot.word.load(SeqCst)).is_armed()
-                {
-                    self.judge(word, &now);
-                }
+                self.record_good_in(word, now);
             }
             (Kind::Free, _) => {}
             (Kind::Call, Outcome::Nothing) if hold.is_none() => {}

@@ -18,7 +18,10 @@ use buttress_core::{
     },
 };
 
-use super::{Mark, Sums, clear, is_later};
+use super::{
+    Mark, Sums, clear, is_later,
+    stripe::{OWNED, STRIPES, stripe},
+};
 
 /// The shortest window.
 pub(crate) const MIN_TIME: Duration = Duration::from_millis(10);
@@ -28,7 +31,6 @@ pub(crate) const MIN_TIME: Duration = Duration::from_millis(10);
 const SPANS: u64 = if cfg!(buttress_loom) { 2 } else { 10 };
 /// A power of two above that.
 const RING: usize = if cfg!(buttress_loom) { 4 } else { 16 };
-const STRIPES: usize = if cfg!(buttress_loom) { 1 } else { 8 };
 
 /// A counter: `generation:6 round:30 count:28`. A round is once through the
 /// ring, so that spans are told apart for 2³⁴ of them: five years of the
@@ -92,7 +94,15 @@ impl TimeWindow {
     pub(crate) fn note(&self, generation: u32, epoch: u64, mark: Mark) {
         let place = epoch as usize % RING;
         let counter = match (mark.failed, mark.slow) {
-            (false, false) => &self.good[stripe()][place],
+            (false, false) => {
+                let stripe = stripe();
+                let counter = &self.good[stripe][place];
+                if stripe < OWNED {
+                    count_alone(counter, tag(generation, epoch));
+                    return;
+                }
+                counter
+            }
             (true, false) => &self.rare[0][place],
             (false, true) => &self.rare[1][place],
             (true, true) => &self.rare[2][place],
@@ -152,6 +162,24 @@ fn count(counter: &AtomicU64, tag: u64) {
     }
 }
 
+/// The same, where no other thread counts. What it may write over is a clear
+/// between its load and its store: with the tag of the generation before, for
+/// which nobody asks any more.
+///
+/// Relaxed, so that a failure which arms the breaker at this moment may not
+/// see it, nor be seen by it: then the next call completes the minimum.
+#[inline]
+fn count_alone(counter: &AtomicU64, tag: u64) {
+    let seen = counter.load(Relaxed);
+    if seen >> COUNT_BITS == tag {
+        if seen & COUNT != COUNT {
+            counter.store(seen + 1, Relaxed);
+        }
+    } else if !is_before(tag, seen >> COUNT_BITS) {
+        counter.store(tag << COUNT_BITS | 1, Relaxed);
+    }
+}
+
 const fn tag(generation: u32, epoch: u64) -> u64 {
     let generation = generation as u64 & ((1 << GENERATION_BITS) - 1);
     // From 1 on, so that no tag of the first rounds reads as vacant.
@@ -173,31 +201,6 @@ const fn is_before(own: u64, other: u64) -> bool {
     } else {
         is_later(generations.0, generations.1, GENERATION_BITS)
     }
-}
-
-/// The stripe of this thread.
-#[cfg(not(buttress_loom))]
-#[inline]
-fn stripe() -> usize {
-    use std::{cell::Cell, sync::atomic::AtomicUsize};
-
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    std::thread_local! {
-        static STRIPE: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-    STRIPE.with(|stripe| {
-        let mut own = stripe.get();
-        if own == usize::MAX {
-            own = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            stripe.set(own);
-        }
-        own % STRIPES
-    })
-}
-
-#[cfg(buttress_loom)]
-fn stripe() -> usize {
-    0
 }
 
 #[cfg(all(test, not(buttress_loom)))]
