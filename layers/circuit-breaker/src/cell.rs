@@ -148,6 +148,13 @@ impl Rejection {
         Self(nanos | (reason as u64) << Self::REASON_AT)
     }
 
+    /// Open until so many nanoseconds have passed: fewer than fit, as no wait
+    /// is longer than some years.
+    #[inline]
+    pub(crate) const fn open_for(nanos: u64) -> Self {
+        Self(nanos & Self::UNKNOWN)
+    }
+
     #[inline]
     pub(crate) const fn reason(self) -> Reason {
         match self.0 >> Self::REASON_AT {

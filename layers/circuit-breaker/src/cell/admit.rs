@@ -18,9 +18,9 @@ impl Cell {
         if word.state() != State::Open || word.is_observed() {
             return None;
         }
-        let now = now();
-        let until = self.until(word)?;
-        (now < until).then(|| Rejection::new(Reason::Open, Some(until - now)))
+        let now = now().as_nanos();
+        let until = self.until(word)?.as_nanos();
+        (now < until).then(|| Rejection::open_for(until - now))
     }
 
     /// Lets a call pass or not, where no change of state and no place among the

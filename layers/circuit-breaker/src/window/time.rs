@@ -12,7 +12,7 @@ use buttress_core::{
     sync::{
         Padded,
         atomic::{
-            AtomicU64,
+            AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -61,9 +61,57 @@ impl Epochs {
 /// The kinds of call that are rare enough to be counted in one place.
 const RARE: usize = 3;
 
+/// The good calls of one thread, or of a few.
+#[derive(Debug)]
+struct Stripe {
+    ring: [AtomicU64; RING],
+    /// Where its owner counted last: in this epoch and generation, at this
+    /// place, with this tag.
+    epoch: AtomicU64,
+    generation: AtomicU64,
+    place: AtomicUsize,
+    tag: AtomicU64,
+}
+
+impl Stripe {
+    fn new() -> Self {
+        Self {
+            ring: std::array::from_fn(|_| AtomicU64::new(0)),
+            epoch: AtomicU64::new(u64::MAX),
+            generation: AtomicU64::new(u64::MAX),
+            place: AtomicUsize::new(0),
+            tag: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts a call, where no other thread does.
+    ///
+    /// Nearly always in the epoch of the call before. What is asked then is
+    /// only whether it is so: the processor guesses that it is, and need not
+    /// wait for the clock to know where to count.
+    #[inline]
+    fn count_alone(&self, generation: u32, epoch: u64) {
+        let known = self.epoch.load(Relaxed) == epoch
+            && self.generation.load(Relaxed) == u64::from(generation);
+        if !known {
+            self.enter(generation, epoch);
+        }
+        let counter = &self.ring[self.place.load(Relaxed) % RING];
+        count_alone(counter, self.tag.load(Relaxed));
+    }
+
+    #[cold]
+    fn enter(&self, generation: u32, epoch: u64) {
+        self.epoch.store(epoch, Relaxed);
+        self.generation.store(generation.into(), Relaxed);
+        self.place.store(epoch as usize % RING, Relaxed);
+        self.tag.store(tag(generation, epoch), Relaxed);
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct TimeWindow {
-    good: Box<[Padded<[AtomicU64; RING]>]>,
+    good: Box<[Padded<Stripe>]>,
     /// Failed, slow, both.
     rare: [[AtomicU64; RING]; RARE],
 }
@@ -72,13 +120,13 @@ impl TimeWindow {
     pub(crate) fn new() -> Self {
         let ring = || std::array::from_fn(|_| AtomicU64::new(0));
         Self {
-            good: (0..STRIPES).map(|_| Padded(ring())).collect(),
+            good: (0..STRIPES).map(|_| Padded(Stripe::new())).collect(),
             rare: std::array::from_fn(|_| ring()),
         }
     }
 
     fn counters(&self) -> impl Iterator<Item = &AtomicU64> {
-        let good = self.good.iter().flat_map(|stripe| stripe.iter());
+        let good = self.good.iter().flat_map(|stripe| &stripe.ring);
         good.chain(self.rare.iter().flatten())
     }
 
@@ -96,12 +144,11 @@ impl TimeWindow {
         let counter = match (mark.failed, mark.slow) {
             (false, false) => {
                 let stripe = stripe();
-                let counter = &self.good[stripe][place];
                 if stripe < OWNED {
-                    count_alone(counter, tag(generation, epoch));
+                    self.good[stripe].count_alone(generation, epoch);
                     return;
                 }
-                counter
+                &self.good[stripe].ring[place]
             }
             (true, false) => &self.rare[0][place],
             (false, true) => &self.rare[1][place],
@@ -127,7 +174,11 @@ impl TimeWindow {
                 }
             };
             let [failed, slow, both] = [0, 1, 2].map(|kind: usize| read(&self.rare[kind][place]));
-            let good: u64 = self.good.iter().map(|stripe| read(&stripe[place])).sum();
+            let good: u64 = self
+                .good
+                .iter()
+                .map(|stripe| read(&stripe.ring[place]))
+                .sum();
             sums.calls += good + failed + slow + both;
             sums.failed += failed + both;
             sums.slow += slow + both;
@@ -279,7 +330,7 @@ mod tests {
     fn a_counter_stops_before_it_overflows() {
         let window = TimeWindow::new();
         window.note(3, 5, GOOD);
-        let counter = &window.good[stripe()][5];
+        let counter = &window.good[stripe()].ring[5];
         counter.store(tag(3, 5) << COUNT_BITS | (COUNT - 1), Relaxed);
         for _ in 0..10 {
             window.note(3, 5, GOOD);
