@@ -35,35 +35,57 @@ use crate::{
 pub struct Permit {
     cell: &'static Cell,
     ticket: Ticket,
-    /// Where it is timed, and until its head is there.
-    started: Instant,
     phase: Phase,
     /// Only where someone hears of each call.
     observer: Option<Arc<Observer>>,
 }
 
-/// A whole word, as all of a permit's fields are: what is written as bytes and
-/// then copied as a word makes the processor wait.
+/// How far the call is, and since when it runs: `nanoseconds:60 stepping:1
+/// pace:3`. A whole word, as all of a permit's fields are: what is written as
+/// bytes and then copied as a word makes the processor wait. And few of them,
+/// for a permit moves with its future.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Phase(u64);
 
 impl Phase {
+    const PACE: u64 = 0b111;
     /// Nobody asks how long it takes.
     const UNTIMED: Self = Self(0);
-    const RUNNING: Self = Self(1);
+    const RUNNING: u64 = 1;
     /// The head is there, in time.
     const QUICK: Self = Self(2);
     /// The head is there, too late.
     const SLOW: Self = Self(3);
     const RECORDED: Self = Self(4);
-
     /// A step of the call runs. Should the permit be dropped meanwhile, then
     /// by the step's panic.
-    const STEPPING: u64 = 8;
+    const STEPPING: u64 = 0b1000;
+    const SINCE_AT: u32 = 4;
+
+    /// 2⁶⁰ ns are 36 years.
+    #[inline]
+    const fn running(since: Instant) -> Self {
+        Self(since.as_nanos() << Self::SINCE_AT | Self::RUNNING)
+    }
+
+    /// Since when it runs, if it is timed and does.
+    #[inline]
+    const fn since(self) -> Option<Instant> {
+        if self.0 & Self::PACE == Self::RUNNING {
+            Some(Instant::from_nanos(self.0 >> Self::SINCE_AT))
+        } else {
+            None
+        }
+    }
 
     #[inline]
-    const fn pace(self) -> Self {
-        Self(self.0 & !Self::STEPPING)
+    const fn is_slow(self) -> bool {
+        self.0 & Self::PACE == Self::SLOW.0
+    }
+
+    #[inline]
+    const fn is_recorded(self) -> bool {
+        self.0 == Self::RECORDED.0
     }
 
     #[inline]
@@ -89,7 +111,6 @@ impl Permit {
         Self {
             cell,
             ticket,
-            started: Instant::from_nanos(0),
             phase: Phase::UNTIMED,
             observer: None,
         }
@@ -109,16 +130,14 @@ impl Permit {
         observer: Option<Arc<Observer>>,
         now: impl Fn() -> Instant,
     ) -> Self {
-        let (phase, started) = if ticket.timed() {
-            (Phase::RUNNING, now())
-        } else {
-            (Phase::UNTIMED, Instant::from_nanos(0))
-        };
         Self {
             cell,
             ticket,
-            started,
-            phase,
+            phase: if ticket.timed() {
+                Phase::running(now())
+            } else {
+                Phase::UNTIMED
+            },
             observer,
         }
     }
@@ -138,8 +157,8 @@ impl Permit {
 
     #[inline]
     pub(crate) fn arrived_at(&mut self, now: impl Fn() -> Instant) {
-        if self.phase == Phase::RUNNING {
-            let slow = now() - self.started >= self.cell.slow_limit();
+        if let Some(since) = self.phase.since() {
+            let slow = now() - since >= self.cell.slow_limit();
             self.phase = if slow { Phase::SLOW } else { Phase::QUICK };
         }
     }
@@ -257,11 +276,11 @@ impl Permit {
         now: impl Fn() -> Instant,
     ) {
         // Read once, also where the window asks for it again.
-        let pace = self.phase.pace();
-        let ended = (pace == Phase::RUNNING).then(&now);
-        let slow = match ended {
-            Some(ended) => ended - self.started >= self.cell.slow_limit(),
-            None => pace == Phase::SLOW,
+        let since = self.phase.since();
+        let ended = since.is_some().then(&now);
+        let slow = match since.zip(ended) {
+            Some((since, ended)) => ended - since >= self.cell.slow_limit(),
+            None => self.phase.is_slow(),
         };
         self.phase = Phase::RECORDED;
         let mark = |failed| Outcome::Done(Mark { failed, slow });
@@ -286,7 +305,7 @@ impl Permit {
 impl Drop for Permit {
     #[inline]
     fn drop(&mut self) {
-        if self.phase != Phase::RECORDED {
+        if !self.phase.is_recorded() {
             self.give_up();
         }
     }
