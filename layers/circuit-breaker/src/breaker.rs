@@ -18,12 +18,11 @@ use buttress_core::{
 use crate::{
     Cause, CircuitOpen, ConfigError, Error, Event, Permit, Reason, Settings, State,
     TransitionError,
-    cell::{Lease, Observer, Outlook, Rejection, Ticket},
+    cell::{AtOnce, Lease, Observer, Outlook, Rejection, Ticket},
     error::Problem,
     event::Listener,
     metrics::Metrics,
     settings::Plan,
-    source::sealed::AtOnce,
 };
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
@@ -258,28 +257,10 @@ impl Breaker {
     /// way.
     #[inline]
     pub fn try_acquire(&self) -> Result<Permit, CircuitOpen> {
-        match self.at_once() {
+        match self.0.lease.at_once() {
             AtOnce::Passes(permit) => Ok(permit),
             AtOnce::Refused(open) => Err(open),
             AtOnce::Unclear => self.try_acquire_otherwise(),
-        }
-    }
-
-    /// What is nearly always the answer, apart from the rest: so that it stays
-    /// in registers, and need not go where a call writes its own. What is
-    /// handed over in memory is copied in other sizes than it was written in,
-    /// and the processor waits for each of these copies longer than for all
-    /// else together.
-    #[inline(always)]
-    pub(crate) fn at_once(&self) -> AtOnce {
-        let lease = self.0.lease;
-        let word = lease.cell.word();
-        if word.is_plain() {
-            return AtOnce::Passes(Permit::plain(lease.cell, Ticket::of(word)));
-        }
-        match lease.cell.refuse(word, clock::now) {
-            Some(rejection) => AtOnce::Refused(CircuitOpen::of(lease, rejection)),
-            None => AtOnce::Unclear,
         }
     }
 
@@ -530,7 +511,6 @@ impl Breaker {
         self.0.lease.cell.outlook(clock::now()) == Outlook::Passes
     }
 
-    #[cfg(feature = "back-pressure")]
     pub(crate) fn lease(&self) -> Lease {
         self.0.lease
     }

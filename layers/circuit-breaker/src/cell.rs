@@ -54,7 +54,7 @@ mod loom_tests;
 mod record;
 mod wait;
 
-pub(crate) use lease::Lease;
+pub(crate) use lease::{AtOnce, Lease};
 
 /// When nothing is due.
 const NEVER: Instant = Instant::from_nanos(u64::MAX);

@@ -14,7 +14,7 @@ use http::Request;
 
 use crate::{
     Breaker, BreakerBuilder, CircuitBreakerLayer, CircuitOpen, ConfigError, Event, PerKey,
-    Registry, RegistryBuilder, ServiceFallback, Settings,
+    Registry, RegistryBuilder, ServiceFallback, Settings, Source,
     error::Problem,
     layer::{Errors, Hold, Instead, Respond, ResultClassifier, Shared},
 };
@@ -430,7 +430,7 @@ impl<V: View, M, C, P> CircuitBreakerBuilder<V, M, C, P> {
         self
     }
 
-    fn finish<S>(
+    fn finish<S: Source<V>>(
         self,
         source: impl FnOnce(P, BreakerBuilder) -> Result<S, ConfigError>,
     ) -> Result<CircuitBreakerLayer<V, M, C, S>, ConfigError> {
@@ -441,8 +441,10 @@ impl<V: View, M, C, P> CircuitBreakerBuilder<V, M, C, P> {
         let hold = self
             .retry_after
             .map(|max| Arc::new(Hold { max, wall_clock }));
+        let source = source(self.scope, self.own)?;
         Ok(CircuitBreakerLayer::new(Shared {
-            source: source(self.scope, self.own)?,
+            lease: source.one().map(Breaker::lease),
+            source,
             classifier: self.classifier,
             hold,
             #[cfg(feature = "back-pressure")]

@@ -10,7 +10,7 @@ use buttress_core::{
 };
 use tower_layer::Layer;
 
-use crate::{Breaker, CircuitBreaker, CircuitBreakerBuilder, PerKey, Registry};
+use crate::{Breaker, CircuitBreaker, CircuitBreakerBuilder, PerKey, Registry, cell::Lease};
 
 /// Breaks the circuit to a service that fails. The [crate's front page](crate)
 /// shows it at work.
@@ -25,6 +25,8 @@ pub struct CircuitBreakerLayer<V: View = Http, M = Respond, C = HttpClassifier, 
 /// What a layer and its services have in common.
 pub(crate) struct Shared<M, C, P> {
     pub(crate) source: P,
+    /// The breaker's, if there is one for all.
+    pub(crate) lease: Option<Lease>,
     pub(crate) classifier: C,
     pub(crate) hold: Option<Arc<Hold>>,
     #[cfg(feature = "back-pressure")]

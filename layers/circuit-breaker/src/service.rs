@@ -22,9 +22,9 @@ use tower_service::Service;
 use crate::ready::Gate;
 use crate::{
     Breaker, CircuitOpen, Error, Fallback, PerKey, Permit, Registry, Source,
+    cell::{AtOnce, Lease},
     future::{ErrorFuture, FallbackFuture, Guard, Guarded, Judge, Judged, ResponseFuture},
     layer::{Errors, Instead, Respond, Shared},
-    source::sealed::AtOnce,
 };
 
 /// The service of a [`CircuitBreakerLayer`](crate::CircuitBreakerLayer).
@@ -43,6 +43,9 @@ use crate::{
 /// [`back_pressure`]: crate::CircuitBreakerBuilder::back_pressure
 pub struct CircuitBreaker<S, V: View = Http, M = Respond, C = HttpClassifier, P = Breaker> {
     inner: S,
+    /// The breaker's, if there is one for all: here, since what is allocated
+    /// with others may lie on a line that others write.
+    lease: Option<Lease>,
     shared: Arc<Shared<M, C, P>>,
     view: PhantomData<fn(V)>,
     #[cfg(feature = "back-pressure")]
@@ -69,6 +72,7 @@ impl<S, V: View, M, C, P> CircuitBreaker<S, V, M, C, P> {
     pub(crate) fn new(inner: S, shared: Arc<Shared<M, C, P>>) -> Self {
         Self {
             inner,
+            lease: shared.lease,
             shared,
             view: PhantomData,
             #[cfg(feature = "back-pressure")]
@@ -109,13 +113,21 @@ impl<S, V: View, M, C, P: Source<V>> CircuitBreaker<S, V, M, C, P> {
         Poll::Ready(())
     }
 
+    #[inline(always)]
+    fn at_once(&self) -> AtOnce {
+        match self.lease {
+            Some(lease) => lease.at_once(),
+            None => AtOnce::Unclear,
+        }
+    }
+
     /// Asks the request's breaker for leave to call.
     #[inline]
     fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen>
     where
         P: Source<V>,
     {
-        match self.shared.source.at_once() {
+        match self.at_once() {
             AtOnce::Passes(permit) => Ok(permit),
             AtOnce::Refused(open) => Err(open),
             AtOnce::Unclear => self.shared.source.admit(request),
@@ -291,7 +303,7 @@ where
 
     #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
-        match self.shared.source.at_once() {
+        match self.at_once() {
             AtOnce::Passes(permit) => ErrorFuture::calling(self.judged(request, permit)),
             AtOnce::Refused(open) => ErrorFuture::refused(open),
             AtOnce::Unclear => self.call_otherwise(request),
@@ -306,7 +318,7 @@ where
     C: Classify<S::Response, S::Error> + Clone,
     Req: 'static,
 {
-    /// Apart, as [`Breaker::at_once`] says.
+    /// Apart, as [`Lease::at_once`] says.
     #[inline(never)]
     fn call_otherwise(&mut self, request: Req) -> ErrorFuture<Judged<S::Future, C>> {
         match self.shared.source.admit(&request) {

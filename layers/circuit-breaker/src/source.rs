@@ -19,19 +19,9 @@ impl<V: View> Source<V> for PerKey<V> {}
 pub(crate) mod sealed {
     use super::{Breaker, CircuitOpen, Permit, Refusal, View};
 
-    /// What can be said of a call at once.
-    #[derive(Debug)]
-    pub enum AtOnce {
-        Passes(Permit),
-        Refused(CircuitOpen),
-        Unclear,
-    }
-
     pub trait Sealed<V: View>: Send + Sync + 'static {
-        /// What can be said without a look at the request.
-        fn at_once(&self) -> AtOnce;
-
-        /// Asks the request's breaker for leave to call, where it was unclear.
+        /// Asks the request's breaker for leave to call, where its lease was
+        /// not enough to say.
         fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen>;
 
         /// The refusal that a responder is shown.
@@ -42,14 +32,7 @@ pub(crate) mod sealed {
     }
 }
 
-use sealed::AtOnce;
-
 impl<V: View> sealed::Sealed<V> for Breaker {
-    #[inline(always)]
-    fn at_once(&self) -> AtOnce {
-        self.at_once()
-    }
-
     fn admit(&self, _: V::Ref<'_>) -> Result<Permit, CircuitOpen> {
         self.try_acquire_otherwise()
     }
@@ -83,11 +66,6 @@ impl<V: View> PerKey<V> {
 }
 
 impl<V: View> sealed::Sealed<V> for PerKey<V> {
-    #[inline]
-    fn at_once(&self) -> AtOnce {
-        AtOnce::Unclear
-    }
-
     #[inline]
     fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen> {
         let key = self.key.extract(request);
