@@ -28,6 +28,25 @@
 pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
     /// Breaks the circuit to a service that fails: see
     /// [`CircuitBreakerLayer`](crate::circuit_breaker::CircuitBreakerLayer).
+    ///
+    /// ```
+    /// use buttress::{ServiceBuilderExt, circuit_breaker::CircuitBreakerLayer};
+    /// use http::{Request, Response};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let breaker = CircuitBreakerLayer::builder().name("inventory").build()?;
+    /// let service = ServiceBuilder::new()
+    ///     .circuit_breaker(breaker.clone())
+    ///     .service(service_fn(async |_: Request<String>| {
+    ///         Ok::<_, std::convert::Infallible>(Response::new(String::new()))
+    ///     }));
+    /// breaker.breaker().force_open();
+    /// assert_eq!(service.oneshot(Request::default()).await?.status(), 503);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[cfg(feature = "circuit-breaker")]
     fn circuit_breaker<V: crate::View, M, C, P>(
         self,

@@ -34,9 +34,9 @@ use crate::{ConfigError, error::Problem};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ReopenBackoff {
-    factor: f64,
-    max: Duration,
-    jitter: f64,
+    pub(crate) factor: f64,
+    pub(crate) max: Duration,
+    pub(crate) jitter: f64,
     decay: Option<Duration>,
 }
 
@@ -132,9 +132,14 @@ impl ReopenBackoff {
         }
     }
 
+    /// After how long a healthy while an opening is forgotten.
+    pub(crate) fn span(&self, reset_timeout: Duration) -> Duration {
+        self.decay.unwrap_or(reset_timeout)
+    }
+
     /// The level that is left after so long a healthy while.
     pub(crate) fn decayed(&self, level: u32, healthy: Duration, reset_timeout: Duration) -> u32 {
-        let span = self.decay.unwrap_or(reset_timeout);
+        let span = self.span(reset_timeout);
         let forgotten = healthy
             .as_nanos()
             .checked_div(span.as_nanos())

@@ -18,6 +18,7 @@
 //! generation, as every breaker does.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::{Arc, OnceLock},
     task::Waker,
@@ -107,7 +108,8 @@ struct Cold {
     since: Instant,
     /// Openings that are not forgotten.
     level: u32,
-    waiters: Vec<(u64, Waker)>,
+    /// By a number of each, which is found soon however many wait.
+    waiters: BTreeMap<u64, Waker>,
 }
 
 pub(crate) struct Cell {
@@ -217,9 +219,11 @@ pub(crate) enum Outlook {
 /// What is to be told after unlocking.
 #[must_use = "it must be told"]
 pub(crate) struct News {
+    /// Whose it is: the cell may be another's when it is told.
+    tenancy: u64,
     observer: Option<Arc<Observer>>,
     event: Option<Event>,
-    wakers: Vec<(u64, Waker)>,
+    wakers: BTreeMap<u64, Waker>,
 }
 
 impl Cell {
@@ -249,7 +253,7 @@ impl Cell {
                 random: SharedRandom::default(),
                 since: Instant::from_nanos(0),
                 level: 0,
-                waiters: Vec::new(),
+                waiters: BTreeMap::new(),
             })),
         }
     }

@@ -91,6 +91,20 @@ pub enum Rule {
     RetryAfter,
 }
 
+impl Rule {
+    /// In words for programs: `consecutive_failures`, `failure_rate`,
+    /// `slow_calls`, `retry_after`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ConsecutiveFailures => "consecutive_failures",
+            Self::FailureRate => "failure_rate",
+            Self::SlowCalls => "slow_calls",
+            Self::RetryAfter => "retry_after",
+        }
+    }
+}
+
 /// Why a state has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -109,6 +123,23 @@ pub enum Cause {
     Manual,
     /// It was so elsewhere, and is followed here.
     Remote,
+}
+
+impl Cause {
+    /// In words for programs: the [rule's](Rule::as_str), or `wait_over`,
+    /// `probed`, `probe_failed`, `probes_overdue`, `manual`, `remote`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Rule(rule) => rule.as_str(),
+            Self::WaitOver => "wait_over",
+            Self::Probed => "probed",
+            Self::ProbeFailed => "probe_failed",
+            Self::ProbesOverdue => "probes_overdue",
+            Self::Manual => "manual",
+            Self::Remote => "remote",
+        }
+    }
 }
 
 /// A change of state.

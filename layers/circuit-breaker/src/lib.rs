@@ -34,5 +34,5 @@ pub use layer::{CircuitBreakerLayer, Errors, Instead, Respond, ResultClassifier}
 pub use permit::Permit;
 pub use registry::{HealthSummary, Registry, RegistryBuilder, RegistryKey};
 pub use service::CircuitBreaker;
-pub use settings::{Settings, Window};
+pub use settings::{Rules, Settings, Window};
 pub use source::{PerKey, Source};

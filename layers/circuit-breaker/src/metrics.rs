@@ -11,6 +11,10 @@
 //! [`name_keys`](crate::RegistryBuilder::name_keys)), the counters are of all of
 //! them, and the gauge is of the worst: 2 if one is open.
 //!
+//! The gauge of a breaker that is gone is 0. Two breakers that were each given
+//! the same name write one gauge, which shows whoever changed last: name them
+//! apart, or take one for both.
+//!
 //! They go to the recorder that is installed when the breaker is built.
 
 #[cfg(feature = "metrics")]
@@ -140,6 +144,9 @@ mod on {
             if let Some(tally) = &self.tally {
                 tally.add(state, -1);
                 self.show_worst(tally);
+            } else if value(state) > 0.0 {
+                // An alert on what is not there any more would never end.
+                self.show(State::Closed);
             }
         }
 
@@ -154,11 +161,16 @@ mod on {
         }
 
         fn show(&self, state: State) {
-            self.state.set(match state {
-                State::Closed | State::ForcedClosed | State::MetricsOnly => 0.0,
-                State::HalfOpen => 1.0,
-                State::Open | State::ForcedOpen => 2.0,
-            });
+            self.state.set(value(state));
+        }
+    }
+
+    /// What the gauge shows of a state.
+    const fn value(state: State) -> f64 {
+        match state {
+            State::Closed | State::ForcedClosed | State::MetricsOnly => 0.0,
+            State::HalfOpen => 1.0,
+            State::Open | State::ForcedOpen => 2.0,
         }
     }
 }

@@ -12,7 +12,9 @@ use crate::{
 /// The window over which rates are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Window {
-    /// The last so many calls: 1 to 4096.
+    /// The last so many calls: 1 to 4096. They are counted where one fails or
+    /// is slow, a load for each 24 of them; for more than some thousand, a
+    /// window of time says the same and costs the same however many they are.
     Calls(u32),
     /// What ended within the last so long: from 10 ms to a year. It slides by
     /// tenths: a result counts for the whole of it at most, and for nine
@@ -277,6 +279,45 @@ impl Settings {
         self
     }
 
+    /// What these settings say, one by one and with the defaults filled in,
+    /// whether they make sense or not.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use buttress_circuit_breaker::Settings;
+    ///
+    /// let rules = Settings::tolerant().half_open_probes(3).rules();
+    /// assert_eq!(rules.consecutive_failures, Some(10));
+    /// assert_eq!(rules.failure_rate, None);
+    /// assert_eq!(rules.half_open_timeout, Duration::from_secs(60));
+    /// assert_eq!(rules.half_open_concurrency, 3);
+    /// ```
+    #[must_use]
+    pub fn rules(&self) -> Rules {
+        let rated = self.failure_rate.is_some() || self.slow.is_some();
+        let in_window = match self.window {
+            Window::Calls(calls) => calls,
+            Window::Time(_) => u32::MAX,
+        };
+        Rules {
+            consecutive_failures: self.consecutive.or((!rated).then_some(self.preset)),
+            failure_rate: self.failure_rate,
+            slow_calls: self.slow,
+            window: self.window,
+            minimum_calls: self.minimum_calls.unwrap_or(DEFAULT_MINIMUM.min(in_window)),
+            reset_timeout: self.reset_timeout,
+            reopen_factor: self.backoff.factor,
+            reopen_max: self.backoff.max,
+            reopen_jitter: self.backoff.jitter,
+            reopen_decay: self.backoff.span(self.reset_timeout),
+            half_open_probes: self.probes,
+            half_open_concurrency: self.probes_at_once.unwrap_or(self.probes),
+            half_open_failures: self.failed_probes,
+            half_open_timeout: self.half_open_timeout.unwrap_or(self.reset_timeout),
+            count_dropped_probes: self.drops_of_slow_probes,
+        }
+    }
+
     /// Whether these settings make sense.
     ///
     /// # Errors
@@ -287,20 +328,19 @@ impl Settings {
     }
 
     pub(crate) fn plan(&self) -> Result<Plan, ConfigError> {
-        let rated = self.failure_rate.is_some() || self.slow.is_some();
-        let in_a_row = match self.consecutive {
+        let rules = self.rules();
+        let in_a_row = match rules.consecutive_failures {
             Some(failures) if failures == 0 || failures > MAX_IN_A_ROW => {
                 return Err(Problem::ConsecutiveFailures.into());
             }
             Some(failures) => failures,
-            None if rated => 0,
-            None => self.preset,
+            None => 0,
         };
-        let failure_ppm = match self.failure_rate {
+        let failure_ppm = match rules.failure_rate {
             Some(rate) => millionths(rate).ok_or(Problem::FailureRate)?,
             None => 0,
         };
-        let (slow, slow_ppm) = match self.slow {
+        let (slow, slow_ppm) = match rules.slow_calls {
             Some((duration, rate)) => {
                 if duration.is_zero() || duration > LONGEST {
                     return Err(Problem::SlowDuration.into());
@@ -309,7 +349,8 @@ impl Settings {
             }
             None => (Duration::ZERO, 0),
         };
-        let (counts, most_calls) = match self.window {
+        let rated = failure_ppm > 0 || slow_ppm > 0;
+        let (counts, most_calls) = match rules.window {
             Window::Calls(calls) if !(1..=MAX_CALLS).contains(&calls) => {
                 return Err(Problem::WindowCalls.into());
             }
@@ -320,28 +361,23 @@ impl Settings {
             Window::Calls(calls) => (Counts::Calls, calls),
             Window::Time(_) => (Counts::Time, u32::MAX),
         };
-        let minimum = match self.minimum_calls {
-            Some(calls) if calls == 0 || calls > most_calls => {
-                return Err(Problem::MinimumCalls.into());
-            }
-            Some(calls) => calls,
-            None => DEFAULT_MINIMUM.min(most_calls),
-        };
+        let minimum = rules.minimum_calls;
+        if minimum == 0 || minimum > most_calls {
+            return Err(Problem::MinimumCalls.into());
+        }
         let span = |span: Duration| (!span.is_zero() && span <= LONGEST).then_some(span);
-        let reset_timeout = span(self.reset_timeout).ok_or(Problem::ResetTimeout)?;
+        let reset_timeout = span(rules.reset_timeout).ok_or(Problem::ResetTimeout)?;
         self.backoff.check(reset_timeout)?;
-        let half_open = self.half_open_timeout.unwrap_or(reset_timeout);
-        let half_open = span(half_open).ok_or(Problem::HalfOpenTimeout)?;
-        let probes = u8::try_from(self.probes)
+        let half_open = span(rules.half_open_timeout).ok_or(Problem::HalfOpenTimeout)?;
+        let probes = u8::try_from(rules.half_open_probes)
             .ok()
             .filter(|&probes| probes > 0)
             .ok_or(Problem::Probes)?;
-        let at_once = self.probes_at_once.unwrap_or(self.probes);
-        let at_once = u8::try_from(at_once)
+        let at_once = u8::try_from(rules.half_open_concurrency)
             .ok()
             .filter(|at_once| (1..=probes).contains(at_once))
             .ok_or(Problem::ProbesAtOnce)?;
-        let tolerated = u8::try_from(self.failed_probes)
+        let tolerated = u8::try_from(rules.half_open_failures)
             .ok()
             .filter(|&failed| failed < probes)
             .ok_or(Problem::FailedProbes)?;
@@ -351,7 +387,7 @@ impl Settings {
             slow_ppm,
             slow,
             counts,
-            window: self.window,
+            window: rules.window,
             minimum,
             reset_timeout,
             backoff: self.backoff,
@@ -359,9 +395,50 @@ impl Settings {
             probes,
             at_once,
             tolerated,
-            drops_of_slow_probes: self.drops_of_slow_probes,
+            drops_of_slow_probes: rules.count_dropped_probes,
         })
     }
+}
+
+/// What [`Settings`] say, one by one: [`Settings::rules`]. The fields are named
+/// as what sets them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Rules {
+    /// Opens after so many failures in a row; `None` where that is no rule.
+    pub consecutive_failures: Option<u32>,
+    /// Opens where of the calls in the window this part or more failed; `None`
+    /// where that is no rule.
+    pub failure_rate: Option<f64>,
+    /// Opens where of the calls in the window this part or more took so long
+    /// or longer; `None` where that is no rule.
+    pub slow_calls: Option<(Duration, f64)>,
+    /// Where rates are counted.
+    pub window: Window,
+    /// Calls that a rate needs.
+    pub minimum_calls: u32,
+    /// How long it stays open.
+    pub reset_timeout: Duration,
+    /// How many times as long an opening is as the one before:
+    /// [`ReopenBackoff::new`].
+    pub reopen_factor: f64,
+    /// The longest that it stays open: [`ReopenBackoff::max`].
+    pub reopen_max: Duration,
+    /// How much longer it may be at random: [`ReopenBackoff::jitter`].
+    pub reopen_jitter: f64,
+    /// How long it must stay closed for one opening to be forgotten:
+    /// [`ReopenBackoff::decay`].
+    pub reopen_decay: Duration,
+    /// Probes that half-open asks for.
+    pub half_open_probes: u32,
+    /// Those at once.
+    pub half_open_concurrency: u32,
+    /// Those that may fail.
+    pub half_open_failures: u32,
+    /// How long half-open may stay undecided.
+    pub half_open_timeout: Duration,
+    /// Whether a slow probe that is given up on has failed.
+    pub count_dropped_probes: bool,
 }
 
 /// [`moderate`](Settings::moderate).
@@ -371,7 +448,8 @@ impl Default for Settings {
     }
 }
 
-/// Integers, so that 7 of 100 are 0.07 and not a hair less.
+/// Integers, so that 7 of 100 are 0.07 and not a hair less; and never more than
+/// was asked for, so that 2 of 3 are 2/3.
 fn millionths(rate: f64) -> Option<u32> {
     if !(rate > 0.0 && rate <= 1.0) {
         return None;
@@ -381,7 +459,7 @@ fn millionths(rate: f64) -> Option<u32> {
         clippy::cast_sign_loss,
         reason = "between 0 and a million"
     )]
-    let parts = (rate * 1e6).round() as u32;
+    let parts = (rate * 1e6 + 1e-4) as u32;
     Some(parts.max(1))
 }
 
@@ -457,10 +535,72 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_can_be_read() {
+        let ms = Duration::from_millis;
+        let settings = Settings::critical()
+            .consecutive_failures(7)
+            .failure_rate(0.25)
+            .slow_calls(ms(30), 0.75)
+            .window(Window::Time(ms(40)))
+            .minimum_calls(5)
+            .reset_timeout(ms(60))
+            .reopen_backoff(
+                ReopenBackoff::new(2.0)
+                    .max(ms(90))
+                    .jitter(0.5)
+                    .decay(ms(80)),
+            )
+            .half_open_probes(9)
+            .half_open_concurrency(8)
+            .half_open_failures(3)
+            .half_open_timeout(ms(70))
+            .count_dropped_probes(true);
+        assert_eq!(
+            settings.rules(),
+            Rules {
+                consecutive_failures: Some(7),
+                failure_rate: Some(0.25),
+                slow_calls: Some((ms(30), 0.75)),
+                window: Window::Time(ms(40)),
+                minimum_calls: 5,
+                reset_timeout: ms(60),
+                reopen_factor: 2.0,
+                reopen_max: ms(90),
+                reopen_jitter: 0.5,
+                reopen_decay: ms(80),
+                half_open_probes: 9,
+                half_open_concurrency: 8,
+                half_open_failures: 3,
+                half_open_timeout: ms(70),
+                count_dropped_probes: true,
+            }
+        );
+        let rules = Settings::critical().window(Window::Calls(7)).rules();
+        assert_eq!(rules.consecutive_failures, Some(2));
+        assert_eq!(rules.minimum_calls, 7);
+        assert_eq!(rules.reopen_decay, rules.reset_timeout);
+        let rated = Settings::new().failure_rate(0.5).rules();
+        assert_eq!(rated.consecutive_failures, None);
+    }
+
+    #[test]
     fn rates_are_exact() {
         assert_eq!(millionths(0.07), Some(70_000));
         assert_eq!(millionths(1.0), Some(1_000_000));
         assert_eq!(millionths(1e-12), Some(1));
+        // Decimals that are not exact, and thirds, which were rounded up.
+        for hundredths in 1..=100_u32 {
+            let rate = f64::from(hundredths) / 100.0;
+            assert_eq!(millionths(rate), Some(hundredths * 10_000));
+        }
+        for calls in 1..=200_u64 {
+            for failed in 1..=calls {
+                let rate = failed as f64 / calls as f64;
+                let ppm = u64::from(millionths(rate).unwrap());
+                let over = |failed: u64| failed * 1_000_000 >= ppm * calls;
+                assert!(over(failed) && !over(failed - 1), "{failed} of {calls}");
+            }
+        }
         for rate in [0.0, -0.5, 1.000_001, f64::NAN, f64::INFINITY] {
             assert_eq!(millionths(rate), None);
         }

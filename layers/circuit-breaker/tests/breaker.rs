@@ -379,20 +379,27 @@ async fn a_listener_may_call_back() {
 /// place with it.
 #[tokio::test(start_paused = true)]
 async fn a_listener_that_panics_costs_no_place() {
-    let breaker = Breaker::builder("breaker")
-        .settings(touchy())
-        .on_event(|_, event| {
-            if *event == Event::Call {
-                resume_unwind(Box::new(()));
-            }
-        })
-        .build()
-        .unwrap();
-    breaker.trip(None).unwrap();
-    breaker.half_open().unwrap();
-    let call = || breaker.try_acquire().map(drop);
-    assert!(catch_unwind(AssertUnwindSafe(call)).is_err());
-    assert_eq!(breaker.status().probes_in_flight, 0);
+    let of_the_call = |event: &Event| *event == Event::Call;
+    let of_the_change =
+        |event: &Event| matches!(event, Event::StateChange(change) if change.to == State::HalfOpen);
+    let panics: [fn(&Event) -> bool; 2] = [of_the_call, of_the_change];
+    for panics in panics {
+        let breaker = Breaker::builder("breaker")
+            .settings(touchy())
+            .on_event(move |_, event| {
+                if panics(event) {
+                    resume_unwind(Box::new(()));
+                }
+            })
+            .build()
+            .unwrap();
+        breaker.trip(secs(1)).unwrap();
+        advance(secs(1)).await;
+        let call = || breaker.try_acquire().map(drop);
+        assert!(catch_unwind(AssertUnwindSafe(call)).is_err());
+        assert_eq!(breaker.state(), State::HalfOpen);
+        assert_eq!(breaker.status().probes_in_flight, 0);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -436,6 +443,86 @@ async fn followed_changes_say_that_they_are() {
             (State::Open, Cause::Remote, Some(secs(7))),
             (State::HalfOpen, Cause::Remote, None),
             (State::Closed, Cause::Remote, None),
+        ]
+    );
+}
+
+/// An override that was followed here could only be ended here: the reset
+/// there was refused as a change that makes no sense.
+#[tokio::test(start_paused = true)]
+async fn the_end_of_an_override_is_followed() {
+    let settings = Settings::new()
+        .consecutive_failures(1)
+        .reopen_backoff(ReopenBackoff::new(2.0));
+    for to in [State::ForcedOpen, State::ForcedClosed, State::MetricsOnly] {
+        let breaker = breaker(settings.clone());
+        breaker.try_acquire().unwrap().record(Failure);
+        breaker.follow(to, None).unwrap();
+        assert!(breaker.close().is_err());
+        breaker.follow(State::Closed, None).unwrap();
+        assert_eq!(breaker.state(), State::Closed);
+        // As after a reset here, no opening is remembered.
+        breaker.try_acquire().unwrap().record(Failure);
+        let open = breaker.try_acquire().unwrap_err();
+        assert_eq!(open.retry_after(), Some(secs(30)));
+    }
+    let breaker = breaker(settings);
+    assert!(breaker.follow(State::Closed, None).is_err());
+}
+
+/// Cause and wait were Rust's own notation, which no query can compare.
+#[tokio::test(start_paused = true)]
+async fn what_is_logged_is_plain() {
+    use tracing::{Metadata, Subscriber, field, span, subscriber::with_default};
+
+    #[derive(Default)]
+    struct Log(Arc<Mutex<Vec<String>>>);
+    impl field::Visit for Line {
+        fn record_debug(&mut self, field: &field::Field, value: &dyn std::fmt::Debug) {
+            self.0.push(format!("{}={value:?}", field.name()));
+        }
+        fn record_str(&mut self, field: &field::Field, value: &str) {
+            self.0.push(format!("{}={value}", field.name()));
+        }
+    }
+    struct Line(Vec<String>);
+    impl Subscriber for Log {
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            true
+        }
+        fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+            span::Id::from_u64(1)
+        }
+        fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+        fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+        fn event(&self, event: &tracing::Event<'_>) {
+            let mut line = Line(vec![event.metadata().level().to_string()]);
+            event.record(&mut line);
+            self.0.lock().unwrap().push(line.0.join(" "));
+        }
+        fn enter(&self, _: &span::Id) {}
+        fn exit(&self, _: &span::Id) {}
+    }
+
+    let log = Log::default();
+    let lines = Arc::clone(&log.0);
+    with_default(log, || {
+        let breaker = breaker(Settings::new().consecutive_failures(1));
+        breaker.try_acquire().unwrap().record(Failure);
+        breaker.close().unwrap();
+        breaker.metrics_only();
+        breaker.try_acquire().unwrap().record(Failure);
+    });
+    assert_eq!(
+        *lines.lock().unwrap(),
+        [
+            "WARN message=circuit breaker opened name=breaker from=closed to=open \
+             cause=consecutive_failures wait_ms=30000",
+            "INFO message=circuit breaker changed name=breaker from=open to=closed cause=manual",
+            "INFO message=circuit breaker changed name=breaker from=closed to=metrics_only \
+             cause=manual",
+            "WARN message=circuit breaker would have opened name=breaker \
+             cause=consecutive_failures",
         ]
     );
 }

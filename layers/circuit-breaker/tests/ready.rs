@@ -5,7 +5,7 @@ use std::{
     convert::Infallible,
     future::poll_fn,
     sync::{Arc, Mutex},
-    task::Poll,
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
@@ -204,6 +204,31 @@ async fn who_is_gone_is_not_woken_and_clones_wait_for_themselves() {
     layer.breaker().trip(None).unwrap();
     layer.breaker().reset();
     assert!(!stays.is_woken());
+}
+
+/// Who has left changed the order of those that stay.
+#[tokio::test(start_paused = true)]
+async fn who_came_first_is_woken_first() {
+    struct Numbered(usize, Arc<Mutex<Vec<usize>>>);
+    impl Wake for Numbered {
+        fn wake(self: Arc<Self>) {
+            self.1.lock().unwrap().push(self.0);
+        }
+    }
+    let layer = numbers(touchy());
+    layer.breaker().force_open();
+    let woken = Arc::new(Mutex::new(Vec::new()));
+    let mut services: Vec<_> = (0..6)
+        .map(|number| {
+            let waker = Waker::from(Arc::new(Numbered(number, Arc::clone(&woken))));
+            let mut service = layer.layer(service_fn(async |n: u32| Ok::<_, Infallible>(n)));
+            assert_pending!(service.poll_ready(&mut Context::from_waker(&waker)));
+            service
+        })
+        .collect();
+    drop(services.remove(1));
+    layer.breaker().reset();
+    assert_eq!(*woken.lock().unwrap(), [0, 2, 3, 4, 5]);
 }
 
 /// No waiter, no timer and no breaker is kept alive by who has left.

@@ -1,13 +1,13 @@
 //! The state changes: always under the lock, and told after it.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, mem, time::Duration};
 
 use buttress_core::{
     clock::Instant,
     sync::atomic::Ordering::{AcqRel, Release},
 };
 
-use super::{Cell, Cold, NEVER, News, Ticket, place};
+use super::{Cell, Cold, NEVER, News, Outcome, Ticket, place};
 use crate::{
     Cause, Event, Rule, State, Transition, TransitionError,
     settings::LONGEST,
@@ -48,6 +48,7 @@ impl Cell {
             cold.since = at;
         }
         News {
+            tenancy: cold.tenancy,
             observer: cold.observer.clone(),
             event: changed.then_some(Event::StateChange(Transition {
                 from,
@@ -57,34 +58,45 @@ impl Cell {
                 cause,
                 wait,
             })),
-            wakers: std::mem::take(&mut cold.waiters),
+            wakers: mem::take(&mut cold.waiters),
         }
     }
 
     pub(crate) fn tell(&self, news: News) {
         let News {
+            tenancy,
             observer,
             event,
             wakers,
         } = news;
-        for (_, waker) in wakers {
+        for waker in wakers.into_values() {
             waker.wake();
         }
         let (Some(observer), Some(event)) = (observer, event) else {
             return;
         };
-        if let Event::StateChange(change) = &event {
-            trace(&observer.name, change);
+        trace(&observer.name, &event);
+        if let Event::StateChange(_) = &event {
             // The gauge shows the latest state, whoever is the last to set it.
             loop {
-                let state = self.word().state();
+                let state = self.state_for(tenancy);
                 observer.metrics.state(state);
-                if self.word().state() == state {
+                if self.state_for(tenancy) == state {
                     break;
                 }
             }
         }
         observer.tell(&event);
+    }
+
+    /// The state for this owner: for one who is gone, that of nothing.
+    fn state_for(&self, tenancy: u64) -> State {
+        let cold = self.lock();
+        if cold.tenancy == tenancy {
+            self.word().state()
+        } else {
+            State::Closed
+        }
     }
 
     /// The first caller after the wait begins to probe, with a place taken.
@@ -105,8 +117,9 @@ impl Cell {
             .map_or(Duration::ZERO, |plan| plan.half_open);
         let news = self.publish(&mut cold, next, now + limit, now, Cause::WaitOver, None);
         drop(cold);
+        let place = Place(self, Ticket::of(next), now);
         self.tell(news);
-        Some(Ticket::of(next))
+        Some(place.keep())
     }
 
     /// Opens, from closed; or tells that it would have.
@@ -127,9 +140,10 @@ impl Cell {
                 return;
             }
             News {
+                tenancy: cold.tenancy,
                 observer: cold.observer.clone(),
                 event: Some(Event::WouldOpen(rule)),
-                wakers: Vec::new(),
+                wakers: BTreeMap::new(),
             }
         } else {
             self.open(&mut cold, Cause::Rule(rule), hold, now, draw)
@@ -259,6 +273,8 @@ impl Cell {
         let sense = match to {
             State::Open => matches!(from, State::Closed | State::HalfOpen),
             State::HalfOpen => from == State::Open,
+            // Elsewhere it was reset: else who follows would never hear of it.
+            State::Closed if cause == Cause::Remote && from.is_override() => true,
             State::Closed => matches!(from, State::Open | State::HalfOpen),
             State::ForcedOpen | State::ForcedClosed | State::MetricsOnly => true,
         };
@@ -279,7 +295,12 @@ impl Cell {
                 let next = word.next(State::HalfOpen);
                 self.publish(&mut cold, next, now + limit, now, cause, None)
             }
-            to => self.publish(&mut cold, word.next(to), NEVER, now, cause, None),
+            to => {
+                if to == State::Closed && from.is_override() {
+                    cold.level = 0;
+                }
+                self.publish(&mut cold, word.next(to), NEVER, now, cause, None)
+            }
         };
         drop(cold);
         self.tell(news);
@@ -298,30 +319,43 @@ impl Cell {
         self.tell(news);
     }
 }
-fn trace(name: &str, change: &Transition) {
-    let Transition {
-        from,
-        to,
-        cause,
-        wait,
-        ..
-    } = change;
-    if matches!(to, State::Open | State::ForcedOpen) {
-        tracing::warn!(
-            name,
-            from = from.as_str(),
-            to = to.as_str(),
-            ?cause,
-            ?wait,
-            "circuit breaker opened"
-        );
-    } else {
-        tracing::info!(
-            name,
-            from = from.as_str(),
-            to = to.as_str(),
-            ?cause,
-            "circuit breaker changed"
-        );
+
+/// A probe's place, given back should a listener panic before there is a
+/// permit.
+struct Place<'a>(&'a Cell, Ticket, Instant);
+
+impl Place<'_> {
+    fn keep(self) -> Ticket {
+        let ticket = self.1;
+        mem::forget(self);
+        ticket
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.record(self.1, Outcome::Nothing, None, || self.2);
+    }
+}
+
+fn trace(name: &str, event: &Event) {
+    match event {
+        Event::StateChange(change) => {
+            let (from, to) = (change.from.as_str(), change.to.as_str());
+            let cause = change.cause.as_str();
+            let wait = change.wait.map(|wait| wait.as_millis());
+            // Not an `u128`, which not every subscriber writes.
+            let wait_ms = wait.map(|wait| u64::try_from(wait).unwrap_or(u64::MAX));
+            if matches!(change.to, State::Open | State::ForcedOpen) {
+                tracing::warn!(name, from, to, cause, wait_ms, "circuit breaker opened");
+            } else {
+                tracing::info!(name, from, to, cause, "circuit breaker changed");
+            }
+        }
+        Event::WouldOpen(rule) => {
+            let cause = rule.as_str();
+            tracing::warn!(name, cause, "circuit breaker would have opened");
+        }
+        _ => {}
     }
 }

@@ -15,13 +15,7 @@ impl Cell {
         // dropped with its waker, and this breaker with the task.
         let new = waker.clone();
         let mut cold = self.lock();
-        let known = cold.waiters.iter_mut().find(|(other, _)| *other == id);
-        let old = if let Some((_, old)) = known {
-            Some(mem::replace(old, new))
-        } else {
-            cold.waiters.push((id, new));
-            None
-        };
+        let old = cold.waiters.insert(id, new);
         self.set_waited_for(true);
         drop(cold);
         drop(old);
@@ -30,11 +24,7 @@ impl Cell {
     #[cfg(any(feature = "back-pressure", all(test, buttress_loom)))]
     pub(crate) fn stop_waiting(&self, id: u64) {
         let mut cold = self.lock();
-        let gone = cold
-            .waiters
-            .iter()
-            .position(|(other, _)| *other == id)
-            .map(|index| cold.waiters.swap_remove(index));
+        let gone = cold.waiters.remove(&id);
         drop(cold);
         drop(gone);
     }
@@ -61,7 +51,7 @@ impl Cell {
         self.set_waited_for(false);
         let wakers = mem::take(&mut cold.waiters);
         drop(cold);
-        for (_, waker) in wakers {
+        for waker in wakers.into_values() {
             waker.wake();
         }
     }

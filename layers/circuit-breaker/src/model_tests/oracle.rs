@@ -426,6 +426,10 @@ impl Oracle {
             (State::Open | State::HalfOpen, State::Closed) => {
                 self.begin(State::Closed, None, now, cause, None);
             }
+            (from, State::Closed) if from.is_override() && cause == Cause::Remote => {
+                self.level = 0;
+                self.begin(State::Closed, None, now, cause, None);
+            }
             (from, to) if to.is_override() => {
                 if from != to {
                     self.begin(to, None, now, cause, None);

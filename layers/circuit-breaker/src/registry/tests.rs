@@ -261,12 +261,12 @@ async fn what_was_counted_is_kept_for_a_while() {
     fail(&registry, "a");
     let crowded = || registry.get_or_create("b").is(registry.overflow());
     assert!(crowded());
-    advance(FORGET_AFTER - Duration::from_secs(1)).await;
+    advance(super::config::FORGET_AFTER - Duration::from_secs(1)).await;
     assert!(crowded());
     assert_eq!(registry.get("a").unwrap().status().failures, 1);
     // That was a use: the hand sees it now.
     assert!(crowded());
-    advance(FORGET_AFTER - Duration::from_secs(1)).await;
+    advance(super::config::FORGET_AFTER - Duration::from_secs(1)).await;
     assert!(crowded());
     advance(Duration::from_secs(1)).await;
     assert!(!crowded());
