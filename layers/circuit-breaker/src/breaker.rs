@@ -202,8 +202,10 @@ pub struct Status {
     pub since: Instant,
     /// When the next probe may pass: where it is open.
     pub next_probe: Option<Instant>,
+    /// What opened it last: where it is open, or half-open since.
+    pub opened_by: Option<Cause>,
     /// Failures in a row, where they are a rule; otherwise those in the
-    /// window; half-open, those of the probes.
+    /// window; half-open, those of the probes; open, those that opened it.
     pub failures: u64,
     /// Calls in the window.
     pub calls: u64,
@@ -384,8 +386,10 @@ impl Breaker {
             generation: view.generation,
             since: view.since,
             next_probe: view.until.filter(|_| view.state == State::Open),
+            opened_by: view.opened.map(|opened| opened.cause),
             failures: match view.state {
                 State::HalfOpen => view.probes.failed.into(),
+                State::Open => view.opened.map_or(0, |opened| opened.failures),
                 _ => view.in_a_row.map_or(view.sums.failed, u64::from),
             },
             calls: view.sums.calls,
@@ -487,11 +491,12 @@ impl Breaker {
     /// [`Cause::Remote`], so that who publishes changes need not publish this
     /// one.
     ///
-    /// `wait` is for how long it is to be open yet.
+    /// `wait` is for how long it is to be open yet. An override ends when
+    /// [`State::Closed`] is followed, as by a [`reset`](Self::reset).
     ///
     /// # Errors
     ///
-    /// Where the same change by hand would make no sense.
+    /// Where otherwise the same change by hand would make no sense.
     pub fn follow(&self, to: State, wait: Option<Duration>) -> Result<(), TransitionError> {
         self.bring_about(to, wait, Cause::Remote)
     }

@@ -38,7 +38,7 @@ use buttress_core::{
 };
 
 use crate::{
-    Event, Reason, State,
+    Cause, Event, Reason, State,
     event::Listener,
     metrics::Metrics,
     settings::Plan,
@@ -108,6 +108,7 @@ struct Cold {
     since: Instant,
     /// Openings that are not forgotten.
     level: u32,
+    opened: Option<Opened>,
     /// By a number of each, which is found soon however many wait.
     waiters: BTreeMap<u64, Waker>,
 }
@@ -194,6 +195,13 @@ pub(crate) enum Outcome {
     Nothing,
 }
 
+/// What opened a breaker that has not been closed since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Opened {
+    pub(crate) cause: Cause,
+    pub(crate) failures: u64,
+}
+
 /// What a breaker looks like from outside.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct View {
@@ -205,6 +213,7 @@ pub(crate) struct View {
     pub(crate) in_a_row: Option<u32>,
     pub(crate) sums: Sums,
     pub(crate) probes: Probes,
+    pub(crate) opened: Option<Opened>,
 }
 
 /// Whether a call would pass.
@@ -253,6 +262,7 @@ impl Cell {
                 random: SharedRandom::default(),
                 since: Instant::from_nanos(0),
                 level: 0,
+                opened: None,
                 waiters: BTreeMap::new(),
             })),
         }

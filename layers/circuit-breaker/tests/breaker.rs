@@ -326,6 +326,42 @@ async fn the_failures_of_a_run_are_those_of_the_run() {
     assert_eq!((status.failures, status.failed, status.calls), (0, 2, 3));
 }
 
+/// It was 0 as soon as they had opened it, and nobody could say what had.
+#[tokio::test(start_paused = true)]
+async fn what_opened_it_is_told_while_it_is_open() {
+    let told = |breaker: &Breaker| {
+        let status = breaker.status();
+        (status.state, status.opened_by, status.failures)
+    };
+    let by = |rule| Some(Cause::Rule(rule));
+    let runs = breaker(Settings::new().consecutive_failures(3));
+    for _ in 0..3 {
+        runs.try_acquire().unwrap().record(Failure);
+    }
+    let rule = by(Rule::ConsecutiveFailures);
+    assert_eq!(told(&runs), (State::Open, rule, 3));
+    advance(secs(30)).await;
+    let probe = runs.try_acquire().unwrap();
+    assert_eq!(told(&runs), (State::HalfOpen, rule, 0));
+    probe.record(Failure);
+    assert_eq!(told(&runs), (State::Open, Some(Cause::ProbeFailed), 1));
+    runs.close().unwrap();
+    assert_eq!(told(&runs), (State::Closed, None, 0));
+
+    let rate = Settings::new().failure_rate(0.5).minimum_calls(4);
+    let rates = breaker(rate.consecutive_failures(100));
+    for verdict in [Failure, Failure, Success, Failure] {
+        rates.try_acquire().unwrap().record(verdict);
+    }
+    assert_eq!(told(&rates), (State::Open, by(Rule::FailureRate), 3));
+    rates.force_open();
+    assert_eq!(told(&rates), (State::ForcedOpen, None, 0));
+    rates.reset();
+    rates.try_acquire().unwrap().record(Failure);
+    rates.trip(None).unwrap();
+    assert_eq!(told(&rates), (State::Open, Some(Cause::Manual), 1));
+}
+
 /// A day at the ceiling, and two hours of health, were not enough to forget it.
 #[tokio::test(start_paused = true)]
 async fn a_long_outage_is_forgotten_as_soon_as_one_that_reached_the_ceiling() {

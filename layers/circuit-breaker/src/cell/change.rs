@@ -7,10 +7,10 @@ use buttress_core::{
     sync::atomic::Ordering::{AcqRel, Release},
 };
 
-use super::{Cell, Cold, NEVER, News, Outcome, Ticket, place};
+use super::{Cell, Cold, NEVER, News, Opened, Outcome, Ticket, place};
 use crate::{
     Cause, Event, Rule, State, Transition, TransitionError,
-    settings::LONGEST,
+    settings::{LONGEST, Plan},
     word::{Probes, Word},
 };
 
@@ -26,6 +26,9 @@ impl Cell {
         wait: Option<Duration>,
     ) -> News {
         let from = self.word().state();
+        if !matches!(next.state(), State::Open | State::HalfOpen) {
+            cold.opened = None;
+        }
         if next.state().counts() {
             // Before the word, after which calls are counted.
             if let Some(window) = self.calls.get() {
@@ -181,6 +184,10 @@ impl Cell {
     ) -> News {
         let word = self.word();
         let plan = cold.plan.as_ref().expect("set with the owner");
+        cold.opened = Some(Opened {
+            cause,
+            failures: self.failures(word, plan, cause, at),
+        });
         if word.state() == State::Closed {
             let healthy = at - cold.since;
             cold.level = plan
@@ -205,6 +212,21 @@ impl Cell {
             cause,
             Some(wait),
         )
+    }
+
+    /// Those that are about to open it: of the rule that does, or all that are
+    /// counted.
+    fn failures(&self, word: Word, plan: &Plan, cause: Cause, at: Instant) -> u64 {
+        match (word.state(), cause) {
+            (State::HalfOpen, _) => word.probes().failed.into(),
+            // A success may have ended the run since it was full.
+            (_, Cause::Rule(Rule::ConsecutiveFailures)) => {
+                word.in_a_row().max(plan.in_a_row).into()
+            }
+            (_, Cause::Rule(Rule::FailureRate)) => self.sums(word, || at).failed,
+            _ if plan.in_a_row > 0 => word.in_a_row().into(),
+            _ => self.sums(word, || at).failed,
+        }
     }
 
     /// Half-open was undecided for too long. It has been open since then.

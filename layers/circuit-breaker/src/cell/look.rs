@@ -102,6 +102,7 @@ impl Cell {
             } else {
                 Probes::default()
             },
+            opened: cold.opened,
         }
     }
 }

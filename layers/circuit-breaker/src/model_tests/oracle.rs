@@ -7,7 +7,7 @@ use buttress_core::{classify::Verdict, clock::Instant};
 
 use crate::{
     Cause, Event, Reason, ReopenBackoff, Rule, Settings, State, Transition, Window,
-    cell::{Kind, Outlook, Rejection, View},
+    cell::{Kind, Opened, Outlook, Rejection, View},
     window::{Mark, Sums},
     word::{GENERATIONS, Probes},
 };
@@ -118,6 +118,7 @@ pub(super) struct Oracle {
     lacking: bool,
     told: bool,
     probes: Probes,
+    opened: Option<Opened>,
     pub(super) told_events: Vec<Event>,
 }
 
@@ -135,6 +136,7 @@ impl Oracle {
             lacking: false,
             told: false,
             probes: Probes::default(),
+            opened: None,
             told_events: Vec::new(),
         }
     }
@@ -147,6 +149,9 @@ impl Oracle {
         self.told = false;
         self.probes = Probes::default();
         self.until = until;
+        if !matches!(to, State::Open | State::HalfOpen) {
+            self.opened = None;
+        }
         if to != self.state {
             self.told_events.push(Event::StateChange(Transition {
                 from: self.state,
@@ -162,6 +167,15 @@ impl Oracle {
     }
 
     fn open(&mut self, cause: Cause, hold: Option<u64>, at: u64, draw_quarters: u64) {
+        let by_rate = cause == Cause::Rule(Rule::FailureRate);
+        let failures = if self.state == State::HalfOpen {
+            self.probes.failed.into()
+        } else if self.rules.in_a_row > 0 && !by_rate {
+            self.run.into()
+        } else {
+            self.sums(at).failed
+        };
+        self.opened = Some(Opened { cause, failures });
         if self.state == State::Closed {
             let healthy = at.saturating_sub(self.since);
             let decay = self.rules.decay_ms.unwrap_or(self.rules.reset_ms) * MS;
@@ -473,6 +487,7 @@ impl Oracle {
                 Sums::default()
             },
             probes: self.probes,
+            opened: self.opened,
         }
     }
 }
