@@ -4,7 +4,7 @@ use std::{
     fmt,
     future::{Future, poll_fn},
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,6 +13,7 @@ use buttress_core::{
     clock::{self, Instant},
     health::{Health, HealthSource},
     random::{Random, SharedRandom},
+    sync::Mutex,
 };
 
 use crate::{
@@ -58,6 +59,7 @@ struct Owner {
     lease: Lease,
     observer: Arc<Observer>,
     settings: Mutex<Settings>,
+    critical: bool,
 }
 
 impl Drop for Owner {
@@ -72,9 +74,18 @@ pub struct BreakerBuilder {
     pub(crate) settings: Settings,
     pub(crate) listeners: Vec<Listener>,
     pub(crate) random: SharedRandom,
+    pub(crate) critical: bool,
 }
 
 impl BreakerBuilder {
+    /// Whether the whole is unhealthy when this breaker is open: what it says
+    /// as a [`HealthSource`]. Default: no.
+    #[must_use]
+    pub fn critical(mut self, critical: bool) -> Self {
+        self.critical = critical;
+        self
+    }
+
     /// When it opens, for how long, and what closes it. Default:
     /// [`Settings::moderate`].
     #[must_use]
@@ -111,6 +122,7 @@ impl BreakerBuilder {
             settings,
             listeners,
             random,
+            critical,
         } = self;
         check_name(&name)?;
         let plan = settings.plan()?;
@@ -119,7 +131,9 @@ impl BreakerBuilder {
             listeners: listeners.into_boxed_slice(),
             name,
         });
-        Ok(Breaker::observed(observer, settings, plan, random))
+        Ok(Breaker::observed(
+            observer, settings, plan, random, critical,
+        ))
     }
 }
 
@@ -227,6 +241,7 @@ impl Breaker {
             settings: Settings::new(),
             listeners: Vec::new(),
             random: SharedRandom::default(),
+            critical: false,
         }
     }
 
@@ -236,12 +251,14 @@ impl Breaker {
         settings: Settings,
         plan: Plan,
         random: SharedRandom,
+        critical: bool,
     ) -> Self {
         let lease = Lease::take(Arc::clone(&observer), plan, random, clock::now());
         Self(Arc::new(Owner {
             lease,
             observer,
             settings: Mutex::new(settings),
+            critical,
         }))
     }
 
@@ -403,8 +420,7 @@ impl Breaker {
     /// What it decides by.
     #[must_use]
     pub fn settings(&self) -> Settings {
-        let settings = self.0.settings.lock();
-        settings.unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.settings.lock().clone()
     }
 
     /// Replaces what it decides by, while it serves. Its state stays, an open
@@ -419,8 +435,7 @@ impl Breaker {
         let cell = self.0.lease.cell;
         let now = clock::now();
         cell.catch_up(now);
-        let held = self.0.settings.lock();
-        let mut held = held.unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.0.settings.lock();
         *held = settings;
         // Both under one lock: of two changes at once, the same one stays.
         let news = cell.set_plan(plan, now);
@@ -553,6 +568,10 @@ impl HealthSource for Breaker {
             State::Open | State::ForcedOpen => Health::UNHEALTHY,
             State::ForcedClosed => Health::DISABLED,
         }
+    }
+
+    fn critical(&self) -> bool {
+        self.0.critical
     }
 }
 

@@ -485,7 +485,8 @@ impl Inner {
                 .get_or_init(|| observer(name, &self.listeners, Metrics::of_many));
             Arc::clone(common)
         };
-        let breaker = Breaker::observed(observer, settings, plan, self.random.clone());
+        let breaker =
+            Breaker::observed(observer, settings, plan, self.random.clone(), self.critical);
         drop(words);
         let entry = Entry {
             id,

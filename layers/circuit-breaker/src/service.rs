@@ -123,10 +123,7 @@ impl<S, V: View, M, C, P: Source<V>> CircuitBreaker<S, V, M, C, P> {
 
     /// Asks the request's breaker for leave to call.
     #[inline]
-    fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen>
-    where
-        P: Source<V>,
-    {
+    fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen> {
         match self.at_once() {
             AtOnce::Passes(permit) => Ok(permit),
             AtOnce::Refused(open) => Err(open),

@@ -578,6 +578,10 @@ async fn health_is_the_state() {
     expect(Health::DISABLED);
     breaker.metrics_only();
     expect(Health::HEALTHY);
+
+    assert!(!HealthSource::critical(&breaker));
+    let critical = Breaker::builder("critical").critical(true).build().unwrap();
+    assert!(HealthSource::critical(&critical.clone()));
 }
 
 #[tokio::test(start_paused = true)]

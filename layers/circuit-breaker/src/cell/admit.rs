@@ -18,6 +18,12 @@ impl Cell {
         if word.state() != State::Open || word.is_observed() {
             return None;
         }
+        self.refuse_open(word, now)
+    }
+
+    /// Refuses while the wait of an open state lasts.
+    #[inline]
+    fn refuse_open(&self, word: Word, now: impl Fn() -> Instant) -> Option<Rejection> {
         let now = now().as_nanos();
         let until = self.until(word)?.as_nanos();
         (now < until).then(|| Rejection::open_for(until - now))
@@ -35,11 +41,7 @@ impl Cell {
         match word.state() {
             State::Closed | State::MetricsOnly | State::ForcedClosed => Some(Ok(Ticket::of(word))),
             State::ForcedOpen => Some(Err(Rejection::new(Reason::ForcedOpen, None))),
-            State::Open => {
-                let now = now();
-                let until = self.until(word).filter(|until| now < *until)?;
-                Some(Err(Rejection::new(Reason::Open, Some(until - now))))
-            }
+            State::Open => self.refuse_open(word, now).map(Err),
             State::HalfOpen => None,
         }
     }
@@ -49,8 +51,9 @@ impl Cell {
         let mut word = self.word();
         loop {
             match word.state() {
-                State::Closed | State::MetricsOnly => return Ok(Ticket::of(word)),
-                State::ForcedClosed => return Ok(Ticket::of(word)),
+                State::Closed | State::MetricsOnly | State::ForcedClosed => {
+                    return Ok(Ticket::of(word));
+                }
                 State::ForcedOpen => {
                     return Err(Rejection::new(Reason::ForcedOpen, None));
                 }

@@ -36,7 +36,8 @@ impl Cell {
             self.end_run(word.generation());
         }
         // Armed is read after the window was written, and the window is
-        // summed after arming: one of the two sees the other.
+        // summed after arming: one of the two sees the other. (Not where the
+        // thread has a stripe of its own: there the next call may have to.)
         if self.note(word, Mark::GOOD, &now) && Word(self.hot.word.load(SeqCst)).is_armed() {
             self.judge(word, &now);
         }

@@ -173,6 +173,7 @@ impl RegistryBuilder {
             settings.clone(),
             plan.clone(),
             random.clone(),
+            critical,
         );
         let shards = (max_keys / SHARD_KEYS)
             .clamp(1, MAX_SHARDS)
