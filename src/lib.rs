@@ -1,10 +1,10 @@
 // The front page's examples need these; without them it would not compile.
 #![cfg_attr(
-    all(feature = "rate-limit", feature = "wait", feature = "axum"),
+    all(feature = "circuit-breaker", feature = "wait", feature = "axum"),
     doc = include_str!("../README.md")
 )]
 #![cfg_attr(
-    not(all(feature = "rate-limit", feature = "wait", feature = "axum")),
+    not(all(feature = "circuit-breaker", feature = "wait", feature = "axum")),
     doc = "Tower layers for services that must stay up. The front page is shown with all features."
 )]
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -76,29 +76,32 @@ impl Balance {
             .expect("there is an endpoint"))
     }
 
-    /// Connects to the endpoint that was picked. One that cannot be reached
-    /// costs the request nothing while there are others: none of it has left
-    /// yet.
-    pub(crate) async fn connect(&self, in_flight: &mut InFlight) -> io::Result<Connection> {
-        for _ in 1..self.endpoints.len() {
-            let connection = in_flight.endpoint().connection(None).await;
-            if connection.is_ok() || !self.turn_elsewhere(in_flight) {
-                return connection;
-            }
+    /// Connects to the endpoint that was picked: anew where a pooled
+    /// connection was stale. One that cannot be reached costs the request
+    /// nothing while there are others: none of it has left yet.
+    pub(crate) async fn connect(
+        &self,
+        in_flight: &mut InFlight,
+        stale: Option<&Connection>,
+        missed: &mut Missed,
+    ) -> io::Result<Connection> {
+        let mut connected = in_flight.endpoint().connection(stale).await;
+        while connected.is_err() && self.turn_elsewhere(in_flight, missed) {
+            connected = in_flight.endpoint().connection(None).await;
         }
-        in_flight.endpoint().connection(None).await
+        connected
     }
 
-    /// Takes the request to another endpoint, if there is one.
-    fn turn_elsewhere(&self, in_flight: &mut InFlight) -> bool {
-        // It rests now, and two picked at random could both be resting.
-        let other = self
-            .endpoints
-            .iter()
-            .filter(|it| !it.rests() && it.passes())
-            .min_by_key(|it| it.in_flight())
-            .and_then(|it| it.enter().ok());
-        let Some(mut other) = other else {
+    /// Takes the request to an endpoint where it has not been, if there is
+    /// one. The one that it leaves has failed.
+    pub(crate) fn turn_elsewhere(&self, in_flight: &mut InFlight, missed: &mut Missed) -> bool {
+        missed.0.push(Arc::clone(in_flight.endpoint()));
+        let is_new = |it: &&Arc<Endpoint>| !missed.0.iter().any(|seen| Arc::ptr_eq(seen, it));
+        let mut others: Vec<_> = self.endpoints.iter().filter(is_new).collect();
+        // Those that rest come last, but may be back.
+        others.sort_by_cached_key(|it| (it.rests(), it.in_flight()));
+        let mut passing = others.into_iter().filter(|it| it.passes());
+        let Some(mut other) = passing.find_map(|it| it.enter().ok()) else {
             return false;
         };
         if self.breaker.is_some() {
@@ -111,6 +114,10 @@ impl Balance {
         true
     }
 }
+
+/// Where a request has been in vain.
+#[derive(Default)]
+pub(crate) struct Missed(Vec<Arc<Endpoint>>);
 
 #[cfg(test)]
 mod tests {
@@ -128,7 +135,7 @@ mod tests {
                 .settings(Settings::new().consecutive_failures(1))
                 .build();
             let upstream = format!("h2c://127.0.0.1:{port}").parse().unwrap();
-            Endpoint::new(&upstream, Some(breaker.unwrap()))
+            Endpoint::new(&upstream, Some(breaker.unwrap()), Duration::MAX)
         };
         Balance::new([1, 2, 3].map(endpoint), None)
     }

@@ -101,6 +101,9 @@ impl Source {
     pub(crate) fn attempt(&self) -> Option<Outgoing> {
         let mut inner = self.lock();
         inner.attempt += 1;
+        inner.pending = false;
+        // Of what nobody has asked for, nothing is lost.
+        inner.keeping |= inner.seen == 0;
         inner.keeping.then(|| Outgoing {
             attempt: inner.attempt,
             next: 0,
@@ -115,6 +118,12 @@ impl Source {
         let mut inner = self.lock();
         inner.keeping = false;
         inner.kept = Vec::new();
+    }
+
+    /// Keeps nothing of what is going to be sent, unless some of it was before.
+    pub(crate) fn sent_once(&self) {
+        let mut inner = self.lock();
+        inner.keeping &= inner.seen > 0;
     }
 
     /// Whether it is the client's turn: what has come so far is sent on.

@@ -70,8 +70,8 @@ curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' '
 # An upstream that is slower than the timeout of five seconds: 504, as a problem document.
 curl -i -H 'x-api-key: another' http://{listen}/delay/6000
 
-# Three failures in a row open the circuit breaker: the upstream is not asked again for ten
-# seconds, whatever is wanted of it. Then one request may try.
+# Three failures in a row, that 504 among them, open the circuit breaker: the upstream is not
+# asked again for ten seconds, whatever is wanted of it. Then one request may try.
 curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' -H 'x-api-key: third' 'http://{listen}/status/500?[1-5]'
 
 # What the operator sees. A person may prefer http://{admin}/ in a browser, a scraper /metrics.

@@ -37,7 +37,7 @@ use tower::Service;
 
 use crate::{
     access::{Facts, Line},
-    balance::Balance,
+    balance::{Balance, Missed},
     body::{Cut, Hold, Outgoing, Source},
     headers,
     settings::{Limits, Protocol},
@@ -163,50 +163,82 @@ impl Rules {
 
     /// Sends the request to the endpoint, or to another one where that cannot
     /// be reached, and waits for the head of the answer.
+    ///
+    /// Once more where the pooled connection turned out to be stale: then on a
+    /// fresh one, and only if nothing of it was written or it may be repeated
+    /// (RFC 9110 §9.2.2, RFC 9112 §9.3.1).
     async fn exchange(
         &self,
         in_flight: &mut InFlight,
-        mut head: Parts,
+        head: Parts,
         source: Option<&Source>,
         upgrade: Option<(HeaderValue, OnUpgrade)>,
         facts: &Facts,
     ) -> Result<Answer, Refusal> {
-        let connection = self.balance.connect(in_flight).await.map_err(|error| {
-            let _ = facts.error.set(format!("connect: {error}"));
-            unreachable(&error)
-        })?;
-        let endpoint = in_flight.endpoint();
-
-        // A tunnel needs HTTP/1.1 on both sides.
-        let (protocol, upgrade) = upgrade
-            .filter(|_| endpoint.protocol == Protocol::Http1)
-            .unzip();
-        let mut outgoing = match source {
-            Some(source) => source.attempt().expect("nothing is lost yet"),
-            None => Outgoing::empty(),
-        };
-        let exact = outgoing.size_hint().exact();
-        let mut hold = None;
+        let repeatable = matches!(
+            head.method,
+            Method::GET
+                | Method::HEAD
+                | Method::OPTIONS
+                | Method::TRACE
+                | Method::PUT
+                | Method::DELETE
+        );
         let waits = source.is_some() && headers::expects_continue(&head.headers);
-        self.prepare(&mut head, endpoint, protocol.as_ref(), exact)?;
-        if waits && endpoint.protocol == Protocol::Http1 {
-            hold = Some(hold_back(&mut head, &mut outgoing));
-        }
-
-        let sent = send(endpoint, connection, head, outgoing, source, facts).await;
-        let (response, connection) = sent.map_err(|error| {
-            let _ = facts.error.set(chain(&error));
-            match source.and_then(|source| source.cut.get()) {
-                Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
-                Some(Cut::Client) => {
-                    Refusal::new(RefusalKind::BadRequest).with_detail("the request body broke off")
-                }
-                _ => match &error {
-                    SendError::Connect(error) => unreachable(error),
-                    SendError::Send(_) => RefusalKind::BadGateway.into(),
-                },
+        let body = || source.map_or_else(|| Some(Outgoing::empty()), Source::attempt);
+        let mut outgoing = body().expect("nothing is lost yet");
+        let (mut stale, mut missed) = (None, Missed::default());
+        let (response, connection, hold) = loop {
+            let connecting = self.balance.connect(in_flight, stale.as_ref(), &mut missed);
+            let mut connection = connecting.await.map_err(|error| {
+                let _ = facts.error.set(format!("connect: {error}"));
+                unreachable(&error)
+            })?;
+            let reused = connection.age() == Age::Reused;
+            if !reused && let Some(source) = source {
+                // What is written on it is not written again.
+                source.sent_once();
             }
-        })?;
+            let endpoint = in_flight.endpoint();
+            let protocol = upgrade.as_ref().filter(|_| tunnels(endpoint));
+            // As the client sent it: the next endpoint may speak another
+            // protocol.
+            let mut head = head.clone();
+            let exact = outgoing.size_hint().exact();
+            self.prepare(&mut head, endpoint, protocol.map(|it| &it.0), exact)?;
+            let hold = (waits && endpoint.protocol == Protocol::Http1)
+                .then(|| hold_back(&mut head, &mut outgoing));
+
+            facts.attempts.fetch_add(1, Ordering::Relaxed);
+            let request = Request::from_parts(head, outgoing);
+            let mut failed = match connection.send(request).await {
+                Ok(response) => break (response, connection, hold),
+                Err(failed) => failed,
+            };
+            let unwritten = failed.take_message().is_some();
+            let error = failed.into_error();
+            let again = match unwritten || reused && repeatable && is_stale(&error) {
+                true => body(),
+                false => None,
+            };
+            match again {
+                Some(again) if reused => (outgoing, stale) = (again, Some(connection)),
+                // It was closed as soon as it was open: the same would come of
+                // another one.
+                Some(again) if self.balance.turn_elsewhere(in_flight, &mut missed) => {
+                    (outgoing, stale) = (again, None);
+                }
+                _ => {
+                    let _ = facts.error.set(chain(&error));
+                    return Err(match source.and_then(|source| source.cut.get()) {
+                        Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
+                        Some(Cut::Client) => Refusal::new(RefusalKind::BadRequest)
+                            .with_detail("the request body broke off"),
+                        _ => RefusalKind::BadGateway.into(),
+                    });
+                }
+            }
+        };
 
         let nonsense = |what: &str| {
             let _ = facts.error.set(what.to_owned());
@@ -215,6 +247,9 @@ impl Rules {
         if headers::is_coded(response.headers()) {
             return nonsense("a transfer coding but chunked");
         }
+        let upgrade = upgrade
+            .map(|(_, client)| client)
+            .filter(|_| tunnels(in_flight.endpoint()));
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if switched && (upgrade.is_none() || !response.headers().contains_key(UPGRADE)) {
             return nonsense("101 to a request that asked for none");
@@ -328,6 +363,11 @@ impl Rules {
     }
 }
 
+/// A tunnel needs HTTP/1.1 on both sides.
+fn tunnels(endpoint: &Endpoint) -> bool {
+    endpoint.protocol == Protocol::Http1
+}
+
 fn host(authority: &Authority) -> HeaderValue {
     HeaderValue::from_str(authority.as_str()).expect("an authority is a value")
 }
@@ -374,58 +414,6 @@ fn hold_back(head: &mut Parts, outgoing: &mut Outgoing) -> Hold {
     hold
 }
 
-/// Sends the request, and once more where the pooled connection turned out to
-/// be stale: then on a fresh one, and only if nothing of it was written or it
-/// may be repeated (RFC 9110 §9.2.2, RFC 9112 §9.3.1).
-async fn send(
-    endpoint: &Endpoint,
-    mut connection: Connection,
-    mut head: Parts,
-    mut body: Outgoing,
-    source: Option<&Source>,
-    facts: &Facts,
-) -> Result<(Response<Incoming>, Connection), SendError> {
-    let repeatable = matches!(
-        head.method,
-        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
-    );
-    let mut reused = connection.age() == Age::Reused;
-    if !reused && let Some(source) = source {
-        // The first attempt is the only one: nothing need be kept.
-        source.settle();
-    }
-    loop {
-        facts.attempts.fetch_add(1, Ordering::Relaxed);
-        let spare = (reused && repeatable).then(|| head.clone());
-        let mut failed = match connection.send(Request::from_parts(head, body)).await {
-            Ok(response) => return Ok((response, connection)),
-            Err(failed) => failed,
-        };
-        let unwritten = failed.take_message();
-        let error = failed.into_error();
-        if !reused {
-            return Err(SendError::Send(error));
-        }
-        (head, body) = if let Some(request) = unwritten {
-            request.into_parts()
-        } else {
-            let again = match source {
-                Some(source) => source.attempt(),
-                None => Some(Outgoing::empty()),
-            };
-            match (spare, again) {
-                (Some(head), Some(body)) if is_stale(&error) => (head, body),
-                _ => return Err(SendError::Send(error)),
-            }
-        };
-        reused = false;
-        connection = endpoint
-            .connection(Some(&connection))
-            .await
-            .map_err(SendError::Connect)?;
-    }
-}
-
 /// Whether an error is what a connection shows that had been closed.
 fn is_stale(error: &hyper::Error) -> bool {
     if error.is_incomplete_message() || error.is_closed() || error.is_canceled() {
@@ -450,12 +438,6 @@ fn is_stale(error: &hyper::Error) -> bool {
     false
 }
 
-#[derive(Debug)]
-enum SendError {
-    Connect(io::Error),
-    Send(hyper::Error),
-}
-
 /// What a failed exchange says of the endpoint: nothing where the client is to
 /// blame. Else anyone could open a breaker by a few requests sent slowly.
 fn blame(refusal: &Refusal, source: Option<&Source>) -> Verdict {
@@ -475,11 +457,8 @@ fn unreachable(error: &io::Error) -> Refusal {
 }
 
 /// An error with its causes, for the operator.
-fn chain(error: &SendError) -> String {
-    let (mut text, mut cause) = match error {
-        SendError::Connect(error) => (format!("connect: {error}"), None),
-        SendError::Send(error) => (error.to_string(), error.source()),
-    };
+fn chain(error: &hyper::Error) -> String {
+    let (mut text, mut cause) = (error.to_string(), error.source());
     while let Some(error) = cause {
         text = format!("{text}: {error}");
         cause = error.source();

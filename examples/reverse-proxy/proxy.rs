@@ -24,7 +24,7 @@ use crate::{
     headers,
     serve::Busy,
     settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Settings},
-    upstream::Endpoint,
+    upstream::{CONNECT, Endpoint},
 };
 
 /// A route's answer: the upstream's, or a refusal of the layers inside the
@@ -260,10 +260,15 @@ fn balance(route: &settings::Route, breakers: &mut Vec<Breaker>) -> Balance {
             .as_ref()
             .filter(|rule| rule.per == per)
     };
+    // Where there are others, there must be time left for them.
+    let patience = match route.upstream.len() {
+        1 => CONNECT,
+        _ => CONNECT.min(route.timeout.0 / 2),
+    };
     let around = rule(Per::Route).map(|rule| breaker(route.name.0.clone(), rule));
     let endpoints = route.upstream.iter().map(|upstream| {
         let own = rule(Per::Upstream).map(|rule| breaker(route.breaker_at(upstream), rule));
-        Endpoint::new(upstream, own)
+        Endpoint::new(upstream, own, patience)
     });
     Balance::new(endpoints, around)
 }

@@ -38,7 +38,7 @@ const IDLE: Duration = Duration::from_secs(4);
 
 /// How long connecting may take. A host that is gone answers nothing at all,
 /// and would look like the least loaded of all for as long.
-const CONNECT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT: Duration = Duration::from_secs(2);
 
 /// How many idle connections are kept for a burst to come.
 const MAX_IDLE: usize = 1024;
@@ -68,13 +68,16 @@ pub(crate) struct Endpoint {
     pub(crate) authority: String,
     /// Of its own; none where the route has one for all, or none at all.
     pub(crate) breaker: Option<Breaker>,
+    /// How long connecting may take.
+    patience: Duration,
     in_flight: AtomicUsize,
     /// When it could not be reached, in the clock's nanoseconds; or zero.
     unreachable: AtomicU64,
     idle: Mutex<Vec<Idle>>,
     /// HTTP/2 needs one connection; who finds none opens it, the others wait.
     shared: Mutex<Option<Shared>>,
-    opening: tokio::sync::Mutex<()>,
+    /// How the last one to open it failed, if so, and when.
+    opening: tokio::sync::Mutex<Option<(Instant, io::ErrorKind)>>,
 }
 
 struct Idle {
@@ -102,17 +105,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Endpoint {
     /// Needs a runtime: idle connections are closed by a task of their own.
-    pub(crate) fn new(upstream: &Upstream, breaker: Option<Breaker>) -> Arc<Self> {
+    pub(crate) fn new(
+        upstream: &Upstream,
+        breaker: Option<Breaker>,
+        patience: Duration,
+    ) -> Arc<Self> {
         let endpoint = Arc::new(Self {
             url: upstream.to_string().into(),
             protocol: upstream.protocol,
             authority: upstream.authority.clone(),
             breaker,
+            patience,
             in_flight: AtomicUsize::new(0),
             unreachable: AtomicU64::new(0),
             idle: Mutex::new(Vec::new()),
             shared: Mutex::new(None),
-            opening: tokio::sync::Mutex::new(()),
+            opening: tokio::sync::Mutex::new(None),
         });
         if endpoint.protocol == Protocol::Http1 {
             tokio::spawn(close_idle(Arc::downgrade(&endpoint)));
@@ -191,10 +199,20 @@ impl Endpoint {
                 if let Some(shared) = current() {
                     return Ok(Connection::H2c(shared, Age::Reused));
                 }
-                let _one_at_a_time = self.opening.lock().await;
+                let asked = clock::now();
+                let mut one_at_a_time = self.opening.lock().await;
                 if let Some(shared) = current() {
                     return Ok(Connection::H2c(shared, Age::Reused));
                 }
+                if let Some((failed, kind)) = *one_at_a_time
+                    && failed >= asked
+                {
+                    // Whoever waited has waited long enough.
+                    return Err(kind.into());
+                }
+                let stream = self.dial().await.inspect_err(|error| {
+                    *one_at_a_time = Some((clock::now(), error.kind()));
+                })?;
                 let (sender, connection) = http2::Builder::new(TokioExecutor::new())
                     .timer(TokioTimer::new())
                     // A peer that vanished without a word is found out.
@@ -202,7 +220,7 @@ impl Endpoint {
                     .max_header_list_size(MAX_LIST)
                     .initial_stream_window_size(STREAM_WINDOW)
                     .initial_connection_window_size(MAX_WINDOW)
-                    .handshake(self.dial().await?)
+                    .handshake(stream)
                     .await
                     .map_err(io::Error::other)?;
                 tokio::spawn(connection);
@@ -217,7 +235,7 @@ impl Endpoint {
 
     async fn dial(&self) -> io::Result<TokioIo<TcpStream>> {
         let connecting = TcpStream::connect(&self.authority);
-        let connected = match tokio::time::timeout(CONNECT, connecting).await {
+        let connected = match tokio::time::timeout(self.patience, connecting).await {
             Ok(connected) => connected,
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         };

@@ -67,10 +67,23 @@ impl CircuitBreaker {
     }
 
     /// The key that makes no sense, as a path from here, and why.
-    pub(super) fn check(&self) -> Result<(), (&'static str, circuit_breaker::ConfigError)> {
-        self.steps()
-            .into_iter()
-            .try_for_each(|(key, settings)| settings.check().map_err(|error| (key, error)))
+    pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
+        for (key, settings) in self.steps() {
+            settings.check().map_err(|error| (key, error.to_string()))?;
+        }
+        // Without a rate nobody would look at them.
+        let idle = match (self.window, self.minimum_requests) {
+            _ if self.has_rate() => None,
+            (Some(_), _) => Some(".window"),
+            (None, Some(_)) => Some(".minimum_requests"),
+            (None, None) => None,
+        };
+        let expected = "expected failure_rate or slow_call beside it, whose rates it is for";
+        idle.map_or(Ok(()), |key| Err((key, expected.to_owned())))
+    }
+
+    fn has_rate(&self) -> bool {
+        self.failure_rate.is_some() || self.slow_call.is_some()
     }
 
     /// The settings as they grow key by key. The layer's own check looks at
@@ -130,20 +143,19 @@ impl CircuitBreaker {
     /// Failures in a row, where they are a rule: a rate alone replaces the
     /// preset's.
     pub(super) fn effective_threshold(&self) -> Option<Count> {
-        let rated = self.failure_rate.is_some() || self.slow_call.is_some();
         let (failures, _) = self.preset.rule();
-        self.failure_threshold.or((!rated).then_some(failures))
+        self.failure_threshold
+            .or((!self.has_rate()).then_some(failures))
     }
 
     /// The window and the least that it must hold, where there is a rate.
     pub(super) fn effective_window(&self) -> Option<(Window, Count)> {
-        let rated = self.failure_rate.is_some() || self.slow_call.is_some();
         let window = self.window.unwrap_or(Window::Requests(Count(100)));
         let minimum = self.minimum_requests.unwrap_or(match window {
             Window::Requests(Count(calls)) => Count(calls.min(20)),
             Window::Time(_) => Count(20),
         });
-        rated.then_some((window, minimum))
+        self.has_rate().then_some((window, minimum))
     }
 
     pub(super) fn effective_reset_timeout(&self) -> Span {

@@ -469,8 +469,8 @@ impl Settings {
                 return nonsense(&at("rate_limit"), error.to_string());
             }
             if let Some(rule) = &route.circuit_breaker {
-                if let Err((key, error)) = rule.check() {
-                    return nonsense(&at(&format!("circuit_breaker{key}")), error.to_string());
+                if let Err((key, expected)) = rule.check() {
+                    return nonsense(&at(&format!("circuit_breaker{key}")), expected);
                 }
                 for (number, upstream) in route.upstream.iter().enumerate() {
                     let name = route.breaker_at(upstream);

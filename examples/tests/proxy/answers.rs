@@ -162,6 +162,8 @@ async fn an_endpoint_that_does_not_answer_costs_two_seconds() {
         "routes:
 - {{ name: alone, path: /alone, upstream: ['http://{0}'] }}
 - {{ name: both, path: /both, upstream: ['http://{0}', 'http://{1}'] }}
+- {{ name: hurry, path: /hurry, upstream: ['http://{0}', 'http://{1}'], timeout: 1s }}
+- {{ name: h2c, path: /h2c, upstream: ['h2c://{0}', 'http://{1}'] }}
 ",
         silent.0, alive.address
     ))
@@ -174,6 +176,21 @@ async fn an_endpoint_that_does_not_answer_costs_two_seconds() {
     for _ in 0..3 {
         assert_eq!(proxy.get("/both").await.status(), 200);
     }
+    // Less, where that would leave no time for the other.
+    for _ in 0..5 {
+        assert_eq!(proxy.get("/hurry").await.status(), 200);
+    }
+    // And once, for all that wait for the same connection.
+    let before = tokio::time::Instant::now();
+    let mut all = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        all.spawn(fetch(proxy.listen, get("/h2c")));
+    }
+    while let Some(response) = all.join_next().await {
+        assert_eq!(response.unwrap().status(), 200);
+    }
+    let took = before.elapsed();
+    assert!(took.as_millis() < 4000, "{took:?}");
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use http_body_util::Full;
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpSocket, TcpStream},
 };
 
 use crate::support::{
@@ -525,6 +525,92 @@ async fn an_endpoint_that_cannot_be_reached_opens_and_costs_nothing() {
     assert!(failures[1] >= 1.0 && failures[0] == 0.0, "{failures:?}");
     assert_eq!(breaker(&proxy, &at(&well)).await["state"], "closed");
     assert_eq!(well.hits(), 100);
+}
+
+/// Its idle connections die with it, and that is seen only by who sends on one.
+#[tokio::test]
+async fn an_endpoint_that_dies_costs_an_idempotent_request_nothing_while_another_lives() {
+    for scheme in ["http", "h2c"] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dying = listener.local_addr().unwrap();
+        let death = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            drop(listener);
+            let head = read_head(&mut stream).await.unwrap();
+            stream.read_exact(&mut [0; 5]).await.unwrap();
+            let answer = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            let again = read_head(&mut stream).await.unwrap();
+            assert_eq!(head.lines().next(), again.lines().next());
+        });
+        let well = Upstream::mirror().await;
+        let proxy = Proxy::start(&format!(
+            "routes: [{{ name: orders, path: /, upstream: ['http://{dying}', '{scheme}://{}'], circuit_breaker: {{}} }}]",
+            well.address
+        ))
+        .await;
+        eventually("the death", || async {
+            let request = Request::put("/a?b=c")
+                .header("host", "own.example")
+                .body(Full::from("hello"))
+                .unwrap();
+            let answer = fetch(proxy.listen, request).await;
+            assert_eq!(answer.status(), 200);
+            if answer.body() != "{}" {
+                let seen = json(&answer);
+                assert_eq!(seen["body"], "hello");
+                let (version, uri) = match scheme {
+                    "http" => ("HTTP/1.1", "/a?b=c"),
+                    _ => ("HTTP/2.0", "http://own.example/a?b=c"),
+                };
+                assert_eq!(
+                    (&seen["version"], &seen["uri"]),
+                    (&version.into(), &uri.into())
+                );
+            }
+            death.is_finished()
+        })
+        .await;
+        death.await.unwrap();
+        let counts = results(&proxy, &format!("orders@{dying}")).await;
+        assert!(counts[0] == 1.0 && counts[1] >= 1.0, "{counts:?}");
+        let counts = results(&proxy, &format!("orders@{}", well.address)).await;
+        assert_eq!(counts[1..], [0.0, 0.0]);
+    }
+}
+
+/// What could not be reached a moment ago may be back: who has nowhere else to
+/// go tries it.
+#[tokio::test]
+async fn an_endpoint_at_rest_is_better_than_none() {
+    let back = TcpSocket::new_v4().unwrap();
+    back.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = back.local_addr().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let dying = listener.local_addr().unwrap();
+    let answer = async |listener: TcpListener| {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_head(&mut stream).await.unwrap();
+            let answer = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+            stream.write_all(answer).await.unwrap();
+        }
+    };
+    let alive = tokio::spawn(answer(listener));
+    let proxy = Proxy::start(&format!(
+        "routes: [{{ name: orders, path: /, upstream: ['http://{dying}', 'http://{address}'], circuit_breaker: {{}} }}]"
+    ))
+    .await;
+    eventually("the rest", || async {
+        assert_eq!(proxy.get("/").await.status(), 200);
+        results(&proxy, &format!("orders@{address}")).await[1] == 1.0
+    })
+    .await;
+    alive.abort();
+    assert!(alive.await.unwrap_err().is_cancelled());
+    let alive = tokio::spawn(answer(back.listen(16).unwrap()));
+    assert_eq!(proxy.get("/").await.status(), 200);
+    alive.abort();
 }
 
 #[tokio::test]

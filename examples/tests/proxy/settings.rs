@@ -201,6 +201,16 @@ fn nonsense_ends_it_with_one_line() {
             "unknown key",
         ),
         (
+            route_with("circuit_breaker: { failure_threshold: 5, window: { requests: 10 } }"),
+            "routes[1].circuit_breaker.window:",
+            "failure_rate or slow_call",
+        ),
+        (
+            route_with("circuit_breaker: { minimum_requests: 10 }"),
+            "routes[1].circuit_breaker.minimum_requests",
+            "failure_rate or slow_call",
+        ),
+        (
             route_with("circuit_breaker: { failure_rate: 0.5, minimum_requests: 0 }"),
             "routes[1].circuit_breaker.minimum_requests",
             "whole number from 1",
