@@ -170,7 +170,7 @@ impl Rules {
     async fn exchange(
         &self,
         in_flight: &mut InFlight,
-        head: Parts,
+        mut head: Parts,
         source: Option<&Source>,
         upgrade: Option<(HeaderValue, OnUpgrade)>,
         facts: &Facts,
@@ -187,6 +187,7 @@ impl Rules {
         let waits = source.is_some() && headers::expects_continue(&head.headers);
         let body = || source.map_or_else(|| Some(Outgoing::empty()), Source::attempt);
         let mut outgoing = body().expect("nothing is lost yet");
+        let target = self.prepare(&mut head, outgoing.size_hint().exact())?;
         let (mut stale, mut missed) = (None, Missed::default());
         let (response, connection, hold) = loop {
             let connecting = self.balance.connect(in_flight, stale.as_ref(), &mut missed);
@@ -201,32 +202,30 @@ impl Rules {
             }
             let endpoint = in_flight.endpoint();
             let protocol = upgrade.as_ref().filter(|_| tunnels(endpoint));
-            // As the client sent it: the next endpoint may speak another
-            // protocol.
-            let mut head = head.clone();
-            let exact = outgoing.size_hint().exact();
-            self.prepare(&mut head, endpoint, protocol.map(|it| &it.0), exact)?;
+            target.write(&mut head, endpoint, protocol.map(|it| &it.0));
             let hold = (waits && endpoint.protocol == Protocol::Http1)
                 .then(|| hold_back(&mut head, &mut outgoing));
 
             facts.attempts.fetch_add(1, Ordering::Relaxed);
+            let spare = (reused && repeatable).then(|| head.clone());
             let request = Request::from_parts(head, outgoing);
             let mut failed = match connection.send(request).await {
                 Ok(response) => break (response, connection, hold),
                 Err(failed) => failed,
             };
-            let unwritten = failed.take_message().is_some();
+            let unwritten = failed.take_message().map(|it| it.into_parts().0);
             let error = failed.into_error();
-            let again = match unwritten || reused && repeatable && is_stale(&error) {
-                true => body(),
-                false => None,
-            };
-            match again {
-                Some(again) if reused => (outgoing, stale) = (again, Some(connection)),
+            let again = unwritten.or(spare.filter(|_| is_stale(&error)));
+            match again.zip(body()) {
+                Some(again) if reused => {
+                    (head, outgoing) = again;
+                    stale = Some(connection);
+                }
                 // It was closed as soon as it was open: the same would come of
                 // another one.
                 Some(again) if self.balance.turn_elsewhere(in_flight, &mut missed) => {
-                    (outgoing, stale) = (again, None);
+                    (head, outgoing) = again;
+                    stale = None;
                 }
                 _ => {
                     let _ = facts.error.set(chain(&error));
@@ -278,14 +277,8 @@ impl Rules {
         Ok(())
     }
 
-    /// Makes of the client's head the one that goes upstream.
-    fn prepare(
-        &self,
-        head: &mut Parts,
-        endpoint: &Endpoint,
-        upgrade: Option<&HeaderValue>,
-        exact: Option<u64>,
-    ) -> Result<(), Refusal> {
+    /// Makes of the client's head the one that goes upstream, wherever that is.
+    fn prepare(&self, head: &mut Parts, exact: Option<u64>) -> Result<Target, Refusal> {
         let authority = headers::authority(head)?;
         let peer = head
             .extensions
@@ -310,27 +303,54 @@ impl Rules {
             },
         );
         headers::trace(&mut head.headers);
-
-        let authority = match authority {
-            Some(authority) => authority,
-            None => endpoint.authority.parse().expect("checked in the settings"),
-        };
-        let target = head.uri.path_and_query();
-        let target = target.map_or_else(
-            || PathAndQuery::from_static("/"),
-            |target| match &*self.strip {
-                "" => target.clone(),
-                prefix => headers::strip_prefix(target, prefix),
-            },
-        );
         if trailers {
             head.headers
                 .insert(TE, HeaderValue::from_static("trailers"));
         }
+
+        let path = head.uri.path_and_query();
+        let path = path.map_or_else(
+            || PathAndQuery::from_static("/"),
+            |path| match &*self.strip {
+                "" => path.clone(),
+                prefix => headers::strip_prefix(path, prefix),
+            },
+        );
+        Ok(Target {
+            authority,
+            path,
+            trailers,
+            exact,
+        })
+    }
+}
+
+/// What a request is for, wherever it is sent.
+struct Target {
+    /// `None` where the client named none, as HTTP/1.0 may.
+    authority: Option<Authority>,
+    path: PathAndQuery,
+    /// Trailers are welcome.
+    trailers: bool,
+    /// How long the body is, if that is known.
+    exact: Option<u64>,
+}
+
+impl Target {
+    /// Writes it into the head as this endpoint's protocol wants it, whatever
+    /// another one's wanted.
+    fn write(&self, head: &mut Parts, endpoint: &Endpoint, upgrade: Option<&HeaderValue>) {
+        let authority = match &self.authority {
+            Some(authority) => authority.clone(),
+            None => endpoint.authority.parse().expect("checked in the settings"),
+        };
+        for name in [CONNECTION, UPGRADE, TRANSFER_ENCODING] {
+            head.headers.remove(name);
+        }
         match endpoint.protocol {
             Protocol::Http1 => {
                 headers::join_cookies(&mut head.headers);
-                let connection = match (upgrade, trailers) {
+                let connection = match (upgrade, self.trailers) {
                     (Some(_), true) => Some("upgrade, te"),
                     (Some(_), false) => Some("upgrade"),
                     (None, true) => Some("te"),
@@ -343,9 +363,9 @@ impl Rules {
                 if let Some(protocol) = upgrade {
                     head.headers.insert(UPGRADE, protocol.clone());
                 }
-                frame(head, exact);
+                frame(head, self.exact);
                 head.headers.insert(HOST, host(&authority));
-                head.uri = Uri::from(target);
+                head.uri = Uri::from(self.path.clone());
                 head.version = Version::HTTP_11;
             }
             Protocol::H2c => {
@@ -353,13 +373,12 @@ impl Rules {
                 head.uri = Uri::builder()
                     .scheme("http")
                     .authority(authority)
-                    .path_and_query(target)
+                    .path_and_query(self.path.clone())
                     .build()
                     .expect("made of sound parts");
                 head.version = Version::HTTP_2;
             }
         }
-        Ok(())
     }
 }
 
