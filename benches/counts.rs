@@ -28,6 +28,17 @@ impl Counts {
         Self(lines.collect())
     }
 
+    /// What was counted of that kind in that run.
+    ///
+    /// # Panics
+    ///
+    /// If it was not.
+    #[must_use]
+    pub fn of(&self, kind: &str, name: &str) -> f64 {
+        let line = self.0.get(&format!("{kind}\t{name}"));
+        *line.unwrap_or_else(|| panic!("{name} was not counted"))
+    }
+
     /// Allocations a call.
     ///
     /// # Panics
@@ -35,8 +46,7 @@ impl Counts {
     /// If no run of that name was counted.
     #[must_use]
     pub fn allocations(&self, name: &str) -> f64 {
-        let line = self.0.get(&format!("allocations\t{name}"));
-        *line.unwrap_or_else(|| panic!("{name} was not counted"))
+        self.of("allocations", name)
     }
 }
 

@@ -3,9 +3,10 @@
 //! `cargo bench -p buttress-benches`; with `-- NAME`, only the sections whose
 //! name begins so: decision, http, memory, pauses, threads.
 
-use std::{collections::HashMap, env, process::Command};
+use std::env;
 
 use buttress_benches::{
+    counts::{Counts, counted, instructions},
     measure::{self, Rounds, Run, Worst, drive, interleave, wall_time},
     scenarios::{self as runs, governor_by_key, ours_by_key},
     table::{Row, Table, number},
@@ -28,12 +29,6 @@ fn main() {
     }
 }
 
-/// Callgrind counts only what happens in here.
-#[inline(never)]
-fn counted(run: &mut Run, calls: u64) {
-    run(calls);
-}
-
 type Section = (&'static str, fn(&mut Table, &Counts));
 
 #[expect(clippy::print_stdout, clippy::print_stderr, reason = "it is a program")]
@@ -49,7 +44,7 @@ fn tell(only: &str) {
     if !sections.iter().any(|(name, _)| name.starts_with(only)) {
         return;
     }
-    let counts = Counts::take();
+    let counts = Counts::take(env!("CARGO_BIN_EXE_count"), "");
     let mut table = Table::default();
     for (name, section) in sections {
         if name.starts_with(only) {
@@ -62,49 +57,6 @@ fn tell(only: &str) {
     println!(
         "figure: ours over the peer's, or what the goal bounds; times: the thread's own, a call."
     );
-}
-
-/// What the other program has counted, and what callgrind does.
-struct Counts(HashMap<String, f64>);
-
-impl Counts {
-    fn take() -> Self {
-        let out = Command::new(env!("CARGO_BIN_EXE_count"))
-            .output()
-            .expect("it was built with this one");
-        let out = String::from_utf8(out.stdout).expect("it writes names and numbers");
-        let lines = out.lines().filter_map(|line| {
-            let (name, count) = line.rsplit_once('\t')?;
-            Some((name.to_owned(), count.parse().ok()?))
-        });
-        Self(lines.collect())
-    }
-
-    fn of(&self, what: &str, name: &str) -> f64 {
-        let line = self.0.get(&format!("{what}\t{name}"));
-        *line.unwrap_or_else(|| panic!("{name} was not counted"))
-    }
-
-    fn allocations(&self, name: &str) -> f64 {
-        self.of("allocations", name)
-    }
-}
-
-/// Instructions of one call; `None` without valgrind.
-fn instructions(name: &str) -> Option<f64> {
-    let total = |calls: u32| {
-        let out = Command::new("valgrind")
-            .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
-            .arg("--toggle-collect=*counted*")
-            .arg(env::current_exe().ok()?)
-            .args(["--calls", name, &calls.to_string()])
-            .output()
-            .ok()?;
-        let told = String::from_utf8_lossy(&out.stderr).into_owned();
-        let line = told.lines().find(|line| line.contains("Collected"))?;
-        line.rsplit(' ').next()?.parse::<f64>().ok()
-    };
-    Some((total(3000)? - total(1000)?) / 2000.0)
 }
 
 /// Ours over the peer's, each over what there is without it.
