@@ -173,6 +173,12 @@ async fn send(client: &Broken, address: SocketAddr) -> Result<u16, Error<BoxErro
     timeout(LONG, exchange).await.expect("in time")
 }
 
+/// The server's task may take a moment to notice that it is gone.
+async fn until_it_fails(client: &Broken, address: SocketAddr) {
+    let failed = async { while send(client, address).await.is_ok() {} };
+    timeout(LONG, failed).await.expect("it fails");
+}
+
 #[tokio::test]
 async fn every_illness_opens_it_and_health_closes_it() {
     for illness in [Mood::Fails, Mood::Dies, Mood::Hangs, Mood::BreaksOff] {
@@ -228,8 +234,7 @@ async fn an_upstream_that_is_gone_and_comes_back() {
     assert_eq!(send(&client, address).await.unwrap(), 200);
     drop(upstream);
     for _ in 0..3 {
-        // The server's task may take a moment to be gone.
-        while send(&client, address).await.is_ok() {}
+        until_it_fails(&client, address).await;
     }
     let error = send(&client, address).await.unwrap_err();
     assert_eq!(error.open().unwrap().reason(), Reason::Open);
@@ -313,7 +318,7 @@ async fn waiting_as_told_is_rewarded() {
     let client = client(&layer, LONG);
     for _ in 0..3 {
         upstream.is(Mood::Fails);
-        while send(&client, upstream.address).await.is_ok() {}
+        until_it_fails(&client, upstream.address).await;
         upstream.is(Mood::Well);
         let mut told = Duration::ZERO;
         if let Err(error) = send(&client, upstream.address).await {
