@@ -479,11 +479,11 @@ impl Inner {
         let observer = if named && words.is_some() {
             observer(Arc::clone(&label), &self.listeners, Metrics::new)
         } else {
-            let name = Arc::clone(&self.name);
-            let common = self
-                .observer
-                .get_or_init(|| observer(name, &self.listeners, Metrics::of_many));
-            Arc::clone(common)
+            Arc::clone(self.observer.get().unwrap_or_else(|| {
+                // Made before it is put there: a recorder is the user's.
+                let made = observer(Arc::clone(&self.name), &self.listeners, Metrics::of_many);
+                self.observer.get_or_init(|| made)
+            }))
         };
         let breaker =
             Breaker::observed(observer, settings, plan, self.random.clone(), self.critical);
