@@ -376,14 +376,13 @@ impl Breaker {
         F: FnOnce() -> Fut,
         Fut: Future<Output = Result<T, E>>,
     {
-        let mut permit = Some(self.try_acquire()?);
-        let future = Permit::during(&mut permit, f);
-        let mut future = pin!(future);
-        let result = poll_fn(|cx| Permit::during(&mut permit, || future.as_mut().poll(cx))).await;
-        let verdict = Permit::during(&mut permit, || judge(&result));
-        if let Some(permit) = permit {
-            permit.record(verdict);
-        }
+        let mut permit = self.try_acquire()?;
+        // Dropped before the permit, so that a probe's place is free when its
+        // call is really gone.
+        let mut future = pin!(permit.during(f));
+        let result = poll_fn(|cx| permit.during(|| future.as_mut().poll(cx))).await;
+        let verdict = permit.during(|| judge(&result));
+        permit.record(verdict);
         result.map_err(Error::Inner)
     }
 

@@ -126,7 +126,7 @@ impl<C> BodyGuard for Guard<C> {
         else {
             return;
         };
-        let verdict = permit.step(|| judge_end(&judge.classifier, expected, end));
+        let verdict = permit.during(|| judge_end(&judge.classifier, expected, end));
         let hold = match (&judge.hold, end) {
             (
                 Some(hold),
@@ -208,14 +208,14 @@ impl<F, C> Guarded<F, C> {
         B: Body,
     {
         let this = self.project();
-        let result = ready!(Permit::step_if_any(this.permit, || this.future.poll(cx)));
+        let result = ready!(Permit::during_if_any(this.permit, || this.future.poll(cx)));
         let mut guard = Guard::DECIDED;
         if let Some(judge) = this.judge.take() {
             let Head {
                 verdict,
                 expected,
                 hold,
-            } = Permit::step_if_any(this.permit, || judge.head(&result));
+            } = Permit::during_if_any(this.permit, || judge.head(&result));
             if let Some(mut permit) = this.permit.take() {
                 if verdict == Verdict::Success && expected != Expect::Nothing && hold.is_none() {
                     permit.arrived();
@@ -289,10 +289,10 @@ where
     #[inline(always)]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let result = ready!(this.permit.step(|| this.future.poll(cx)));
+        let result = ready!(this.permit.during(|| this.future.poll(cx)));
         let verdict = this
             .permit
-            .step(|| this.classifier.classify(result.as_ref()));
+            .during(|| this.classifier.classify(result.as_ref()));
         this.permit.conclude(verdict);
         Poll::Ready(result)
     }

@@ -147,7 +147,7 @@ impl Pair {
 
     fn finish(&mut self, index: usize, verdict: Option<Verdict>, hold: Option<u64>, panics: bool) {
         let at = self.at();
-        let (permit, called) = self.calls.swap_remove(index);
+        let (mut permit, called) = self.calls.swap_remove(index);
         let _ = writeln!(
             self.log,
             "{} ends: {permit:?} {verdict:?}, holding {hold:?}, panics: {panics}",
@@ -155,10 +155,10 @@ impl Pair {
         );
         let drawn = self.drawn();
         if panics {
-            let mut slot = Some(permit);
             // Quietly: the hook is not called.
-            let step = || Permit::during_at(&mut slot, || at, || resume_unwind(Box::new(())));
+            let step = || permit.during(|| resume_unwind(Box::new(())));
             assert!(catch_unwind(AssertUnwindSafe(step)).is_err());
+            permit.give_up_at(|| at);
             self.oracle
                 .finish(called, Some(Verdict::Failure), None, self.now, drawn);
         } else {

@@ -1,6 +1,6 @@
 //! Leave to call: a guard that tells the breaker how the call went.
 
-use std::{fmt, mem, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use buttress_core::{
     classify::Verdict,
@@ -163,11 +163,10 @@ impl Permit {
         }
     }
 
-    /// Runs a step of the call. Should it panic, the call has failed when the
-    /// permit is dropped. Unlike [`during`](Self::during) it leaves the permit
-    /// where it is, and no other code to run while a panic unwinds.
+    /// Runs a step of the call. Should it panic, the call has failed: told when
+    /// the permit is dropped, as the panic unwinds.
     #[inline(always)]
-    pub(crate) fn step<R>(&mut self, step: impl FnOnce() -> R) -> R {
+    pub fn during<R>(&mut self, step: impl FnOnce() -> R) -> R {
         self.phase.begin_step();
         let result = step();
         self.phase.end_step();
@@ -176,7 +175,7 @@ impl Permit {
 
     /// The same, where the call may be none of ours.
     #[inline(always)]
-    pub(crate) fn step_if_any<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
+    pub(crate) fn during_if_any<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
         if let Some(permit) = slot {
             permit.phase.begin_step();
         }
@@ -224,34 +223,6 @@ impl Permit {
         self.finish(Some(verdict), Some(hold), clock::now);
     }
 
-    /// Runs a step of the call. Should it panic, the call has failed.
-    #[inline]
-    pub fn during<R>(slot: &mut Option<Self>, step: impl FnOnce() -> R) -> R {
-        Self::during_at(slot, clock::now, step)
-    }
-
-    #[inline]
-    pub(crate) fn during_at<R>(
-        slot: &mut Option<Self>,
-        now: impl Fn() -> Instant,
-        step: impl FnOnce() -> R,
-    ) -> R {
-        struct Unwinding<'a, F: Fn() -> Instant>(&'a mut Option<Permit>, F);
-
-        impl<F: Fn() -> Instant> Drop for Unwinding<'_, F> {
-            fn drop(&mut self) {
-                if let Some(permit) = self.0.take() {
-                    permit.finish(Some(Verdict::Failure), None, &self.1);
-                }
-            }
-        }
-
-        let unwinding = Unwinding(slot, now);
-        let result = step();
-        mem::forget(unwinding);
-        result
-    }
-
     /// Without a verdict: the call was given up on.
     pub(crate) fn finish(
         mut self,
@@ -265,8 +236,13 @@ impl Permit {
     #[cold]
     #[inline(never)]
     fn give_up(&mut self) {
+        self.give_up_at(clock::now);
+    }
+
+    /// What dropping it does.
+    pub(crate) fn give_up_at(&mut self, now: impl Fn() -> Instant) {
         let verdict = self.phase.is_stepping().then_some(Verdict::Failure);
-        self.settle(verdict, None, clock::now);
+        self.settle(verdict, None, now);
     }
 
     fn settle(

@@ -153,7 +153,7 @@ impl<S, M, C: Clone, P> CircuitBreaker<S, Http, M, C, P> {
             classifier: self.shared.classifier.clone(),
             hold: self.shared.hold.clone(),
         };
-        let future = permit.step(|| self.inner.call(request));
+        let future = permit.during(|| self.inner.call(request));
         Guarded::judged(future, permit, judge)
     }
 }
@@ -165,7 +165,7 @@ impl<S, Req: 'static, M, C: Clone, P> CircuitBreaker<S, Any<Req>, M, C, P> {
         S: Service<Req>,
     {
         let classifier = self.shared.classifier.clone();
-        let future = permit.step(|| self.inner.call(request));
+        let future = permit.during(|| self.inner.call(request));
         Judged::new(future, permit, classifier)
     }
 }
