@@ -506,63 +506,6 @@ async fn the_end_of_an_override_is_followed() {
     assert!(breaker.follow(State::Closed, None).is_err());
 }
 
-/// Cause and wait were Rust's own notation, which no query can compare.
-#[tokio::test(start_paused = true)]
-async fn what_is_logged_is_plain() {
-    use tracing::{Metadata, Subscriber, field, span, subscriber::with_default};
-
-    #[derive(Default)]
-    struct Log(Arc<Mutex<Vec<String>>>);
-    impl field::Visit for Line {
-        fn record_debug(&mut self, field: &field::Field, value: &dyn std::fmt::Debug) {
-            self.0.push(format!("{}={value:?}", field.name()));
-        }
-        fn record_str(&mut self, field: &field::Field, value: &str) {
-            self.0.push(format!("{}={value}", field.name()));
-        }
-    }
-    struct Line(Vec<String>);
-    impl Subscriber for Log {
-        fn enabled(&self, _: &Metadata<'_>) -> bool {
-            true
-        }
-        fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-            span::Id::from_u64(1)
-        }
-        fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-        fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-        fn event(&self, event: &tracing::Event<'_>) {
-            let mut line = Line(vec![event.metadata().level().to_string()]);
-            event.record(&mut line);
-            self.0.lock().unwrap().push(line.0.join(" "));
-        }
-        fn enter(&self, _: &span::Id) {}
-        fn exit(&self, _: &span::Id) {}
-    }
-
-    let log = Log::default();
-    let lines = Arc::clone(&log.0);
-    with_default(log, || {
-        let breaker = breaker(Settings::new().consecutive_failures(1));
-        breaker.try_acquire().unwrap().record(Failure);
-        breaker.close().unwrap();
-        breaker.metrics_only();
-        breaker.try_acquire().unwrap().record(Failure);
-    });
-    assert_eq!(
-        *lines.lock().unwrap(),
-        [
-            "WARN message=circuit breaker opened name=breaker from=closed to=open \
-             cause=consecutive_failures wait_ms=30000",
-            "INFO message=circuit breaker changed name=breaker from=open to=closed cause=manual",
-            "INFO message=circuit breaker changed name=breaker from=closed to=metrics_only \
-             cause=manual",
-            "WARN message=circuit breaker would have opened name=breaker \
-             cause=consecutive_failures",
-        ]
-    );
-}
-
 #[tokio::test(start_paused = true)]
 async fn health_is_the_state() {
     let breaker = breaker(touchy());

@@ -622,7 +622,7 @@ impl<T: Entry> Guard<'_, T> {
     /// The key's entry and what is shared.
     #[must_use]
     #[inline]
-    pub fn parts(&mut self) -> (Option<&mut T>, &T::Shared) {
+    pub fn parts(&mut self) -> (Option<&mut T>, &mut T::Shared) {
         self.shard.parts(self.found)
     }
 

@@ -430,6 +430,9 @@ impl Held<'_> {
         }
         let tat = terms.gcra.pass(self.tat, self.now, cost)?;
         *cell = Cell::new(id, tat);
+        // Whoever is refused by an earlier clock would take what is owed by
+        // now for more than can be owed, and put it right.
+        terms.latest = terms.latest.max(self.now);
         Some(tat)
     }
 

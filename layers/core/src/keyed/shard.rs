@@ -130,8 +130,8 @@ impl<T: Entry> Shard<T> {
     }
 
     #[inline]
-    pub(super) fn parts(&mut self, at: Option<usize>) -> (Option<&mut T>, &T::Shared) {
-        (at.map(|at| &mut self.slots[at]), &self.shared)
+    pub(super) fn parts(&mut self, at: Option<usize>) -> (Option<&mut T>, &mut T::Shared) {
+        (at.map(|at| &mut self.slots[at]), &mut self.shared)
     }
 
     pub(super) fn entries(&self) -> impl Iterator<Item = &T> {

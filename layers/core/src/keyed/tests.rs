@@ -453,7 +453,7 @@ fn a_guard_finds_what_it_put_there() {
     guard.insert(at(5), cell(id, 10)).unwrap();
     assert_eq!(guard.get(), Some(&cell(id, 10)));
     guard.get_mut().unwrap().until = 20;
-    assert_eq!(guard.parts(), (Some(&mut cell(id, 20)), &7));
+    assert_eq!(guard.parts(), (Some(&mut cell(id, 20)), &mut 7));
     assert_eq!(guard.remove(), Some(cell(id, 20)));
     assert_eq!(guard.get(), None);
     assert_eq!(guard.remove(), None);

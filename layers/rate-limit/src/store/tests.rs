@@ -50,6 +50,20 @@ fn a_late_decision_gives_nothing_twice() {
     assert!(passes(&table, secs(21)));
 }
 
+/// What a thread that slept finds owed is more than its clock says can be
+/// owed: it was cut to that, and the time slept through given once more.
+#[test]
+fn a_late_refusal_gives_nothing_back() {
+    let table = table();
+    assert!(passes(&table, secs(5)));
+    for _ in 0..2 {
+        let mut held = table.hold_known(KEY, secs(20));
+        assert!(held.charge_known(KEY, 1).is_some());
+    }
+    assert!(!passes(&table, secs(5)));
+    assert!(!passes(&table, secs(20)));
+}
+
 /// The path of most requests and the other are one algorithm.
 #[test]
 fn both_paths_agree() {

@@ -570,53 +570,6 @@ async fn a_panic_in_a_callback_breaks_nothing() {
     assert_eq!(layer.waiting(), 0);
 }
 
-/// What listens to events may ask the layer how it is: the lines are not
-/// locked while it is told. (They were.)
-#[tokio::test(start_paused = true)]
-async fn events_are_told_unlocked() {
-    use tracing::{Event, Metadata, Subscriber, span, subscriber::with_default};
-
-    thread_local! {
-        static LAYER: RefCell<Option<WaitLayer<Any<u32>>>> = const { RefCell::new(None) };
-    }
-    static EVENTS: AtomicUsize = AtomicUsize::new(0);
-    struct Curious;
-    impl Subscriber for Curious {
-        fn enabled(&self, _: &Metadata<'_>) -> bool {
-            true
-        }
-        fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-            span::Id::from_u64(1)
-        }
-        fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-        fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-        fn event(&self, _: &Event<'_>) {
-            LAYER.with_borrow(|layer| {
-                let Some(layer) = layer else { return };
-                // A lock here would wait for ever.
-                assert!(layer.shared.lines.state.try_lock().is_ok());
-                EVENTS.fetch_add(1, Ordering::Relaxed);
-            });
-        }
-        fn enter(&self, _: &span::Id) {}
-        fn exit(&self, _: &span::Id) {}
-    }
-
-    let (layer, mut service, _script) = bed(limits([costs(Quota::new(2, 200 * MS))]), 150 * MS, 1);
-    LAYER.set(Some(layer.clone()));
-    service.ready().await.unwrap().call(2).await.unwrap();
-    service.ready().await.unwrap();
-    with_default(Curious, || {
-        drop(service.call(3));
-        drop(service.call(2));
-    });
-    let _first = stand(&mut service, 1).await;
-    service.ready().await.unwrap();
-    with_default(Curious, || drop(service.call(1)));
-    assert_eq!(EVENTS.load(Ordering::Relaxed), 3);
-    LAYER.set(None);
-}
-
 /// Many clones on many threads, on the real clock: each starts at its time or
 /// later, none is lost, nothing is left behind.
 #[test]
