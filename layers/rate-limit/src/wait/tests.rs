@@ -1,11 +1,7 @@
 use std::{
-    cell::RefCell,
     convert::Infallible,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Mutex,
 };
 
 use buttress_core::{
