@@ -193,7 +193,7 @@ fn nonsense_ends_it_with_one_line() {
         (
             route_with("circuit_breaker: { window: { time: 5ms } }"),
             "routes[1].circuit_breaker.window.time",
-            "10 ms",
+            "100 ms",
         ),
         (
             route_with("circuit_breaker: { window: { calls: 5 } }"),

@@ -133,34 +133,55 @@ pub(crate) enum Kind {
     Free,
 }
 
-/// No leave to call: why, and until when; one word to hand on.
+/// No leave to call: `tenancy:17 reason:2 wait:45`, one word to hand on. The
+/// wait is in microseconds, rounded up.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rejection(u64);
 
 impl Rejection {
-    const REASON_AT: u32 = 62;
-    /// Nobody knows. Also the longest wait, 146 years.
+    const REASON_AT: u32 = 45;
+    const TENANCY_AT: u32 = Self::REASON_AT + 2;
+    /// Nobody knows. Also the longest wait, 407 days: none is above 366.
     const UNKNOWN: u64 = (1 << Self::REASON_AT) - 1;
 
     #[inline]
     pub(crate) fn new(reason: Reason, retry_after: Option<Duration>) -> Self {
-        let nanos = retry_after.map_or(Self::UNKNOWN, |wait| {
-            u64::try_from(wait.as_nanos())
-                .map_or(Self::UNKNOWN - 1, |nanos| nanos.min(Self::UNKNOWN - 1))
-        });
-        Self(nanos | (reason as u64) << Self::REASON_AT)
+        let nanos = retry_after.map(|wait| u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX));
+        let wait = nanos.map_or(Self::UNKNOWN, Self::micros);
+        Self((reason as u64) << Self::REASON_AT | wait)
     }
 
-    /// Open until so many nanoseconds have passed: fewer than fit, as no wait
-    /// is longer than some years.
+    /// Open until so many nanoseconds have passed.
     #[inline]
     pub(crate) const fn open_for(nanos: u64) -> Self {
-        Self(nanos & Self::UNKNOWN)
+        Self(Self::micros(nanos))
+    }
+
+    #[inline]
+    const fn micros(nanos: u64) -> u64 {
+        let micros = nanos.div_ceil(1000);
+        if micros < Self::UNKNOWN {
+            micros
+        } else {
+            Self::UNKNOWN - 1
+        }
+    }
+
+    /// By which owner of a cell, as far as there is room for it.
+    #[inline]
+    const fn by(self, tenancy: u64) -> Self {
+        Self(tenancy << Self::TENANCY_AT | self.0)
+    }
+
+    /// Whether it was said by that owner. After 131,072 others of the same cell
+    /// it is taken for one of them.
+    const fn is_by(self, tenancy: u64) -> bool {
+        self.0 >> Self::TENANCY_AT == tenancy << Self::TENANCY_AT >> Self::TENANCY_AT
     }
 
     #[inline]
     pub(crate) const fn reason(self) -> Reason {
-        match self.0 >> Self::REASON_AT {
+        match self.0 >> Self::REASON_AT & 3 {
             0 => Reason::Open,
             1 => Reason::HalfOpen,
             _ => Reason::ForcedOpen,
@@ -171,7 +192,7 @@ impl Rejection {
     pub(crate) const fn retry_after(self) -> Option<Duration> {
         match self.0 & Self::UNKNOWN {
             Self::UNKNOWN => None,
-            nanos => Some(Duration::from_nanos(nanos)),
+            micros => Some(Duration::from_micros(micros)),
         }
     }
 }

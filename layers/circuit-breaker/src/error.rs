@@ -6,7 +6,7 @@ use buttress_core::{BoxError, Refusal, RefusalKind};
 
 use crate::{
     Reason, State,
-    cell::{Lease, Rejection},
+    cell::{Cell, Lease, Rejection},
 };
 
 /// Settings that make no sense; the message says what they must be.
@@ -55,7 +55,7 @@ impl fmt::Display for ConfigError {
             Problem::SlowDuration => "the slow-call duration must be above 0 and at most 366 days",
             Problem::SlowRate => "the slow-call rate must be above 0 and at most 1",
             Problem::WindowCalls => "a window of calls must hold 1 to 4096",
-            Problem::WindowTime => "a window of time must be 10 ms to 366 days",
+            Problem::WindowTime => "a window of time must be 100 ms to 366 days",
             Problem::MinimumCalls => {
                 "the minimum of calls must be at least 1 and fit into the window"
             }
@@ -116,20 +116,23 @@ impl std::error::Error for TransitionError {}
 /// [forced open](crate::Breaker::force_open).
 #[derive(Clone, Copy)]
 pub struct CircuitOpen {
-    lease: Lease,
+    cell: &'static Cell,
     rejection: Rejection,
 }
 
 impl CircuitOpen {
     #[inline]
     pub(crate) const fn of(lease: Lease, rejection: Rejection) -> Self {
-        Self { lease, rejection }
+        Self {
+            cell: lease.cell,
+            rejection: lease.mark(rejection),
+        }
     }
 
     /// The breaker's name; `None` if the breaker is gone.
     #[must_use]
     pub fn name(&self) -> Option<Arc<str>> {
-        self.lease.name()
+        self.cell.name_of(self.rejection)
     }
 
     /// Why.
@@ -139,7 +142,9 @@ impl CircuitOpen {
     }
 
     /// How long until the breaker lets a probe pass; `None` where it was
-    /// forced open and nobody can tell.
+    /// forced open and nobody can tell. Never too short, and up to a tick of
+    /// the system's clock too long (mostly 4 ms): refusing costs less than to
+    /// know it better.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
         self.rejection.retry_after()

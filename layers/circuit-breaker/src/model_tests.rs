@@ -380,7 +380,7 @@ fn calls() -> BoxedStrategy<Kept> {
 }
 
 fn time() -> BoxedStrategy<Kept> {
-    prop_oneof![Just(10u64), Just(200), Just(1000), Just(10_000)]
+    prop_oneof![Just(100u64), Just(250), Just(1000), Just(10_000)]
         .prop_map(Kept::Time)
         .boxed()
 }

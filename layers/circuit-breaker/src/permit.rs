@@ -1,6 +1,6 @@
 //! Leave to call: a guard that tells the breaker how the call went.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, mem, sync::Arc, time::Duration};
 
 use buttress_core::{
     classify::Verdict,
@@ -104,7 +104,45 @@ impl Phase {
     }
 }
 
+/// What a permit is made of, where one comes from a function that is called:
+/// put together again at its caller it stays in registers, while a permit that
+/// was written through a pointer draws all that is made of it into memory.
+pub(crate) struct Parts {
+    cell: &'static Cell,
+    ticket: Ticket,
+    phase: Phase,
+    observer: Option<Arc<Observer>>,
+}
+
 impl Permit {
+    #[inline]
+    pub(crate) fn of(parts: Parts) -> Self {
+        let Parts {
+            cell,
+            ticket,
+            phase,
+            observer,
+        } = parts;
+        Self {
+            cell,
+            ticket,
+            phase,
+            observer,
+        }
+    }
+
+    #[inline]
+    pub(crate) fn into_parts(mut self) -> Parts {
+        let parts = Parts {
+            cell: self.cell,
+            ticket: self.ticket,
+            phase: self.phase,
+            observer: self.observer.take(),
+        };
+        mem::forget(self);
+        parts
+    }
+
     /// Of a [plain](Ticket::is_plain) ticket.
     #[inline]
     pub(crate) const fn plain(cell: &'static Cell, ticket: Ticket) -> Self {
@@ -191,7 +229,7 @@ impl Permit {
     pub(crate) fn conclude(&mut self, verdict: Verdict) {
         if self.is_good(verdict) {
             self.phase = Phase::RECORDED;
-            self.cell.record_good(self.ticket, clock::now);
+            self.cell.record_good(self.ticket, clock::recent);
         } else {
             self.conclude_otherwise(verdict);
         }

@@ -25,6 +25,7 @@ use crate::{
     cell::{AtOnce, Lease},
     future::{ErrorFuture, FallbackFuture, Guard, Guarded, Judge, Judged, ResponseFuture},
     layer::{Errors, Instead, Respond, Shared},
+    permit::Parts,
 };
 
 /// The service of a [`CircuitBreakerLayer`](crate::CircuitBreakerLayer).
@@ -124,10 +125,9 @@ impl<S, V: View, M, C, P: Source<V>> CircuitBreaker<S, V, M, C, P> {
     /// Asks the request's breaker for leave to call.
     #[inline]
     fn admit(&self, request: V::Ref<'_>) -> Result<Permit, CircuitOpen> {
-        match self.at_once() {
-            AtOnce::Passes(permit) => Ok(permit),
-            AtOnce::Refused(open) => Err(open),
-            AtOnce::Unclear => self.shared.source.admit(request),
+        match self.lease.and_then(Lease::passes_at_once) {
+            Some(permit) => Ok(permit),
+            None => self.shared.source.admit(request),
         }
     }
 
@@ -300,11 +300,15 @@ where
 
     #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
-        match self.at_once() {
-            AtOnce::Passes(permit) => ErrorFuture::calling(self.judged(request, permit)),
-            AtOnce::Refused(open) => ErrorFuture::refused(open),
-            AtOnce::Unclear => self.call_otherwise(request),
-        }
+        let permit = match self.at_once() {
+            AtOnce::Passes(permit) => permit,
+            AtOnce::Refused(open) => return ErrorFuture::refused(open),
+            AtOnce::Unclear => match self.admit_otherwise(&request) {
+                Ok(parts) => Permit::of(parts),
+                Err(open) => return ErrorFuture::refused(open),
+            },
+        };
+        ErrorFuture::calling(self.judged(request, permit))
     }
 }
 
@@ -317,11 +321,8 @@ where
 {
     /// Apart, as [`Lease::at_once`] says.
     #[inline(never)]
-    fn call_otherwise(&mut self, request: Req) -> ErrorFuture<Judged<S::Future, C>> {
-        match self.shared.source.admit(&request) {
-            Ok(permit) => ErrorFuture::calling(self.judged(request, permit)),
-            Err(open) => ErrorFuture::refused(open),
-        }
+    fn admit_otherwise(&self, request: &Req) -> Result<Parts, CircuitOpen> {
+        self.shared.source.admit(request).map(Permit::into_parts)
     }
 }
 

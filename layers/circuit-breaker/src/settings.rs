@@ -16,7 +16,7 @@ pub enum Window {
     /// is slow, a load for each 24 of them; for more than some thousand, a
     /// window of time says the same and costs the same however many they are.
     Calls(u32),
-    /// What ended within the last so long: from 10 ms to a year. It slides by
+    /// What ended within the last so long: from 100 ms to a year. It slides by
     /// tenths: a result counts for the whole of it at most, and for nine
     /// tenths at least.
     Time(Duration),
@@ -541,7 +541,7 @@ mod tests {
             .consecutive_failures(7)
             .failure_rate(0.25)
             .slow_calls(ms(30), 0.75)
-            .window(Window::Time(ms(40)))
+            .window(Window::Time(ms(400)))
             .minimum_calls(5)
             .reset_timeout(ms(60))
             .reopen_backoff(
@@ -561,7 +561,7 @@ mod tests {
                 consecutive_failures: Some(7),
                 failure_rate: Some(0.25),
                 slow_calls: Some((ms(30), 0.75)),
-                window: Window::Time(ms(40)),
+                window: Window::Time(ms(400)),
                 minimum_calls: 5,
                 reset_timeout: ms(60),
                 reopen_factor: 2.0,
@@ -630,7 +630,7 @@ mod tests {
         assert!(says(&new().slow_calls(LONGEST, 1.1)).contains("slow-call rate"));
         assert!(says(&new().window(Window::Calls(0))).contains("1 to 4096"));
         assert!(says(&new().window(Window::Calls(4097))).contains("1 to 4096"));
-        assert!(says(&new().window(Window::Time(Duration::from_millis(9)))).contains("10 ms"));
+        assert!(says(&new().window(Window::Time(Duration::from_millis(99)))).contains("100 ms"));
         assert!(says(&new().reset_timeout(Duration::ZERO)).contains("reset timeout"));
         assert!(says(&new().half_open_timeout(Duration::MAX)).contains("half-open timeout"));
         assert!(says(&new().half_open_probes(0)).contains("1 to 255"));

@@ -71,6 +71,83 @@ pub fn now() -> Instant {
     source::now()
 }
 
+/// How far [`recent`] stays behind [`now`], with room to spare.
+pub const RECENT_LAG: Duration = Duration::from_millis(20);
+
+/// What time it was a moment ago, for what need not know it better: about a
+/// third of the price of [`now`].
+///
+/// On Linux the time of the system's last tick (`CLOCK_MONOTONIC_COARSE`), on
+/// the scale of [`now`]: 1 to 10 ms ago, as the kernel is built. That is less
+/// than [`RECENT_LAG`], unless whoever keeps the system's time was itself kept
+/// waiting. It may go back by less than a millisecond where the two clocks have
+/// drifted apart, which is put right every second. Elsewhere, and with the
+/// feature `testing`, the same as [`now`].
+#[must_use]
+#[inline]
+pub fn recent() -> Instant {
+    recent::now()
+}
+
+#[cfg(all(target_os = "linux", not(feature = "testing")))]
+mod recent {
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+    use rustix::time::{ClockId, clock_gettime};
+
+    use super::Instant;
+    use crate::sync::Padded;
+
+    static SCALE: Padded<Scale> = Padded(Scale {
+        offset: AtomicU64::new(0),
+        due: AtomicU64::new(0),
+    });
+
+    /// From the system's scale to that of [`super::now`], and when it is to be
+    /// asked for again. One without the other does no harm.
+    struct Scale {
+        offset: AtomicU64,
+        due: AtomicU64,
+    }
+
+    const EVERY: u64 = 1_000_000_000;
+    /// Whoever is suspended between the two readings finds too little.
+    const TRIES: usize = 3;
+
+    #[inline]
+    pub(super) fn now() -> Instant {
+        let tick = read(ClockId::MonotonicCoarse);
+        if tick >= SCALE.0.due.load(Relaxed) {
+            synchronize(tick);
+        }
+        Instant(tick.wrapping_add(SCALE.0.offset.load(Relaxed)))
+    }
+
+    #[cold]
+    fn synchronize(tick: u64) {
+        // Read before the system's: what comes of it is never ahead.
+        let offset = || {
+            let now = super::now().as_nanos();
+            now.wrapping_sub(read(ClockId::Monotonic)).cast_signed()
+        };
+        let best = (0..TRIES).map(|_| offset()).max().unwrap_or_default();
+        SCALE.0.offset.store(best.cast_unsigned(), Relaxed);
+        SCALE.0.due.store(tick.saturating_add(EVERY), Relaxed);
+    }
+
+    #[inline]
+    #[expect(clippy::cast_sign_loss, reason = "the system's clock begins at zero")]
+    fn read(clock: ClockId) -> u64 {
+        let time = clock_gettime(clock);
+        (time.tv_sec as u64)
+            .wrapping_mul(1_000_000_000)
+            .wrapping_add(time.tv_nsec as u64)
+    }
+}
+
+#[cfg(not(all(target_os = "linux", not(feature = "testing"))))]
+use self::source as recent;
+
 #[cfg(not(feature = "testing"))]
 mod source {
     use std::sync::LazyLock;
@@ -205,6 +282,18 @@ mod tests {
         let second = now();
         assert!(second >= first);
         assert!(now() - first < Duration::from_secs(60));
+    }
+
+    #[test]
+    fn what_is_recent_was_just_now() {
+        for _ in 0..1000 {
+            let before = now();
+            let recent = recent();
+            let after = now();
+            assert!(recent <= after + Duration::from_millis(1));
+            // The system's own timekeeper may have been kept waiting.
+            assert!(before - recent < Duration::from_secs(5));
+        }
     }
 
     #[test]

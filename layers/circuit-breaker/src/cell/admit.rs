@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use buttress_core::clock::Instant;
+use buttress_core::clock::{Instant, RECENT_LAG};
 
 use super::{Cell, Outlook, Rejection, Ticket};
 use crate::{Reason, State, word::Word};
@@ -11,14 +11,23 @@ use crate::{Reason, State, word::Word};
 /// but asking more often than this helps nobody.
 const PROBE_PLACE: Duration = Duration::from_secs(1);
 
+/// What a late clock may be late by, in nanoseconds.
+#[expect(clippy::cast_possible_truncation, reason = "it is some milliseconds")]
+const LATE: u64 = RECENT_LAG.as_nanos() as u64;
+
 impl Cell {
-    /// Refuses at once, where that is sure and nobody has to hear of it.
+    /// Refuses at once, where that is sure by a clock that may be late, and
+    /// nobody has to hear of it.
     #[inline]
-    pub(crate) fn refuse(&self, word: Word, now: impl Fn() -> Instant) -> Option<Rejection> {
+    pub(crate) fn refuse(&self, word: Word, recent: impl Fn() -> Instant) -> Option<Rejection> {
         if word.state() != State::Open || word.is_observed() {
             return None;
         }
-        self.refuse_open(word, now)
+        let left = self
+            .until(word)?
+            .as_nanos()
+            .saturating_sub(recent().as_nanos());
+        (left > LATE).then(|| Rejection::open_for(left))
     }
 
     /// Refuses while the wait of an open state lasts.

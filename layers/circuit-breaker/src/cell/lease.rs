@@ -7,7 +7,7 @@ use buttress_core::{
     random::SharedRandom,
 };
 
-use super::{Cell, NEVER, Observer, Ticket};
+use super::{Cell, NEVER, Observer, Rejection, Ticket};
 use crate::{Cause, CircuitOpen, Event, Permit, State, settings::Plan, word::Word};
 
 /// A cell, for as long as it is one breaker's.
@@ -36,10 +36,18 @@ impl Lease {
         if word.is_plain() {
             return AtOnce::Passes(Permit::plain(self.cell, Ticket::of(word)));
         }
-        match self.cell.refuse(word, clock::now) {
+        match self.cell.refuse(word, clock::recent) {
             Some(rejection) => AtOnce::Refused(CircuitOpen::of(self, rejection)),
             None => AtOnce::Unclear,
         }
+    }
+
+    /// The same, where what is refused is to be told the time to the second.
+    #[inline(always)]
+    pub(crate) fn passes_at_once(self) -> Option<Permit> {
+        let word = self.cell.word();
+        word.is_plain()
+            .then(|| Permit::plain(self.cell, Ticket::of(word)))
     }
 
     /// A closed cell of one's own, to be [given back](Self::give_back).
@@ -60,14 +68,23 @@ impl Lease {
         pool::give_back(self.cell);
     }
 
-    pub(crate) fn name(self) -> Option<Arc<str>> {
-        let cold = self.cell.lock();
-        let observer = cold.observer.as_ref()?;
-        (cold.tenancy == self.tenancy).then(|| Arc::clone(&observer.name))
+    /// With the lease's mark.
+    #[inline]
+    pub(crate) const fn mark(self, rejection: Rejection) -> Rejection {
+        rejection.by(self.tenancy)
     }
 }
 
 impl Cell {
+    /// Who said no, if it is still the cell's owner.
+    pub(crate) fn name_of(&self, rejection: Rejection) -> Option<Arc<str>> {
+        let cold = self.lock();
+        let observer = cold.observer.as_ref()?;
+        rejection
+            .is_by(cold.tenancy)
+            .then(|| Arc::clone(&observer.name))
+    }
+
     /// Which of its owners this one is.
     pub(super) fn move_in(
         &self,

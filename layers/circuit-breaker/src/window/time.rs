@@ -23,8 +23,9 @@ use super::{
     stripe::{OWNED, STRIPES, stripe},
 };
 
-/// The shortest window.
-pub(crate) const MIN_TIME: Duration = Duration::from_millis(10);
+/// The shortest window: its spans are no shorter than the tick by which good
+/// calls are counted.
+pub(crate) const MIN_TIME: Duration = Duration::from_millis(100);
 
 /// Spans in a window: it slides by a tenth. (Fewer for loom, which visits
 /// each.)
@@ -66,11 +67,11 @@ const RARE: usize = 3;
 struct Stripe {
     ring: [AtomicU64; RING],
     /// Where its owner counted last: in this epoch and generation, at this
-    /// place, with this tag.
+    /// place, from this on.
     epoch: AtomicU64,
     generation: AtomicU64,
     place: AtomicUsize,
-    tag: AtomicU64,
+    none: AtomicU64,
 }
 
 impl Stripe {
@@ -80,7 +81,7 @@ impl Stripe {
             epoch: AtomicU64::new(u64::MAX),
             generation: AtomicU64::new(u64::MAX),
             place: AtomicUsize::new(0),
-            tag: AtomicU64::new(0),
+            none: AtomicU64::new(0),
         }
     }
 
@@ -97,7 +98,7 @@ impl Stripe {
             self.enter(generation, epoch);
         }
         let counter = &self.ring[self.place.load(Relaxed) % RING];
-        count_alone(counter, self.tag.load(Relaxed));
+        count_alone(counter, self.none.load(Relaxed));
     }
 
     #[cold]
@@ -105,7 +106,8 @@ impl Stripe {
         self.epoch.store(epoch, Relaxed);
         self.generation.store(generation.into(), Relaxed);
         self.place.store(epoch as usize % RING, Relaxed);
-        self.tag.store(tag(generation, epoch), Relaxed);
+        self.none
+            .store(tag(generation, epoch) << COUNT_BITS, Relaxed);
     }
 }
 
@@ -219,15 +221,24 @@ fn count(counter: &AtomicU64, tag: u64) {
 ///
 /// Relaxed, so that a failure which arms the breaker at this moment may not
 /// see it, nor be seen by it: then the next call completes the minimum.
+///
+/// `none` is what the counter is before its first call.
 #[inline]
-fn count_alone(counter: &AtomicU64, tag: u64) {
+fn count_alone(counter: &AtomicU64, none: u64) {
     let seen = counter.load(Relaxed);
-    if seen >> COUNT_BITS == tag {
-        if seen & COUNT != COUNT {
-            counter.store(seen + 1, Relaxed);
-        }
-    } else if !is_before(tag, seen >> COUNT_BITS) {
-        counter.store(tag << COUNT_BITS | 1, Relaxed);
+    if seen.wrapping_sub(none) < COUNT {
+        counter.store(seen + 1, Relaxed);
+    } else {
+        begin_alone(counter, seen, none);
+    }
+}
+
+/// It was another's, or is as high as it goes.
+#[cold]
+fn begin_alone(counter: &AtomicU64, seen: u64, none: u64) {
+    let (tag, own) = (seen >> COUNT_BITS, none >> COUNT_BITS);
+    if tag != own && !is_before(own, tag) {
+        counter.store(none | 1, Relaxed);
     }
 }
 
