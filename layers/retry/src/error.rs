@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use buttress_core::{BoxError, Refusal, RefusalKind};
+
 /// A setting that makes no sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConfigError(&'static str);
@@ -19,3 +21,72 @@ impl fmt::Display for ConfigError {
 }
 
 impl std::error::Error for ConfigError {}
+
+/// Time was up before the service was ready for another attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elapsed {
+    pub(crate) attempts: u32,
+}
+
+impl Elapsed {
+    /// How many attempts there were.
+    #[must_use]
+    pub const fn attempts(self) -> u32 {
+        self.attempts
+    }
+}
+
+impl fmt::Display for Elapsed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "no time left after {} attempts", self.attempts)
+    }
+}
+
+impl std::error::Error for Elapsed {}
+
+/// The error of a retry over services of any kind.
+///
+/// No [`std::error::Error`] itself, so that it can become a [`BoxError`] that
+/// holds what is inside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error<E> {
+    /// The inner service's, of the last attempt.
+    Inner(E),
+    /// Time was up between two attempts.
+    Elapsed(Elapsed),
+}
+
+impl<E> Error<E> {
+    /// The inner service's error, if it is one.
+    pub fn into_inner(self) -> Option<E> {
+        match self {
+            Self::Inner(error) => Some(error),
+            Self::Elapsed(_) => None,
+        }
+    }
+}
+
+impl<E: fmt::Display> fmt::Display for Error<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inner(error) => error.fmt(f),
+            Self::Elapsed(elapsed) => elapsed.fmt(f),
+        }
+    }
+}
+
+impl From<Elapsed> for Refusal {
+    fn from(_: Elapsed) -> Self {
+        Self::new(RefusalKind::TimedOut)
+    }
+}
+
+impl<E: Into<BoxError>> From<Error<E>> for BoxError {
+    fn from(error: Error<E>) -> Self {
+        match error {
+            Error::Inner(error) => error.into(),
+            Error::Elapsed(elapsed) => Refusal::from(elapsed).into(),
+        }
+    }
+}

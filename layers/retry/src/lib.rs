@@ -1,6 +1,33 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod backoff;
+mod budget;
+mod call;
+mod config;
 mod error;
+mod event;
+mod future;
+#[cfg(feature = "hyper")]
+mod hyper_errors;
+mod layer;
+pub mod metrics;
+mod policy;
+mod replay;
+mod rules;
+mod run;
+mod service;
+mod session;
+mod settings;
 
-pub use error::ConfigError;
+pub use call::{AnyCall, AnyError, Boxed, Call, HttpCall, Inspect, Opaque, Plain, RetryIf};
+pub use config::{RetryBuilder, Web};
+pub use error::{ConfigError, Elapsed, Error};
+pub use event::{Cause, GiveUp};
+pub use future::ResponseFuture;
+pub use layer::{Errors, Respond, RetryLayer};
+pub use policy::{PolicyBuilder, RetryPolicy};
+pub use rules::Outcome;
+pub use run::{AbortHandle, AllErrors, JudgeError, Never, RetryError, Runner};
+pub use service::Retry;
+pub use settings::Settings;

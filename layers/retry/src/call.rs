@@ -1,0 +1,307 @@
+//! A request that can be sent again, over HTTP and elsewhere: what the future
+//! of a retry does not know of it.
+
+use std::{error::Error as StdError, fmt, marker::PhantomData, sync::Arc};
+
+use buttress_core::{
+    BoxError, Head, Refusal, RefusalKind,
+    body::ResponseBody,
+    deadline::Deadline,
+    respond::{SharedResponder, integer},
+};
+use http::{HeaderName, Request, Response, request::Parts};
+use http_body::Body;
+
+use crate::{
+    Cause, Elapsed, Error, GiveUp, ReplayBody,
+    replay::Replay,
+    rules::{self, Outcome, Rules},
+    session::Seen,
+};
+
+/// What a request's attempts are made of. Sealed: the layer's own kinds only.
+pub trait Call: sealed::Sealed {
+    /// What the inner service is given.
+    type Request;
+    /// What it answers.
+    type Response;
+    /// What it fails with.
+    type Error;
+    /// What the retry's future yields.
+    type Output;
+
+    /// What there is to another attempt; `None` where the result stands.
+    #[doc(hidden)]
+    fn judge(&self, result: &Result<Self::Response, Self::Error>) -> Option<Judged>;
+
+    /// The next attempt's request, or what stands in its way.
+    #[doc(hidden)]
+    fn repeat(&mut self, judged: Judged) -> Result<Self::Request, GiveUp>;
+
+    /// Writes on an attempt's request what is known only as it is sent.
+    #[doc(hidden)]
+    fn stamp(&self, request: &mut Self::Request, attempt: u32, deadline: Option<Deadline>);
+
+    /// The last attempt's result, handed on.
+    #[doc(hidden)]
+    fn output(result: Result<Self::Response, Self::Error>) -> Self::Output;
+
+    /// The answer where the service was not ready again in time.
+    #[doc(hidden)]
+    fn elapsed(&self, attempts: u32) -> Self::Output;
+}
+
+/// What an attempt has told, and whether what it asked for may be repeated.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug)]
+pub struct Judged(pub(crate) Seen);
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// How a service's errors can be looked at: by what they are. For error types
+/// that implement [`std::error::Error`], as most do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Plain;
+
+/// The same of boxed ones: [`BoxError`], of a `Buffer` or a `Timeout`, say.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Boxed;
+
+/// Not at all: a `String`, a number.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Opaque;
+
+/// Looks at errors of type `E`: [`Plain`], [`Boxed`] or [`Opaque`].
+pub trait Inspect<E>: sealed::Sealed + Copy + Default + Send + Sync + 'static {
+    /// The error, if it can be looked at.
+    fn inspect(error: &E) -> Option<&(dyn StdError + 'static)>;
+}
+
+impl sealed::Sealed for Plain {}
+impl sealed::Sealed for Boxed {}
+impl sealed::Sealed for Opaque {}
+
+impl<E: StdError + 'static> Inspect<E> for Plain {
+    fn inspect(error: &E) -> Option<&(dyn StdError + 'static)> {
+        Some(error)
+    }
+}
+
+impl Inspect<BoxError> for Boxed {
+    fn inspect(error: &BoxError) -> Option<&(dyn StdError + 'static)> {
+        Some(&**error)
+    }
+}
+
+impl<E> Inspect<E> for Opaque {
+    fn inspect(_: &E) -> Option<&(dyn StdError + 'static)> {
+        None
+    }
+}
+
+/// What all requests of a layer over HTTP have in common.
+pub(crate) struct HttpShared {
+    pub(crate) rules: Rules,
+    pub(crate) responder: SharedResponder,
+    pub(crate) attempt_header: Option<HeaderName>,
+}
+
+/// An HTTP request, its body remembered while it streams.
+pub struct HttpCall<B, R, E, I> {
+    shared: Arc<HttpShared>,
+    parts: Parts,
+    replay: Replay<B>,
+    answers: PhantomData<fn() -> (R, E, I)>,
+}
+
+impl<B: Body, R, E, I> HttpCall<B, R, E, I> {
+    pub(crate) const fn new(shared: Arc<HttpShared>, parts: Parts, replay: Replay<B>) -> Self {
+        Self {
+            shared,
+            parts,
+            replay,
+            answers: PhantomData,
+        }
+    }
+}
+
+impl<B, R, E, I> sealed::Sealed for HttpCall<B, R, E, I> {}
+
+impl<B, R, E, I> Call for HttpCall<B, R, E, I>
+where
+    B: Body,
+    I: Inspect<E>,
+{
+    type Request = Request<ReplayBody<B>>;
+    type Response = Response<R>;
+    type Error = E;
+    type Output = Result<Response<ResponseBody<R>>, E>;
+
+    fn judge(&self, result: &Result<Response<R>, E>) -> Option<Judged> {
+        let outcome = match result {
+            Ok(response) => Outcome::Response {
+                status: response.status(),
+                headers: response.headers(),
+                extensions: response.extensions(),
+            },
+            Err(error) => Outcome::Error(I::inspect(error)),
+        };
+        let seen = self.shared.rules.judge(Head::from(&self.parts), outcome);
+        seen.map(Judged)
+    }
+
+    fn repeat(&mut self, Judged(seen): Judged) -> Result<Self::Request, GiveUp> {
+        let head = Head::from(&self.parts);
+        if !seen.cause.was_never_begun() && !self.shared.rules.may_repeat(head) {
+            return Err(GiveUp::Unsafe);
+        }
+        let body = self.replay.attempt().map_err(|_| GiveUp::Body)?;
+        Ok(Request::from_parts(self.parts.clone(), body))
+    }
+
+    fn stamp(&self, request: &mut Self::Request, attempt: u32, deadline: Option<Deadline>) {
+        stamp(&self.shared, request, attempt, deadline);
+    }
+
+    #[inline]
+    fn output(result: Result<Response<R>, E>) -> Self::Output {
+        result.map(|response| response.map(ResponseBody::inner))
+    }
+
+    fn elapsed(&self, _: u32) -> Self::Output {
+        let refusal = Refusal::new(RefusalKind::TimedOut);
+        let head = Head::from(&self.parts);
+        let response = self.shared.responder.respond(&refusal, head);
+        Ok(response.map(ResponseBody::refusal))
+    }
+}
+
+impl<B, R, E, I> fmt::Debug for HttpCall<B, R, E, I> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpCall")
+            .field("method", &self.parts.method)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Writes on an attempt's request what is known only as it is sent.
+pub(crate) fn stamp<B>(
+    shared: &HttpShared,
+    request: &mut Request<B>,
+    attempt: u32,
+    deadline: Option<Deadline>,
+) {
+    if let Some(deadline) = deadline {
+        deadline.attach(request.extensions_mut());
+    }
+    // The first is no retry, and costs no header.
+    if let (Some(name), 2..) = (&shared.attempt_header, attempt) {
+        let retry = integer(u64::from(attempt - 1));
+        request.headers_mut().insert(name.clone(), retry);
+    }
+}
+
+/// Which results of a service of any kind are worth another attempt.
+///
+/// Implemented for closures over request and result, which say so whatever the
+/// error is; and by [`AnyError`].
+pub trait RetryIf<Req, Res, E> {
+    /// Whether it is.
+    #[doc(hidden)]
+    fn judge(&self, request: &Req, result: Result<&Res, &E>) -> Option<Judged>;
+}
+
+impl<F, Req, Res, E> RetryIf<Req, Res, E> for F
+where
+    F: Fn(&Req, Result<&Res, &E>) -> bool,
+{
+    fn judge(&self, request: &Req, result: Result<&Res, &E>) -> Option<Judged> {
+        self(request, result).then_some(Judged(Seen::new(Cause::Error)))
+    }
+}
+
+/// Every `Err` is worth another attempt, but for refusals that say that it is
+/// not, or not yet: the default for services of any kind.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AnyError<I = Plain>(PhantomData<I>);
+
+impl<Req, Res, E, I: Inspect<E>> RetryIf<Req, Res, E> for AnyError<I> {
+    #[inline]
+    fn judge(&self, _: &Req, result: Result<&Res, &E>) -> Option<Judged> {
+        let error = result.err()?;
+        of_any::<E, I>(error)
+    }
+}
+
+/// Of an error that is worth another attempt if it is none of ours.
+#[cold]
+pub(crate) fn of_any<E, I: Inspect<E>>(error: &E) -> Option<Judged> {
+    let Some(error) = I::inspect(error) else {
+        return Some(Judged(Seen::new(Cause::Error)));
+    };
+    if let Some(refusal) = Refusal::find(error) {
+        return rules::of_refusal(refusal).map(Judged);
+    }
+    let seen = rules::of_error(error);
+    Some(Judged(seen.unwrap_or_else(|| Seen::new(Cause::Error))))
+}
+
+/// A request of any kind, cloned for each attempt.
+pub struct AnyCall<Req, Res, E, W> {
+    request: Req,
+    judge: W,
+    answers: PhantomData<fn() -> (Res, E)>,
+}
+
+impl<Req, Res, E, W> AnyCall<Req, Res, E, W> {
+    #[inline]
+    pub(crate) const fn new(request: Req, judge: W) -> Self {
+        Self {
+            request,
+            judge,
+            answers: PhantomData,
+        }
+    }
+}
+
+impl<Req, Res, E, W> sealed::Sealed for AnyCall<Req, Res, E, W> {}
+
+impl<Req, Res, E, W> Call for AnyCall<Req, Res, E, W>
+where
+    Req: Clone,
+    W: RetryIf<Req, Res, E>,
+{
+    type Request = Req;
+    type Response = Res;
+    type Error = E;
+    type Output = Result<Res, Error<E>>;
+
+    #[inline]
+    fn judge(&self, result: &Result<Res, E>) -> Option<Judged> {
+        self.judge.judge(&self.request, result.as_ref())
+    }
+
+    fn repeat(&mut self, _: Judged) -> Result<Req, GiveUp> {
+        Ok(self.request.clone())
+    }
+
+    fn stamp(&self, _: &mut Req, _: u32, _: Option<Deadline>) {}
+
+    #[inline]
+    fn output(result: Result<Res, E>) -> Self::Output {
+        result.map_err(Error::Inner)
+    }
+
+    fn elapsed(&self, attempts: u32) -> Self::Output {
+        Err(Error::Elapsed(Elapsed { attempts }))
+    }
+}
+
+impl<Req, Res, E, W> fmt::Debug for AnyCall<Req, Res, E, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AnyCall").finish_non_exhaustive()
+    }
+}
+

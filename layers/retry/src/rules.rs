@@ -1,0 +1,223 @@
+//! What is worth another attempt over HTTP, and what may be sent twice.
+
+use std::{collections::BTreeSet, error::Error, fmt, io, sync::Arc};
+
+use buttress_core::{
+    Head, Refusal, RefusalKind,
+    classify::GrpcCode,
+    clock::SharedWallClock,
+    retry_after::{self, Pushback},
+};
+use http::{Extensions, HeaderMap, HeaderName, Method, StatusCode};
+
+use crate::{
+    Cause,
+    session::{Hint, Seen},
+};
+
+/// `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header).
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// How an attempt went, as closures are shown it.
+#[derive(Clone, Copy, Debug)]
+pub enum Outcome<'a> {
+    /// The head of a response.
+    Response {
+        /// Its status.
+        status: StatusCode,
+        /// Its header fields.
+        headers: &'a HeaderMap,
+        /// What layers further in attached.
+        extensions: &'a Extensions,
+    },
+    /// An error, or `None` where its type cannot be looked at.
+    Error(Option<&'a (dyn Error + 'static)>),
+}
+
+/// Which requests may be sent twice though the callee may have acted on the
+/// first. (What was surely not begun may always be.)
+#[derive(Clone, Default)]
+pub(crate) enum Repeat {
+    /// By method, or any with `Idempotency-Key`.
+    #[default]
+    ByMethod,
+    Always,
+    Never,
+    By(Arc<dyn Fn(Head<'_>) -> bool + Send + Sync>),
+}
+
+type Asked = Arc<dyn Fn(Head<'_>, Outcome<'_>) -> Option<bool> + Send + Sync>;
+
+/// The rules of a layer over HTTP.
+#[derive(Clone)]
+pub(crate) struct Rules {
+    pub(crate) methods: Vec<Method>,
+    pub(crate) repeat: Repeat,
+    pub(crate) statuses: BTreeSet<u16>,
+    pub(crate) codes: Vec<GrpcCode>,
+    pub(crate) asked: Option<Asked>,
+    pub(crate) wall_clock: SharedWallClock,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self {
+            methods: vec![
+                Method::GET,
+                Method::HEAD,
+                Method::OPTIONS,
+                Method::TRACE,
+                Method::PUT,
+                Method::DELETE,
+            ],
+            repeat: Repeat::ByMethod,
+            statuses: [408, 425, 429, 500, 502, 503, 504].into(),
+            codes: vec![GrpcCode::Unavailable],
+            asked: None,
+            wall_clock: SharedWallClock::default(),
+        }
+    }
+}
+
+impl fmt::Debug for Rules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rules")
+            .field("methods", &self.methods)
+            .field("statuses", &self.statuses)
+            .field("codes", &self.codes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Rules {
+    /// Whether the request may be sent twice whatever became of it.
+    pub(crate) fn may_repeat(&self, head: Head<'_>) -> bool {
+        match &self.repeat {
+            Repeat::Always => true,
+            Repeat::Never => false,
+            Repeat::By(asked) => asked(head),
+            // gRPC is POST throughout: its codes say what may be repeated.
+            Repeat::ByMethod => {
+                self.methods.contains(head.method)
+                    || head.headers.contains_key(IDEMPOTENCY_KEY)
+                    || head.is_grpc()
+            }
+        }
+    }
+
+    /// What there is to another attempt; `None` where the result stands.
+    pub(crate) fn judge(&self, head: Head<'_>, outcome: Outcome<'_>) -> Option<Seen> {
+        let seen = self.see(head, outcome);
+        match self.asked.as_ref().and_then(|asked| asked(head, outcome)) {
+            None => seen,
+            Some(false) => None,
+            Some(true) => Some(seen.unwrap_or_else(|| Seen {
+                cause: match outcome {
+                    Outcome::Response { status, .. } => Cause::Status(status),
+                    Outcome::Error(_) => Cause::Error,
+                },
+                hint: self.hint(head, outcome),
+            })),
+        }
+    }
+
+    fn see(&self, head: Head<'_>, outcome: Outcome<'_>) -> Option<Seen> {
+        let cause = match outcome {
+            Outcome::Error(error) => return error.and_then(of_error),
+            Outcome::Response { status, headers, .. } if head.is_grpc() => {
+                let code = match GrpcCode::of(headers) {
+                    Some(code) => code,
+                    None if status == StatusCode::OK => return None,
+                    None => GrpcCode::from_http(status),
+                };
+                if !self.codes.contains(&code) {
+                    return None;
+                }
+                Cause::Grpc(code)
+            }
+            Outcome::Response { status, .. } => {
+                if !self.statuses.contains(&status.as_u16()) {
+                    return None;
+                }
+                Cause::Status(status)
+            }
+        };
+        Some(Seen {
+            cause,
+            hint: self.hint(head, outcome),
+        })
+    }
+
+    /// When the callee would like to be asked again.
+    fn hint(&self, head: Head<'_>, outcome: Outcome<'_>) -> Hint {
+        let Outcome::Response { headers, .. } = outcome else {
+            return Hint::None;
+        };
+        if head.is_grpc() {
+            match retry_after::pushback(headers) {
+                Some(Pushback::After(wait)) => return Hint::At(wait),
+                Some(Pushback::Never) => return Hint::Never,
+                None => {}
+            }
+        }
+        match retry_after::parse(headers, self.wall_clock.unix_now()) {
+            Some(wait) => Hint::After(wait),
+            None => Hint::None,
+        }
+    }
+}
+
+/// What there is to an error: refusals of our own layers, and what the
+/// transport says. Others stand.
+pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Option<Seen> {
+    if let Some(refusal) = Refusal::find(error) {
+        return of_refusal(refusal);
+    }
+    std::iter::successors(Some(error), |error| error.source())
+        .take(1 + 32)
+        .find_map(of_transport)
+        .map(Seen::new)
+}
+
+pub(crate) fn of_refusal(refusal: &Refusal) -> Option<Seen> {
+    let kind = refusal.kind();
+    let passes = matches!(
+        kind,
+        RefusalKind::RateLimited
+            | RefusalKind::CircuitOpen
+            | RefusalKind::Overloaded
+            | RefusalKind::TimedOut
+            | RefusalKind::StoreUnavailable
+            | RefusalKind::Draining
+            | RefusalKind::BadGateway
+            | RefusalKind::Unavailable
+    );
+    let hint = match refusal.retry_after() {
+        Some(wait) => Hint::After(wait),
+        // Open until someone says otherwise.
+        None if kind == RefusalKind::CircuitOpen => Hint::Never,
+        None => Hint::None,
+    };
+    passes.then_some(Seen {
+        cause: Cause::Refused(kind),
+        hint,
+    })
+}
+
+fn of_transport(error: &(dyn Error + 'static)) -> Option<Cause> {
+    #[cfg(feature = "hyper")]
+    if let Some(cause) = crate::hyper_errors::cause(error) {
+        return Some(cause);
+    }
+    use io::ErrorKind::{
+        AddrNotAvailable, BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset,
+        HostUnreachable, NetworkDown, NetworkUnreachable, NotConnected, TimedOut, UnexpectedEof,
+    };
+    Some(match error.downcast_ref::<io::Error>()?.kind() {
+        // Only connecting says so.
+        ConnectionRefused | AddrNotAvailable => Cause::Connect,
+        ConnectionReset | ConnectionAborted | BrokenPipe | UnexpectedEof | NotConnected
+        | TimedOut | HostUnreachable | NetworkUnreachable | NetworkDown => Cause::Reset,
+        _ => return None,
+    })
+}
