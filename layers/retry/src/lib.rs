@@ -2,5 +2,8 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod error;
+#[allow(dead_code)]
+mod replay;
 
 pub use error::ConfigError;
+pub use replay::{Memory, NotReplayable, ReplayBody};
