@@ -27,6 +27,7 @@ pub use event::{Cause, GiveUp};
 pub use future::ResponseFuture;
 pub use layer::{Errors, Respond, RetryLayer};
 pub use policy::{PolicyBuilder, RetryPolicy};
+pub use replay::{Memory, NotReplayable, ReplayBody};
 pub use rules::Outcome;
 pub use run::{AbortHandle, AllErrors, JudgeError, Never, RetryError, Runner};
 pub use service::Retry;
