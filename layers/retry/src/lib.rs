@@ -20,6 +20,8 @@ mod service;
 mod session;
 mod settings;
 
+pub use backoff::{Backoff, Delays, Jitter};
+pub use budget::{Adaptive, Budget, RetryBudget, SharedBudget, Throttle};
 pub use call::{AnyCall, AnyError, Boxed, Call, HttpCall, Inspect, Opaque, Plain, RetryIf};
 pub use config::{RetryBuilder, Web};
 pub use error::{ConfigError, Elapsed, Error};
