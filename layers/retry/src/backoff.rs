@@ -158,6 +158,11 @@ impl Backoff {
         self.max
     }
 
+    /// Whether the waits are spread.
+    pub(crate) fn is_jittered(&self) -> bool {
+        self.jitter != Jitter::None
+    }
+
     /// The wait before the n-th retry, n from 1, as it is without jitter. Zero
     /// is read as 1.
     #[must_use]
@@ -173,7 +178,6 @@ impl Backoff {
     }
 
     /// Whether these settings make sense.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for who builds a policy"))]
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         // What cannot be compared makes no sense either.
         if !(self.factor >= 1.0 && self.factor.is_finite()) {

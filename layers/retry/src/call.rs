@@ -34,9 +34,13 @@ pub trait Call: sealed::Sealed {
     #[doc(hidden)]
     fn judge(&self, result: &Result<Self::Response, Self::Error>) -> Option<Judged>;
 
-    /// The next attempt's request, or what stands in its way.
+    /// Whether the request may be sent again, and can be.
     #[doc(hidden)]
-    fn repeat(&mut self, judged: Judged) -> Result<Self::Request, GiveUp>;
+    fn check(&self, judged: Judged) -> Result<(), GiveUp>;
+
+    /// The next attempt's request: only if [`check`](Self::check) says so.
+    #[doc(hidden)]
+    fn repeat(&mut self) -> Self::Request;
 
     /// Writes on an attempt's request what is known only as it is sent.
     #[doc(hidden)]
@@ -113,8 +117,10 @@ pub struct HttpCall<B, R, E, I> {
     shared: Arc<HttpShared>,
     parts: Parts,
     replay: Replay<B>,
-    answers: PhantomData<fn() -> (R, E, I)>,
+    answers: PhantomData<Answers<R, E, I>>,
 }
+
+type Answers<R, E, I> = fn() -> (R, E, I);
 
 impl<B: Body, R, E, I> HttpCall<B, R, E, I> {
     pub(crate) const fn new(shared: Arc<HttpShared>, parts: Parts, replay: Replay<B>) -> Self {
@@ -152,13 +158,17 @@ where
         seen.map(Judged)
     }
 
-    fn repeat(&mut self, Judged(seen): Judged) -> Result<Self::Request, GiveUp> {
+    fn check(&self, Judged(seen): Judged) -> Result<(), GiveUp> {
         let head = Head::from(&self.parts);
         if !seen.cause.was_never_begun() && !self.shared.rules.may_repeat(head) {
             return Err(GiveUp::Unsafe);
         }
-        let body = self.replay.attempt().map_err(|_| GiveUp::Body)?;
-        Ok(Request::from_parts(self.parts.clone(), body))
+        self.replay.check().map_err(|_| GiveUp::Body)
+    }
+
+    fn repeat(&mut self) -> Self::Request {
+        let body = self.replay.attempt().expect("nothing was in its way");
+        Request::from_parts(self.parts.clone(), body)
     }
 
     fn stamp(&self, request: &mut Self::Request, attempt: u32, deadline: Option<Deadline>) {
@@ -283,8 +293,12 @@ where
         self.judge.judge(&self.request, result.as_ref())
     }
 
-    fn repeat(&mut self, _: Judged) -> Result<Req, GiveUp> {
-        Ok(self.request.clone())
+    fn check(&self, _: Judged) -> Result<(), GiveUp> {
+        Ok(())
+    }
+
+    fn repeat(&mut self) -> Req {
+        self.request.clone()
     }
 
     fn stamp(&self, _: &mut Req, _: u32, _: Option<Deadline>) {}
@@ -304,4 +318,3 @@ impl<Req, Res, E, W> fmt::Debug for AnyCall<Req, Res, E, W> {
         f.debug_struct("AnyCall").finish_non_exhaustive()
     }
 }
-

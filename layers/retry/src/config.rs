@@ -106,19 +106,13 @@ impl<V: View, M> RetryBuilder<V, M> {
 
     /// Calls `listener(attempt, delay, cause)` before each wait: see
     /// [`PolicyBuilder::on_retry`].
-    pub fn on_retry(
-        self,
-        listener: impl Fn(u32, Duration, Cause) + Send + Sync + 'static,
-    ) -> Self {
+    pub fn on_retry(self, listener: impl Fn(u32, Duration, Cause) + Send + Sync + 'static) -> Self {
         self.with(|policy| policy.on_retry(listener))
     }
 
     /// Calls `listener(attempts, cause, reason)` where there was no further
     /// attempt: see [`PolicyBuilder::on_give_up`].
-    pub fn on_give_up(
-        self,
-        listener: impl Fn(u32, Cause, GiveUp) + Send + Sync + 'static,
-    ) -> Self {
+    pub fn on_give_up(self, listener: impl Fn(u32, Cause, GiveUp) + Send + Sync + 'static) -> Self {
         self.with(|policy| policy.on_give_up(listener))
     }
 

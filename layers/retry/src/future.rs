@@ -14,11 +14,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep};
 use tower_service::Service;
 
-use crate::{
-    Call, Cause, GiveUp,
-    policy::Shared,
-    session::Session,
-};
+use crate::{Call, Cause, GiveUp, policy::Shared, session::Session};
 
 pin_project! {
     /// Response future of [`Retry`](crate::Retry). Dropping it drops the
@@ -114,15 +110,16 @@ where
 
     #[cold]
     fn again(&mut self, judged: crate::call::Judged) -> Option<(Duration, Next<C::Request>)> {
-        let mut request = None;
-        let call = &mut self.call;
-        let prepare = || {
-            request = Some(call.repeat(judged)?);
-            Ok(())
+        let obstacle = || self.call.check(judged);
+        let wait = self
+            .shared
+            .next(&mut self.session, judged.0, obstacle)
+            .ok()?;
+        let next = Next {
+            request: self.call.repeat(),
+            cause: judged.0.cause,
         };
-        let wait = self.shared.next(&mut self.session, judged.0, prepare).ok()?;
-        let cause = judged.0.cause;
-        request.map(|request| (wait, Next { request, cause }))
+        Some((wait, next))
     }
 }
 

@@ -87,7 +87,7 @@ impl<Req: 'static> RetryLayer<Any<Req>, Errors> {
     ///     let answer = answers.lock().unwrap().pop().unwrap();
     ///     async move { answer }
     /// }));
-    /// assert_eq!(service.oneshot("the question").await?, 42);
+    /// assert_eq!(service.oneshot("the question").await.unwrap(), 42);
     /// # Ok(())
     /// # }
     /// ```

@@ -26,9 +26,7 @@ pub(crate) use off::Metrics;
 mod on {
     use std::sync::Arc;
 
-    use metrics::{
-        Counter, Histogram, counter, describe_counter, describe_histogram, histogram,
-    };
+    use metrics::{Counter, Histogram, counter, describe_counter, describe_histogram, histogram};
 
     use crate::GiveUp;
 
@@ -59,7 +57,8 @@ mod on {
             describe_counter!(ATTEMPTS, "Attempts that have ended.");
             describe_histogram!(COUNT, "Attempts of a request.");
             describe_counter!(GIVE_UPS, "Requests that ended in want of another attempt.");
-            let attempts = |result| counter!(ATTEMPTS, "name" => name.to_string(), "result" => result);
+            let attempts =
+                |result| counter!(ATTEMPTS, "name" => name.to_string(), "result" => result);
             Self {
                 success: attempts("success"),
                 failure: attempts("failure"),

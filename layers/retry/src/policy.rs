@@ -11,8 +11,8 @@ use std::{
 };
 
 use buttress_core::{
-    clock::{self, Instant},
     classify::Verdict,
+    clock::{self, Instant},
     deadline::Deadline,
     random::{Random, SharedRandom},
 };
@@ -103,7 +103,7 @@ impl Shared {
         let attempt = session.attempts();
         let next = obstacle().and_then(|()| {
             let settings = self.settings();
-            let withdraw = || self.budget.as_ref().is_none_or(|budget| budget.withdraw());
+            let withdraw = || self.budget.as_ref().is_none_or(Budget::withdraw);
             session.next(&settings, seen, clock::now(), &self.random, withdraw)
         });
         let Seen { cause, .. } = seen;
@@ -150,7 +150,10 @@ impl Shared {
         };
         self.total.store(nanos(settings.total_timeout), Relaxed);
         self.attempt.store(nanos(settings.attempt_timeout), Relaxed);
-        let mut place = self.settings.write().unwrap_or_else(PoisonError::into_inner);
+        let mut place = self
+            .settings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         *place = settings;
     }
 }

@@ -124,7 +124,9 @@ impl Rules {
     fn see(&self, head: Head<'_>, outcome: Outcome<'_>) -> Option<Seen> {
         let cause = match outcome {
             Outcome::Error(error) => return error.and_then(of_error),
-            Outcome::Response { status, headers, .. } if head.is_grpc() => {
+            Outcome::Response {
+                status, headers, ..
+            } if head.is_grpc() => {
                 let code = match GrpcCode::of(headers) {
                     Some(code) => code,
                     None if status == StatusCode::OK => return None,
@@ -173,10 +175,15 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Option<Seen> {
     if let Some(refusal) = Refusal::find(error) {
         return of_refusal(refusal);
     }
-    std::iter::successors(Some(error), |error| error.source())
-        .take(1 + 32)
-        .find_map(of_transport)
-        .map(Seen::new)
+    let mut next = Some(error);
+    for _ in 0..=32 {
+        let error = next?;
+        if let Some(cause) = of_transport(error) {
+            return Some(Seen::new(cause));
+        }
+        next = error.source();
+    }
+    None
 }
 
 pub(crate) fn of_refusal(refusal: &Refusal) -> Option<Seen> {

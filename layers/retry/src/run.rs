@@ -12,6 +12,7 @@ use std::{
 use buttress_core::{
     RefusalKind,
     clock::{self, Instant},
+    deadline::Deadline,
 };
 use tokio::{
     sync::watch,
@@ -224,7 +225,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
     {
         loop {
             let until = self.shared.attempt_deadline(&self.session);
-            let judged = match within(until.map(|until| until.instant()), f()).await {
+            let judged = match within(until.map(Deadline::instant), f()).await {
                 Some(Ok(value)) => {
                     self.shared.settled(&self.session);
                     return Ok(value);
@@ -344,7 +345,7 @@ impl AbortHandle {
         async move {
             if abort.wait_for(|aborted| *aborted).await.is_err() {
                 // Nobody is left who could.
-                pending().await
+                pending::<()>().await;
             }
         }
     }

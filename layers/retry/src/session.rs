@@ -127,9 +127,7 @@ impl Session {
         let delays = self.delays.get_or_insert_with(|| backoff.delays());
         let delay = delays.next(backoff, random);
         Ok(match hint {
-            Hint::After(wait) if backoff.is_jittered() => {
-                (wait, wait.saturating_add(delay))
-            }
+            Hint::After(wait) if backoff.is_jittered() => (wait, wait.saturating_add(delay)),
             Hint::After(wait) => (wait, wait.max(delay)),
             _ => (delay, delay),
         })

@@ -125,9 +125,8 @@ impl Settings {
 
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         self.backoff.check()?;
-        let sound = |span: Option<Duration>| {
-            span.is_none_or(|span| !span.is_zero() && span <= LONGEST)
-        };
+        let sound =
+            |span: Option<Duration>| span.is_none_or(|span| !span.is_zero() && span <= LONGEST);
         if self.max_attempts == 0 {
             return Err(ConfigError::new("there must be at least one attempt"));
         }
@@ -178,7 +177,10 @@ mod tests {
             assert_eq!(delays.next(&settings.backoff, &highest), initial * MS);
         }
         assert_eq!(Settings::default().max_retries(4).max_attempts, 5);
-        assert_eq!(Settings::default().max_retries(u32::MAX).max_attempts, u32::MAX);
+        assert_eq!(
+            Settings::default().max_retries(u32::MAX).max_attempts,
+            u32::MAX
+        );
     }
 
     #[test]
@@ -189,6 +191,10 @@ mod tests {
         assert!(says(new().total_timeout(Duration::ZERO)).contains("total timeout"));
         assert!(says(new().attempt_timeout(Duration::MAX)).contains("attempt timeout"));
         assert!(says(new().max_retry_after(Duration::MAX)).contains("Retry-After"));
-        new().total_timeout(None).attempt_timeout(MS).check().unwrap();
+        new()
+            .total_timeout(None)
+            .attempt_timeout(MS)
+            .check()
+            .unwrap();
     }
 }
