@@ -66,6 +66,16 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         layer: crate::rate_limit::RateLimitLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>>;
 
+    /// Sends again what has failed: see
+    /// [`RetryLayer`](crate::retry::RetryLayer).
+    ///
+    /// Not called `retry`, since `ServiceBuilder` has a method of that name.
+    #[cfg(feature = "retry")]
+    fn retry_requests<V: crate::View, M>(
+        self,
+        layer: crate::retry::RetryLayer<V, M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::retry::RetryLayer<V, M>, L>>;
+
     /// Lets requests wait for their turn: see
     /// [`WaitLayer`](crate::rate_limit::WaitLayer).
     #[cfg(feature = "wait")]
@@ -91,6 +101,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
         self,
         layer: crate::rate_limit::RateLimitLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>> {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "retry")]
+    fn retry_requests<V: crate::View, M>(
+        self,
+        layer: crate::retry::RetryLayer<V, M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::retry::RetryLayer<V, M>, L>> {
         self.layer(layer)
     }
 

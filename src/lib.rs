@@ -21,6 +21,11 @@ pub use buttress_circuit_breaker as circuit_breaker;
 #[cfg(feature = "rate-limit")]
 pub use buttress_rate_limit as rate_limit;
 
+/// Retries with jittered backoff and replayed bodies: the crate
+/// `buttress-retry`.
+#[cfg(feature = "retry")]
+pub use buttress_retry as retry;
+
 #[cfg(feature = "tower")]
 pub use buttress_core::tower_errors;
 pub use buttress_core::{
