@@ -5,9 +5,12 @@
 //! body (or the tunnel that an upgrade leaves), and is written when it is
 //! dropped. So a client that goes away is logged, too, whenever it goes.
 
-use std::sync::{
-    Arc, Mutex, OnceLock, PoisonError,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    mem,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use buttress::{
@@ -17,7 +20,7 @@ use buttress::{
 use http::{HeaderValue, Method};
 use metrics::{Counter, Histogram, Unit};
 
-use crate::{forward::Tunnel, serve::Busy};
+use crate::{balance::Tried, forward::Tunnel, serve::Busy, upstream::Endpoint};
 
 /// Names of the proxy's own metrics.
 mod names {
@@ -32,26 +35,54 @@ const CLIENT_GONE: u16 = 499;
 /// What is learned about a request while it is served.
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
-    /// The endpoint that it went to.
-    pub(crate) upstream: OnceLock<Arc<str>>,
-    /// How often it was sent there.
+    /// How often it was sent upstream.
     pub(crate) attempts: AtomicU32,
-    /// What went wrong, for the operator; the client is told less.
-    pub(crate) error: OnceLock<String>,
+    /// The `traceparent` that was made for it: one for all attempts.
+    pub(crate) traceparent: OnceLock<HeaderValue>,
+    last: Mutex<Last>,
+    /// Where it has been in vain.
+    tried: Mutex<Tried>,
     /// What an upgrade leaves to be done once the 101 is on its way.
     tunnel: Mutex<Option<Tunnel>>,
 }
 
+/// What is known of the last attempt.
+#[derive(Debug, Default)]
+struct Last {
+    upstream: Option<Arc<str>>,
+    /// What went wrong, for the operator; the client is told less.
+    error: Option<String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Facts {
+    /// Another attempt begins: where it has been so far.
+    pub(crate) fn begin(&self) -> Tried {
+        lock(&self.last).error = None;
+        mem::take(&mut *lock(&self.tried))
+    }
+
+    /// The attempt has ended here.
+    pub(crate) fn ended(&self, mut tried: Tried, endpoint: &Arc<Endpoint>) {
+        lock(&self.last).upstream = Some(Arc::clone(&endpoint.url));
+        tried.ended(endpoint);
+        *lock(&self.tried) = tried;
+    }
+
+    /// What went wrong: only the first word on an attempt counts.
+    pub(crate) fn failed(&self, error: impl Into<String>) {
+        lock(&self.last).error.get_or_insert(error.into());
+    }
+
     pub(crate) fn set_tunnel(&self, tunnel: Tunnel) {
-        *self.tunnel.lock().unwrap_or_else(PoisonError::into_inner) = Some(tunnel);
+        *lock(&self.tunnel) = Some(tunnel);
     }
 
     pub(crate) fn take_tunnel(&self) -> Option<Tunnel> {
-        self.tunnel
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        lock(&self.tunnel).take()
     }
 }
 
@@ -102,7 +133,7 @@ impl BodyGuard for Line {
         self.bytes = bytes;
         if matches!(end, BodyEnd::Failed) {
             // The status was sent long ago, and knows nothing of it.
-            let _ = self.facts.error.set("the response broke off".to_owned());
+            self.facts.failed("the response broke off");
         }
     }
 }
@@ -110,6 +141,7 @@ impl BodyGuard for Line {
 impl Drop for Line {
     fn drop(&mut self) {
         let took = clock::now() - self.started;
+        let last = lock(&self.facts.last);
         self.meters.duration.record(took);
         self.meters.by_class[usize::from(self.status / 100).clamp(1, 5) - 1].increment(1);
         tracing::info!(
@@ -120,10 +152,10 @@ impl Drop for Line {
             bytes = self.bytes,
             duration_ms = took.as_micros() as f64 / 1000.0,
             route = &*self.route,
-            upstream = self.facts.upstream.get().map(|url| &**url).unwrap_or_default(),
+            upstream = last.upstream.as_deref().unwrap_or_default(),
             attempts = self.facts.attempts.load(Ordering::Relaxed),
             request_id = self.request_id.to_str().unwrap_or_default(),
-            error = self.facts.error.get().map(String::as_str),
+            error = last.error.as_deref(),
             "request",
         );
     }

@@ -7,7 +7,7 @@
 //! Load Balancing", 2001). A request is in flight until its response body has
 //! ended, so that a slow download weighs as much as it should.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, iter, sync::Arc, time::Duration};
 
 use buttress::{
     circuit_breaker::{Breaker, CircuitOpen},
@@ -40,25 +40,21 @@ impl Balance {
         &self.endpoints
     }
 
-    /// Picks an endpoint and counts the request there.
+    /// Picks an endpoint and counts the request there: one that the request
+    /// has not been to yet, if there is one.
     ///
     /// Fails where no breaker lets it pass, with the one that will be the
     /// first to take a probe.
-    pub(crate) fn pick(&self) -> Result<InFlight, CircuitOpen> {
+    pub(crate) fn pick(&self, tried: &Tried) -> Result<InFlight, CircuitOpen> {
         let permit = self
             .breaker
             .as_ref()
             .map(Breaker::try_acquire)
             .transpose()?;
-        // A probe comes first: an endpoint with many old requests in flight
-        // would never be the lighter one, and so never be probed.
-        let probed = self.endpoints.iter().find(|it| it.wants_probe());
-        let passing = self.endpoints.iter().filter(|it| it.passes());
-        let lighter = fastrand::choose_multiple(passing, 2)
-            .into_iter()
-            .min_by_key(|it| (it.rests(), it.in_flight(), fastrand::u32(..)));
+        let new = self.candidates(|it| !tried.has(it));
+        let known = iter::once_with(|| self.candidates(|it| tried.has(it))).flatten();
         // And then any: others may have taken the place that was seen.
-        let candidates = probed.into_iter().chain(lighter).chain(&*self.endpoints);
+        let candidates = new.chain(known).chain(&*self.endpoints);
         let mut refusals = Vec::new();
         for endpoint in candidates {
             match endpoint.enter() {
@@ -76,6 +72,22 @@ impl Balance {
             .expect("there is an endpoint"))
     }
 
+    /// The one that is due for a probe, and the lighter one of two.
+    fn candidates(
+        &self,
+        among: impl Fn(&Arc<Endpoint>) -> bool,
+    ) -> impl Iterator<Item = &Arc<Endpoint>> {
+        let endpoints = || self.endpoints.iter().filter(|it| among(it));
+        // A probe comes first: an endpoint with many old requests in flight
+        // would never be the lighter one, and so never be probed.
+        let probed = endpoints().find(|it| it.wants_probe());
+        let passing = endpoints().filter(|it| it.passes());
+        let lighter = fastrand::choose_multiple(passing, 2)
+            .into_iter()
+            .min_by_key(|it| (it.rests(), it.in_flight(), fastrand::u32(..)));
+        probed.into_iter().chain(lighter)
+    }
+
     /// Connects to the endpoint that was picked: anew where a pooled
     /// connection was stale. One that cannot be reached costs the request
     /// nothing while there are others: none of it has left yet.
@@ -83,23 +95,23 @@ impl Balance {
         &self,
         in_flight: &mut InFlight,
         stale: Option<&Connection>,
-        missed: &mut Missed,
+        tried: &mut Tried,
     ) -> io::Result<Connection> {
         let mut connected = in_flight.endpoint().connection(stale).await;
-        while connected.is_err() && self.turn_elsewhere(in_flight, missed) {
+        while connected.is_err() && self.turn_elsewhere(in_flight, tried) {
             connected = in_flight.endpoint().connection(None).await;
         }
         connected
     }
 
-    /// Takes the request to an endpoint where it has not been, if there is
-    /// one. The one that it leaves has failed.
-    pub(crate) fn turn_elsewhere(&self, in_flight: &mut InFlight, missed: &mut Missed) -> bool {
-        missed.0.push(Arc::clone(in_flight.endpoint()));
-        let is_new = |it: &&Arc<Endpoint>| !missed.0.iter().any(|seen| Arc::ptr_eq(seen, it));
-        let mut others: Vec<_> = self.endpoints.iter().filter(is_new).collect();
+    /// Takes the request to an endpoint where this attempt has not been, if
+    /// there is one. The one that it leaves has failed.
+    pub(crate) fn turn_elsewhere(&self, in_flight: &mut InFlight, tried: &mut Tried) -> bool {
+        tried.now.push(Arc::clone(in_flight.endpoint()));
+        let is_left = |it: &&Arc<Endpoint>| !contains(&tried.now, it);
+        let mut others: Vec<_> = self.endpoints.iter().filter(is_left).collect();
         // Those that rest come last, but may be back.
-        others.sort_by_cached_key(|it| (it.rests(), it.in_flight()));
+        others.sort_by_cached_key(|it| (tried.has(it), it.rests(), it.in_flight()));
         let mut passing = others.into_iter().filter(|it| it.passes());
         let Some(mut other) = passing.find_map(|it| it.enter().ok()) else {
             return false;
@@ -116,8 +128,29 @@ impl Balance {
 }
 
 /// Where a request has been in vain.
-#[derive(Default)]
-pub(crate) struct Missed(Vec<Arc<Endpoint>>);
+#[derive(Debug, Default)]
+pub(crate) struct Tried {
+    /// In the attempts before.
+    before: Vec<Arc<Endpoint>>,
+    /// In this one: it goes on elsewhere as long as nothing has left.
+    now: Vec<Arc<Endpoint>>,
+}
+
+impl Tried {
+    fn has(&self, endpoint: &Arc<Endpoint>) -> bool {
+        contains(&self.before, endpoint)
+    }
+
+    /// The attempt has ended at this endpoint.
+    pub(crate) fn ended(&mut self, endpoint: &Arc<Endpoint>) {
+        self.before.append(&mut self.now);
+        self.before.push(Arc::clone(endpoint));
+    }
+}
+
+fn contains(endpoints: &[Arc<Endpoint>], endpoint: &Arc<Endpoint>) -> bool {
+    endpoints.iter().any(|it| Arc::ptr_eq(it, endpoint))
+}
 
 #[cfg(test)]
 mod tests {
@@ -143,7 +176,9 @@ mod tests {
     #[test]
     fn the_load_spreads_evenly() {
         let balance = three();
-        let held: Vec<_> = (0..300).map(|_| balance.pick().unwrap()).collect();
+        let held: Vec<_> = (0..300)
+            .map(|_| balance.pick(&Tried::default()).unwrap())
+            .collect();
         for endpoint in balance.endpoints() {
             // The gap between the fullest and the emptiest grows as log log n.
             assert!((95..=105).contains(&endpoint.in_flight()), "{endpoint:?}");
@@ -162,7 +197,7 @@ mod tests {
         let balance = three();
         let mut counts = [0; 3];
         for _ in 0..3000 {
-            let in_flight = balance.pick().unwrap();
+            let in_flight = balance.pick(&Tried::default()).unwrap();
             let same = |it: &Arc<Endpoint>| Arc::ptr_eq(it, in_flight.endpoint());
             counts[balance.endpoints().iter().position(same).unwrap()] += 1;
         }
@@ -180,7 +215,7 @@ mod tests {
             .map(|_| balance.endpoints()[1].enter().unwrap())
             .collect();
         for _ in 0..100 {
-            let picked = balance.pick().unwrap();
+            let picked = balance.pick(&Tried::default()).unwrap();
             assert_ne!(&*picked.endpoint().url, "h2c://127.0.0.1:2");
         }
     }
@@ -197,12 +232,12 @@ mod tests {
             .into();
         fail(1);
         for _ in 0..100 {
-            let picked = balance.pick().unwrap();
+            let picked = balance.pick(&Tried::default()).unwrap();
             assert_ne!(&*picked.endpoint().url, "h2c://127.0.0.1:2");
         }
         fail(0);
         fail(2);
-        let open = balance.pick().unwrap_err();
+        let open = balance.pick(&Tried::default()).unwrap_err();
         // The soonest, not the last.
         assert_eq!(open.name().as_deref(), Some("test@2"));
     }
@@ -214,14 +249,20 @@ mod tests {
         let _busy: Vec<_> = (0..10).map(|_| sick.enter().unwrap()).collect();
         sick.enter().unwrap().record(Verdict::Failure);
         breaker(sick).half_open().unwrap();
-        let probe = balance.pick().unwrap();
+        let probe = balance.pick(&Tried::default()).unwrap();
         assert!(Arc::ptr_eq(probe.endpoint(), sick));
         for _ in 0..100 {
-            assert!(!Arc::ptr_eq(balance.pick().unwrap().endpoint(), sick));
+            assert!(!Arc::ptr_eq(
+                balance.pick(&Tried::default()).unwrap().endpoint(),
+                sick
+            ));
         }
         // Its client went away: the next one is the probe.
         drop(probe);
-        assert!(Arc::ptr_eq(balance.pick().unwrap().endpoint(), sick));
+        assert!(Arc::ptr_eq(
+            balance.pick(&Tried::default()).unwrap().endpoint(),
+            sick
+        ));
     }
 
     #[test]
@@ -231,7 +272,10 @@ mod tests {
         let _busy: Vec<_> = (0..10).map(|_| busy.enter().unwrap()).collect();
         breaker(busy).force_closed();
         for _ in 0..100 {
-            assert!(!Arc::ptr_eq(balance.pick().unwrap().endpoint(), busy));
+            assert!(!Arc::ptr_eq(
+                balance.pick(&Tried::default()).unwrap().endpoint(),
+                busy
+            ));
         }
     }
 
@@ -242,9 +286,36 @@ mod tests {
             breaker: Some(around.clone()),
             ..three()
         };
-        assert!(balance.pick().unwrap().permit.is_some());
+        assert!(balance.pick(&Tried::default()).unwrap().permit.is_some());
         around.force_open();
-        let open = balance.pick().unwrap_err();
+        let open = balance.pick(&Tried::default()).unwrap_err();
         assert_eq!(open.name().as_deref(), Some("test"));
+    }
+
+    #[test]
+    fn another_attempt_goes_where_none_has_been_while_there_is_such_a_place() {
+        let balance = three();
+        let mut tried = Tried::default();
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            let picked = balance.pick(&tried).unwrap();
+            assert!(!contains(&seen, picked.endpoint()));
+            seen.push(Arc::clone(picked.endpoint()));
+            tried.ended(picked.endpoint());
+        }
+        balance.pick(&tried).unwrap();
+
+        // Better one that is known than one whose breaker is open.
+        let mut tried = Tried::default();
+        tried.ended(&seen[0]);
+        for sick in &seen[1..] {
+            sick.enter().unwrap().record(Verdict::Failure);
+        }
+        let picked = balance.pick(&tried).unwrap();
+        assert!(Arc::ptr_eq(picked.endpoint(), &seen[0]));
+        // And one that is due for a probe before one that is known.
+        breaker(&seen[1]).half_open().unwrap();
+        let picked = balance.pick(&tried).unwrap();
+        assert!(Arc::ptr_eq(picked.endpoint(), &seen[1]));
     }
 }

@@ -17,7 +17,6 @@ use std::{
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::sync::oneshot;
 
 /// How much of a body is kept for going again.
@@ -50,6 +49,9 @@ impl fmt::Display for Cut {
 
 impl std::error::Error for Cut {}
 
+/// What the client sends, as the layers around give it to us.
+type Live = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error> + Send>>;
+
 /// The one body that the client sends, shared by the attempts to send it on.
 #[derive(Clone)]
 pub(crate) struct Source {
@@ -60,7 +62,8 @@ pub(crate) struct Source {
 }
 
 struct Inner {
-    body: Incoming,
+    /// `None` once it was given back.
+    body: Option<Live>,
     seen: u64,
     limit: u64,
     /// Asked for more, the client had none.
@@ -75,10 +78,13 @@ struct Inner {
 }
 
 impl Source {
-    pub(crate) fn new(body: Incoming, limit: u64) -> Self {
+    pub(crate) fn new(
+        body: impl Body<Data = Bytes, Error = hyper::Error> + Send + 'static,
+        limit: u64,
+    ) -> Self {
         Self {
             inner: Arc::new(Mutex::new(Inner {
-                body,
+                body: Some(Box::pin(body)),
                 seen: 0,
                 limit,
                 pending: false,
@@ -118,6 +124,18 @@ impl Source {
         let mut inner = self.lock();
         inner.keeping = false;
         inner.kept = Vec::new();
+    }
+
+    /// Gives the body back to the layers around, for an attempt of theirs: a
+    /// connection that has failed may hold its [`Outgoing`] for a while yet.
+    pub(crate) fn give_back(&self) {
+        let mut inner = self.lock();
+        inner.attempt += 1;
+        inner.keeping = false;
+        inner.kept = Vec::new();
+        let body = inner.body.take();
+        drop(inner);
+        drop(body);
     }
 
     /// Keeps nothing of what is going to be sent, unless some of it was before.
@@ -229,7 +247,10 @@ impl Body for Outgoing {
             this.trailed = true;
             return Poll::Ready(Some(Ok(Frame::trailers(trailers.clone()))));
         }
-        let polled = Pin::new(&mut inner.body).poll_frame(cx);
+        let Some(body) = &mut inner.body else {
+            return Poll::Ready(Some(Err(Cut::Unwanted)));
+        };
+        let polled = body.as_mut().poll_frame(cx);
         inner.pending = polled.is_pending();
         let frame = match ready!(polled) {
             None => return Poll::Ready(None),
@@ -263,7 +284,7 @@ impl Body for Outgoing {
             let inner = source.lock();
             let replayed =
                 inner.kept.len() <= self.next && (self.trailed || inner.kept_trailers.is_none());
-            replayed && inner.body.is_end_stream()
+            replayed && inner.body.as_ref().is_none_or(|it| it.is_end_stream())
         })
     }
 
@@ -274,7 +295,7 @@ impl Body for Outgoing {
         let inner = source.lock();
         // Asked before the first frame, when hyper chooses the framing.
         let again: usize = inner.kept.iter().skip(self.next).map(Bytes::len).sum();
-        match inner.body.size_hint().exact() {
+        match inner.body.as_ref().and_then(|it| it.size_hint().exact()) {
             Some(rest) => SizeHint::with_exact(rest + again as u64),
             None => SizeHint::default(),
         }

@@ -24,7 +24,7 @@ use tokio::{
     time::{Interval, interval},
 };
 
-use crate::settings::{CircuitBreaker, Count, LimitHeaders, RateLimit, Route, Span};
+use crate::settings::{CircuitBreaker, Count, LimitHeaders, RateLimit, Retry, Route, Span};
 
 /// The demo's one route.
 pub(crate) fn route(upstream: SocketAddr) -> Route {
@@ -48,6 +48,10 @@ pub(crate) fn route(upstream: SocketAddr) -> Route {
         circuit_breaker: Some(CircuitBreaker {
             preset: "aggressive".parse().expect(sound),
             ..CircuitBreaker::default()
+        }),
+        retry: Some(Retry {
+            initial_delay: Some("100ms".parse().expect(sound)),
+            ..Retry::default()
         }),
     }
 }

@@ -1,12 +1,13 @@
 //! Sends a request to an endpoint of its route, and the answer back.
 //!
-//! The innermost service of a route's stack. It fails with a [`Refusal`],
-//! which the layer around it turns into a response.
+//! The innermost service of a route's stack: one attempt at a request. It
+//! [fails](Failed) with a [`Refusal`], which a layer around it turns into a
+//! response.
 
 use std::{
     convert::Infallible,
-    error::Error as _,
-    io,
+    error::Error,
+    fmt, io,
     net::IpAddr,
     pin::Pin,
     sync::{Arc, OnceLock, atomic::Ordering},
@@ -15,18 +16,21 @@ use std::{
 };
 
 use buttress::{
-    Head, Refusal, RefusalKind,
+    BoxError, Head, Refusal, RefusalKind,
     body::{BodyEnd, BodyGuard, GuardedBody},
     classify::{Classify, Expect, HttpClassifier, Verdict},
+    clock,
+    deadline::Deadline,
     key::{ClientIp, PeerAddr},
 };
+use bytes::Bytes;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
     header::{CONNECTION, CONTENT_LENGTH, HOST, TE, TRANSFER_ENCODING, UPGRADE},
     request::Parts,
     uri::{Authority, PathAndQuery},
 };
-use http_body::Body as _;
+use http_body::Body as HttpBody;
 use hyper::{
     body::Incoming,
     upgrade::{OnUpgrade, Upgraded},
@@ -37,7 +41,7 @@ use tower::Service;
 
 use crate::{
     access::{Facts, Line},
-    balance::{Balance, Missed},
+    balance::{Balance, Tried},
     body::{Cut, Hold, Outgoing, Source},
     headers,
     settings::{Limits, Protocol},
@@ -58,7 +62,8 @@ pub(crate) struct Rules {
     pub(crate) client_ip: ClientIp,
     /// The prefix to take off the path; empty for none.
     pub(crate) strip: String,
-    /// How long there is until the response's head.
+    /// How long there is until the response's head. A retry around may grant
+    /// an attempt less.
     pub(crate) timeout: Duration,
     /// What the breakers take for a failure.
     pub(crate) judge: HttpClassifier,
@@ -70,27 +75,36 @@ impl Forward {
     }
 }
 
-impl Service<Request<Incoming>> for Forward {
+impl<B> Service<Request<B>> for Forward
+where
+    B: HttpBody<Data = Bytes, Error = hyper::Error> + Send + 'static,
+{
     type Response = Response<Body>;
-    type Error = Refusal;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Refusal>> + Send>>;
+    type Error = Failed;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Failed>> + Send>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Refusal>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Failed>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
         let rules = Arc::clone(&self.0);
         Box::pin(async move { rules.forward(request).await })
     }
 }
 
 impl Rules {
-    async fn forward(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
+    async fn forward<B>(&self, mut request: Request<B>) -> Result<Response<Body>, Failed>
+    where
+        B: HttpBody<Data = Bytes, Error = hyper::Error> + Send + 'static,
+    {
         self.screen(&request)?;
         let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();
-        let mut in_flight = self.balance.pick().map_err(|open| {
-            let _ = facts.error.set(open.to_string());
+        let granted = Deadline::of(request.extensions())
+            .map_or(Duration::MAX, |deadline| deadline.remaining(clock::now()));
+        let mut tried = facts.begin();
+        let mut in_flight = self.balance.pick(&tried).map_err(|open| {
+            facts.failed(open.to_string());
             Refusal::from(open)
         })?;
 
@@ -102,17 +116,21 @@ impl Rules {
 
         // In here, and not in a layer around all this: a timeout that dropped
         // us would look to the breaker like a client that went away.
-        let exchange = self.exchange(&mut in_flight, head, source, upgrade, &facts);
-        let exchanged = match tokio::time::timeout(self.timeout, exchange).await {
+        let exchange = self.exchange(&mut in_flight, &mut tried, head, source, upgrade, &facts);
+        let exchanged = match tokio::time::timeout(self.timeout.min(granted), exchange).await {
             Ok(exchanged) => exchanged,
+            Err(_) if source.is_some_and(Source::waits_for_client) => Err(Failed::by_client()),
             Err(_) => Err(RefusalKind::TimedOut.into()),
         };
-        let _ = facts.upstream.set(Arc::clone(&in_flight.endpoint().url));
+        facts.ended(tried, in_flight.endpoint());
         let answer = match exchanged {
             Ok(answer) => answer,
-            Err(refusal) => {
-                in_flight.record(blame(&refusal, source));
-                return Err(refusal);
+            Err(failed) => {
+                in_flight.record(failed.blame());
+                if let Some(source) = source {
+                    source.give_back();
+                }
+                return Err(failed);
             }
         };
         let Answer {
@@ -170,11 +188,12 @@ impl Rules {
     async fn exchange(
         &self,
         in_flight: &mut InFlight,
+        tried: &mut Tried,
         mut head: Parts,
         source: Option<&Source>,
         upgrade: Option<(HeaderValue, OnUpgrade)>,
         facts: &Facts,
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<Answer, Failed> {
         let repeatable = matches!(
             head.method,
             Method::GET
@@ -187,13 +206,13 @@ impl Rules {
         let waits = source.is_some() && headers::expects_continue(&head.headers);
         let body = || source.map_or_else(|| Some(Outgoing::empty()), Source::attempt);
         let mut outgoing = body().expect("nothing is lost yet");
-        let target = self.prepare(&mut head, outgoing.size_hint().exact())?;
-        let (mut stale, mut missed) = (None, Missed::default());
+        let target = self.prepare(&mut head, outgoing.size_hint().exact(), facts)?;
+        let mut stale = None;
         let (response, connection, hold) = loop {
-            let connecting = self.balance.connect(in_flight, stale.as_ref(), &mut missed);
+            let connecting = self.balance.connect(in_flight, stale.as_ref(), tried);
             let mut connection = connecting.await.map_err(|error| {
-                let _ = facts.error.set(format!("connect: {error}"));
-                unreachable(&error)
+                facts.failed(format!("connect: {error}"));
+                Failed::unsent(unreachable(&error))
             })?;
             let reused = connection.age() == Age::Reused;
             if !reused && let Some(source) = source {
@@ -215,6 +234,7 @@ impl Rules {
             };
             let unwritten = failed.take_message().map(|it| it.into_parts().0);
             let error = failed.into_error();
+            let unsent = unwritten.is_some();
             let again = unwritten.or(spare.filter(|_| is_stale(&error)));
             match again.zip(body()) {
                 Some(again) if reused => {
@@ -223,24 +243,26 @@ impl Rules {
                 }
                 // It was closed as soon as it was open: the same would come of
                 // another one.
-                Some(again) if self.balance.turn_elsewhere(in_flight, &mut missed) => {
+                Some(again) if self.balance.turn_elsewhere(in_flight, tried) => {
                     (head, outgoing) = again;
                     stale = None;
                 }
                 _ => {
-                    let _ = facts.error.set(chain(&error));
+                    facts.failed(chain(&error));
                     return Err(match source.and_then(|source| source.cut.get()) {
                         Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
                         Some(Cut::Client) => Refusal::new(RefusalKind::BadRequest)
-                            .with_detail("the request body broke off"),
-                        _ => RefusalKind::BadGateway.into(),
+                            .with_detail("the request body broke off")
+                            .into(),
+                        _ if unsent => Failed::unsent(RefusalKind::BadGateway),
+                        _ => Failed::broken(error),
                     });
                 }
             }
         };
 
         let nonsense = |what: &str| {
-            let _ = facts.error.set(what.to_owned());
+            facts.failed(what);
             Err(RefusalKind::BadGateway.into())
         };
         if headers::is_coded(response.headers()) {
@@ -262,7 +284,7 @@ impl Rules {
     }
 
     /// Refuses what is too large, or has been here before.
-    fn screen(&self, request: &Request<Incoming>) -> Result<(), Refusal> {
+    fn screen(&self, request: &Request<impl HttpBody>) -> Result<(), Refusal> {
         let limits = &self.limits;
         too_long(request.uri(), limits)?;
         if headers::size(request.headers()) > limits.max_headers.in_memory() {
@@ -278,7 +300,12 @@ impl Rules {
     }
 
     /// Makes of the client's head the one that goes upstream, wherever that is.
-    fn prepare(&self, head: &mut Parts, exact: Option<u64>) -> Result<Target, Refusal> {
+    fn prepare(
+        &self,
+        head: &mut Parts,
+        exact: Option<u64>,
+        facts: &Facts,
+    ) -> Result<Target, Refusal> {
         let authority = headers::authority(head)?;
         let peer = head
             .extensions
@@ -302,7 +329,7 @@ impl Rules {
                 version: head.version,
             },
         );
-        headers::trace(&mut head.headers);
+        headers::trace(&mut head.headers, &facts.traceparent);
         if trailers {
             head.headers
                 .insert(TE, HeaderValue::from_static("trailers"));
@@ -457,21 +484,100 @@ fn is_stale(error: &hyper::Error) -> bool {
     false
 }
 
-/// What a failed exchange says of the endpoint: nothing where the client is to
-/// blame. Else anyone could open a breaker by a few requests sent slowly.
-fn blame(refusal: &Refusal, source: Option<&Source>) -> Verdict {
-    match refusal.kind() {
-        RefusalKind::BadGateway => Verdict::Failure,
-        RefusalKind::TimedOut if !source.is_some_and(Source::waits_for_client) => Verdict::Failure,
-        _ => Verdict::Ignored,
+/// Who says no is a bad gateway; who says nothing has run out of time.
+fn unreachable(error: &io::Error) -> RefusalKind {
+    match error.kind() {
+        io::ErrorKind::TimedOut => RefusalKind::TimedOut,
+        _ => RefusalKind::BadGateway,
     }
 }
 
-/// Who says no is a bad gateway; who says nothing has run out of time.
-fn unreachable(error: &io::Error) -> Refusal {
-    match error.kind() {
-        io::ErrorKind::TimedOut => RefusalKind::TimedOut.into(),
-        _ => RefusalKind::BadGateway.into(),
+/// Why there is no answer: what the client will be told, and what a retry is
+/// to know.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    refusal: Refusal,
+    /// What the retry sees in place of the refusal: that says 502 of a
+    /// connection that was refused and of one that broke off, and only after
+    /// the first may any request go again.
+    cause: Option<BoxError>,
+}
+
+impl Failed {
+    /// Nothing of the request has left.
+    fn unsent(kind: RefusalKind) -> Self {
+        Self {
+            refusal: kind.into(),
+            cause: Some(io::Error::from(io::ErrorKind::ConnectionRefused).into()),
+        }
+    }
+
+    /// The exchange broke off, and nobody knows how far it had come; but for
+    /// HTTP/2, which may say that it had not begun.
+    fn broken(error: hyper::Error) -> Self {
+        let h2 = error.source().and_then(|it| it.downcast_ref::<h2::Error>());
+        let refused = h2.is_some_and(|it| it.reason() == Some(h2::Reason::REFUSED_STREAM));
+        Self {
+            refusal: RefusalKind::BadGateway.into(),
+            cause: refused.then(|| error.into()),
+        }
+    }
+
+    /// Time ran out while the client's own body was waited for. Another
+    /// attempt would wait for the same.
+    fn by_client() -> Self {
+        Self {
+            refusal: RefusalKind::TimedOut.into(),
+            cause: Some(Cut::Client.into()),
+        }
+    }
+
+    /// What it says of the endpoint: nothing where the client is to blame.
+    /// Else anyone could open a breaker by a few requests sent slowly.
+    fn blame(&self) -> Verdict {
+        match self.refusal.kind() {
+            RefusalKind::TimedOut if self.cause.as_ref().is_some_and(|it| it.is::<Cut>()) => {
+                Verdict::Ignored
+            }
+            RefusalKind::BadGateway | RefusalKind::TimedOut => Verdict::Failure,
+            _ => Verdict::Ignored,
+        }
+    }
+}
+
+impl From<Refusal> for Failed {
+    fn from(refusal: Refusal) -> Self {
+        Self {
+            refusal,
+            cause: None,
+        }
+    }
+}
+
+impl From<RefusalKind> for Failed {
+    fn from(kind: RefusalKind) -> Self {
+        Refusal::from(kind).into()
+    }
+}
+
+impl From<Failed> for Refusal {
+    fn from(failed: Failed) -> Self {
+        failed.refusal
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no answer from upstream")
+    }
+}
+
+impl Error for Failed {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(match &self.cause {
+            Some(cause) => &**cause,
+            None => &self.refusal,
+        })
     }
 }
 
@@ -566,7 +672,7 @@ impl Tunnel {
         let mut upstream = TokioIo::new(upstream);
         let copied = tokio::io::copy_bidirectional(&mut client, &mut upstream).await;
         if let Err(error) = copied {
-            let _ = line.facts.error.set(format!("tunnel: {error}"));
+            line.facts.failed(format!("tunnel: {error}"));
         }
         line.add_bytes(client.written);
         drop(in_flight);

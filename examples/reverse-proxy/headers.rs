@@ -2,7 +2,11 @@
 //! (RFC 9110 §7.6.1), says where a request came from, and refuses what two
 //! parties could read in two ways.
 
-use std::{borrow::Cow, net::IpAddr, sync::LazyLock};
+use std::{
+    borrow::Cow,
+    net::IpAddr,
+    sync::{LazyLock, OnceLock},
+};
 
 use buttress::{Refusal, RefusalKind};
 use http::{
@@ -277,17 +281,17 @@ pub(crate) fn request_id(headers: &mut HeaderMap) -> HeaderValue {
 }
 
 /// Passes a trace context on (W3C Trace Context §4), or starts one.
-pub(crate) fn trace(headers: &mut HeaderMap) {
+pub(crate) fn trace(headers: &mut HeaderMap, made: &OnceLock<HeaderValue>) {
     let mut lines = headers.get_all(TRACEPARENT).iter();
     let sound = lines.next().is_some_and(is_traceparent) && lines.next().is_none();
     if !sound {
         // A state without its parent would be taken for the new one's.
         headers.remove(TRACESTATE);
-        let (trace, span) = (fastrand::u128(1..), fastrand::u64(1..));
-        headers.insert(
-            TRACEPARENT,
-            value(format!("00-{trace:032x}-{span:016x}-01")),
-        );
+        let made = made.get_or_init(|| {
+            let (trace, span) = (fastrand::u128(1..), fastrand::u64(1..));
+            value(format!("00-{trace:032x}-{span:016x}-01"))
+        });
+        headers.insert(TRACEPARENT, made.clone());
     }
 }
 
@@ -539,7 +543,7 @@ mod tests {
     fn trace_contexts_are_kept_if_sound() {
         let sound = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         let mut headers = map(&[("traceparent", sound), ("tracestate", "a=1")]);
-        trace(&mut headers);
+        trace(&mut headers, &OnceLock::new());
         assert_eq!(headers["traceparent"], sound);
         assert!(headers.contains_key("tracestate"));
         for unsound in [
@@ -551,7 +555,7 @@ mod tests {
             "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         ] {
             let mut headers = map(&[("traceparent", unsound), ("tracestate", "a=1")]);
-            trace(&mut headers);
+            trace(&mut headers, &OnceLock::new());
             assert!(is_traceparent(&headers["traceparent"]));
             assert_ne!(headers["traceparent"], unsound);
             assert!(!headers.contains_key("tracestate"));

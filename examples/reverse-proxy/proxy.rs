@@ -1,6 +1,6 @@
 //! From a request to its route, and the stack of layers that each route has.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
@@ -8,13 +8,14 @@ use buttress::{
     circuit_breaker::Breaker,
     key::{ClientIp, ExtractKeyExt, Global, PeerAddr, SharedKey, cookie, header},
     rate_limit::{HeaderFormat, Limit, RateLimitLayer},
+    retry::{Memory, Outcome, RetryLayer},
     tower_errors::RefuseErrorsLayer,
 };
 use http::{HeaderValue, Request, Response, Version, header::CONNECTION};
 use hyper::body::Incoming;
 use tower::{
     ServiceBuilder, ServiceExt,
-    util::{BoxCloneSyncService, Either},
+    util::{BoxCloneSyncService, Either, MapResponse},
 };
 
 use crate::{
@@ -23,13 +24,13 @@ use crate::{
     forward::{self, Forward, Rules},
     headers,
     serve::Busy,
-    settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Settings},
+    settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Retry, Settings},
     upstream::{CONNECT, Endpoint},
 };
 
-/// A route's answer: the upstream's, or a refusal of the layers inside the
-/// limiter, or one of the limiter.
-type RouteBody = ResponseBody<ResponseBody<forward::Body>>;
+/// A route's answer: the upstream's, or a refusal of the retry, of what is
+/// inside it, or of the limiter.
+type RouteBody = ResponseBody<ResponseBody<ResponseBody<forward::Body>>>;
 
 /// What a client gets: that, and the line of the log that ends with it.
 pub(crate) type Body = GuardedBody<RouteBody, Last>;
@@ -63,10 +64,11 @@ impl Proxy {
             .trust(networks)
             .expect("checked in the settings");
         let mut breakers = Vec::new();
+        let memory = Memory::default();
         let mut routes: Vec<_> = settings
             .routes
             .iter()
-            .map(|route| Route::new(route, &limits, &client_ip, &mut breakers))
+            .map(|route| Route::new(route, &limits, &client_ip, &memory, &mut breakers))
             .collect();
         // A host's own routes go first, and then the longest prefix.
         routes.sort_by_key(|route| {
@@ -197,6 +199,7 @@ impl Route {
         route: &settings::Route,
         limits: &Arc<Limits>,
         client_ip: &ClientIp,
+        memory: &Memory,
         breakers: &mut Vec<Breaker>,
     ) -> Self {
         let balance = balance(route, breakers);
@@ -216,19 +219,27 @@ impl Route {
         });
 
         // Outermost first. The limiter sees the errors of all others as
-        // responses, and so tells every client how it stands.
+        // responses, and so tells every client how it stands. The breakers are
+        // in `forward`, which knows the endpoint: each attempt asks one anew.
+        let attempts = match &route.retry {
+            Some(rule) => Either::Left(
+                ServiceBuilder::new()
+                    .layer(retry(&route.name, rule, route.timeout.0, memory))
+                    .service(forward),
+            ),
+            None => Either::Right(MapResponse::new(forward, bare)),
+        };
         let inside = ServiceBuilder::new()
             .layer(RefuseErrorsLayer::new().catch_all())
-            .service(forward);
+            .map_err(Refusal::from)
+            .service(attempts);
         let service = match &route.rate_limit {
             Some(rule) => Either::Left(
                 ServiceBuilder::new()
                     .limit_rate(rate_limit(&route.name, rule, client_ip))
                     .service(inside),
             ),
-            None => {
-                Either::Right(inside.map_response(|response| response.map(ResponseBody::inner)))
-            }
+            None => Either::Right(MapResponse::new(inside, bare)),
         };
 
         Self {
@@ -240,6 +251,11 @@ impl Route {
             service: BoxCloneSyncService::new(service),
         }
     }
+}
+
+/// As the layer would hand it on that is not there.
+fn bare<B>(response: Response<B>) -> Response<ResponseBody<B>> {
+    response.map(ResponseBody::inner)
 }
 
 /// A route's endpoints with their circuit breakers, which are added to those
@@ -261,9 +277,10 @@ fn balance(route: &settings::Route, breakers: &mut Vec<Breaker>) -> Balance {
             .filter(|rule| rule.per == per)
     };
     // Where there are others, there must be time left for them.
+    let attempt = route.attempt();
     let patience = match route.upstream.len() {
         1 => CONNECT,
-        _ => CONNECT.min(route.timeout.0 / 2),
+        _ => CONNECT.min(attempt / 2),
     };
     let around = rule(Per::Route).map(|rule| breaker(route.name.0.clone(), rule));
     let endpoints = route.upstream.iter().map(|upstream| {
@@ -271,6 +288,28 @@ fn balance(route: &settings::Route, breakers: &mut Vec<Breaker>) -> Balance {
         Endpoint::new(upstream, own, patience)
     });
     Balance::new(endpoints, around)
+}
+
+fn retry(name: &settings::Name, rule: &Retry, timeout: Duration, memory: &Memory) -> RetryLayer {
+    RetryLayer::builder()
+        .name(name.0.clone())
+        .settings(rule.settings(timeout))
+        .budget(rule.budget.new())
+        .methods(rule.methods())
+        .statuses(rule.statuses())
+        .max_body(rule.max_body.in_memory())
+        .memory(memory.clone())
+        // A breaker has refused, and so has every other one: whoever asks is
+        // told when to come again, and does not wait here.
+        .retry_if(|_, outcome| match outcome {
+            Outcome::Error(Some(error)) => {
+                let refusal = Refusal::find(error)?;
+                (refusal.kind() == RefusalKind::CircuitOpen).then_some(false)
+            }
+            _ => None,
+        })
+        .build()
+        .expect("checked in the settings")
 }
 
 fn rate_limit(

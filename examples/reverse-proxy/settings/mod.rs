@@ -8,6 +8,7 @@
 //! path, and what was expected.
 
 mod breaker;
+mod retry;
 mod scalar;
 mod show;
 
@@ -17,6 +18,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     str::FromStr,
+    time::Duration,
 };
 
 use buttress::rate_limit::Quota;
@@ -27,6 +29,7 @@ use scalar::{from_scalar, words};
 use serde::{Deserialize, Deserializer};
 
 pub(crate) use breaker::{CircuitBreaker, Per};
+pub(crate) use retry::Retry;
 pub(crate) use scalar::{Count, Name, Rate, Secret, Size, Span};
 
 /// Everything that can be set.
@@ -101,9 +104,17 @@ pub(crate) struct Route {
     pub(crate) rate_limit: Option<RateLimit>,
     #[serde(default, deserialize_with = "present")]
     pub(crate) circuit_breaker: Option<CircuitBreaker>,
+    #[serde(default, deserialize_with = "present")]
+    pub(crate) retry: Option<Retry>,
 }
 
 impl Route {
+    /// How long one attempt at a request may take.
+    pub(crate) fn attempt(&self) -> Duration {
+        let rule = self.retry.as_ref();
+        rule.map_or(self.timeout.0, |rule| rule.attempt(self.timeout.0))
+    }
+
     /// What the circuit breaker of this endpoint is called.
     pub(crate) fn breaker_at(&self, upstream: &Upstream) -> String {
         format!("{}@{}", self.name.0, upstream.authority)
@@ -386,7 +397,6 @@ const NOT_YET: &[&str] = &[
     "tls",
     "redis",
     "shutdown",
-    "retry",
     "verify_webhook",
     "sign_webhook",
     "on_store_error",
@@ -481,6 +491,9 @@ impl Settings {
                         return nonsense(&at(&format!("upstream[{number}]")), expected);
                     }
                 }
+            }
+            if let Some(Err((key, expected))) = route.retry.as_ref().map(Retry::check) {
+                return nonsense(&at(&format!("retry{key}")), expected);
             }
             if let Some(first) = names.insert(&route.name.0, index) {
                 let expected = format!(

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use yaml_rust2::{Yaml, YamlEmitter, yaml::Hash};
 
-use super::{CircuitBreaker, Rate, RateLimit, Route, Settings, breaker::Window};
+use super::{CircuitBreaker, Rate, RateLimit, Retry, Route, Settings, breaker::Window};
 
 fn text(value: impl Display) -> Yaml {
     Yaml::String(value.to_string())
@@ -89,6 +89,7 @@ fn route(route: &Route) -> Yaml {
             "circuit_breaker",
             route.circuit_breaker.as_ref().map(circuit_breaker),
         ),
+        ("retry", route.retry.as_ref().map(retry)),
     ])
 }
 
@@ -140,5 +141,36 @@ fn circuit_breaker(rule: &CircuitBreaker) -> Yaml {
         ),
         ("per", Some(text(rule.per))),
         ("shared", Some(Yaml::Boolean(false))),
+    ])
+}
+
+fn retry(rule: &Retry) -> Yaml {
+    let statuses = rule.statuses.iter();
+    mapping([
+        ("preset", Some(text(rule.preset))),
+        (
+            "max_attempts",
+            Some(number(rule.effective_max_attempts().0)),
+        ),
+        ("backoff", Some(text(rule.backoff))),
+        ("initial_delay", Some(text(rule.effective_initial_delay()))),
+        ("max_delay", Some(text(rule.max_delay))),
+        ("total_timeout", Some(text(rule.effective_total_timeout()))),
+        ("attempt_timeout", rule.attempt_timeout.map(text)),
+        (
+            "budget",
+            Some(mapping([
+                ("percent", Some(number(rule.budget.percent.0))),
+                ("min_per_second", Some(number(rule.budget.min_per_second.0))),
+            ])),
+        ),
+        ("methods", Some(list(&rule.methods))),
+        (
+            "statuses",
+            Some(Yaml::Array(
+                statuses.map(|status| number(status.0.into())).collect(),
+            )),
+        ),
+        ("max_body", Some(text(rule.max_body))),
     ])
 }

@@ -291,9 +291,94 @@ fn nonsense_ends_it_with_one_line() {
             "at most 128 characters",
         ),
         (
-            route_with("retry: {}"),
+            route_with("retry: 3"),
             "routes[1].retry",
-            "not built in yet",
+            "expected a section of keys",
+        ),
+        (
+            route_with("retry:"),
+            "routes[1].retry",
+            "expected a section of keys",
+        ),
+        (
+            route_with("retry: { tries: 3 }"),
+            "routes[1].retry.tries",
+            "unknown key",
+        ),
+        (
+            route_with("retry: { preset: brave }"),
+            "routes[1].retry.preset",
+            "quick or standard or patient or aggressive",
+        ),
+        (
+            route_with("retry: { max_attempts: 0 }"),
+            "routes[1].retry.max_attempts",
+            "whole number from 1",
+        ),
+        (
+            route_with("retry: { backoff: jitter }"),
+            "routes[1].retry.backoff",
+            "exponential-jitter",
+        ),
+        (
+            route_with("retry: { initial_delay: 0s }"),
+            "routes[1].retry.initial_delay",
+            "duration above zero",
+        ),
+        (
+            route_with("retry: { initial_delay: 11s }"),
+            "routes[1].retry.initial_delay",
+            "at most max_delay, 10s",
+        ),
+        (
+            route_with("retry: { max_delay: 500ms }"),
+            "routes[1].retry.max_delay",
+            "at least initial_delay, 1s",
+        ),
+        (
+            route_with("retry: { total_timeout: -1s }"),
+            "routes[1].retry.total_timeout",
+            "duration above zero",
+        ),
+        (
+            route_with("retry: { attempt_timeout: 2 }"),
+            "routes[1].retry.attempt_timeout",
+            "such as 250ms",
+        ),
+        (
+            route_with("retry: { budget: 20 }"),
+            "routes[1].retry.budget",
+            "expected a section of keys",
+        ),
+        (
+            route_with("retry: { budget: { percent: 1001 } }"),
+            "routes[1].retry.budget.percent",
+            "from 0 to 1000",
+        ),
+        (
+            route_with("retry: { budget: { min_per_second: -1 } }"),
+            "routes[1].retry.budget.min_per_second",
+            "from 0 to 1000000",
+        ),
+        (
+            route_with("retry: { budget: { percent: 0, min_per_second: 0 } }"),
+            "routes[1].retry.budget",
+            "above 0",
+        ),
+        (
+            route_with("retry: { methods: [GET, put] }"),
+            "routes[1].retry.methods[1]",
+            "a method such as GET",
+        ),
+        (
+            route_with("retry: { statuses: [503, 200] }"),
+            "routes[1].retry.statuses[1]",
+            "from 400 to 599",
+        ),
+        (
+            route_with("retry: { max_body: 64 }"),
+            "routes[1].retry.max_body",
+            "such as 512B",
         ),
         (
             route_with("verify_webhook: {}"),
