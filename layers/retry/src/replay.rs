@@ -410,10 +410,7 @@ impl<B> Drop for OnPanic<'_, B> {
 impl<B: Body> Source<B> {
     /// The next frame of the live body, remembered.
     #[allow(clippy::type_complexity)]
-    fn stream(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+    fn stream(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let on_panic = OnPanic(self);
         let Source::Live { live, .. } = &mut *on_panic.0 else {
             mem::forget(on_panic);
