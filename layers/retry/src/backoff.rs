@@ -173,7 +173,10 @@ impl Backoff {
     }
 
     /// Whether these settings make sense.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for who builds a policy"))]
+    #[cfg_attr(
+        any(not(test), buttress_loom),
+        expect(dead_code, reason = "for who builds a policy")
+    )]
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         // What cannot be compared makes no sense either.
         if !(self.factor >= 1.0 && self.factor.is_finite()) {
