@@ -522,3 +522,6 @@ impl<B> fmt::Debug for ReplayBody<B> {
 
 #[cfg(all(test, not(buttress_loom)))]
 mod tests;
+
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;
