@@ -127,8 +127,18 @@ impl Session {
         let delays = self.delays.get_or_insert_with(|| backoff.delays());
         let delay = delays.next(backoff, random);
         Ok(match hint {
-            Hint::After(wait) if backoff.is_jittered() => (wait, wait.saturating_add(delay)),
-            Hint::After(wait) => (wait, wait.max(delay)),
+            Hint::After(wait) => {
+                let least = wait.max(delay);
+                let stretched = wait.saturating_add(delay);
+                (
+                    least,
+                    if backoff.is_jittered() {
+                        stretched
+                    } else {
+                        least
+                    },
+                )
+            }
             _ => (delay, delay),
         })
     }
