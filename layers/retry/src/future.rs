@@ -178,14 +178,15 @@ where
                             ready!(limit.poll(cx));
                             let cause = next.take().map_or(Cause::Error, |next| next.cause);
                             shared.gave_up(session, cause, GiveUp::Deadline);
-                            return Poll::Ready(call.elapsed(session.attempts() - 1));
+                            return Poll::Ready(call.elapsed(session.attempts()));
                         }
                     };
                     let deadline = shared.attempt_deadline(session);
                     if deadline.is_some_and(|deadline| deadline.is_past(clock::now())) {
                         shared.gave_up(session, cause, GiveUp::Deadline);
-                        return Poll::Ready(call.elapsed(session.attempts() - 1));
+                        return Poll::Ready(call.elapsed(session.attempts()));
                     }
+                    session.begin();
                     call.stamp(&mut request, session.attempts(), deadline);
                     let attempt = service.call(request);
                     this.state.set(State::Calling { attempt });

@@ -242,7 +242,10 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
                 return Err(None);
             };
             match self.shared.next(&mut self.session, seen, || Ok(())) {
-                Ok(wait) => sleep(wait).await,
+                Ok(wait) => {
+                    sleep(wait).await;
+                    self.session.begin();
+                }
                 Err(reason) => return Err(Some(reason)),
             }
         }
@@ -305,10 +308,8 @@ impl<E> RetryError<E> {
 
 impl<E> fmt::Display for RetryError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "failed after {} attempt", self.attempts)?;
-        if self.attempts != 1 {
-            f.write_str("s")?;
-        }
+        let plural = if self.attempts == 1 { "" } else { "s" };
+        write!(f, "failed after {} attempt{plural}", self.attempts)?;
         match self.reason {
             Some(reason) => write!(f, ": {reason}"),
             None => Ok(()),

@@ -403,7 +403,7 @@ async fn what_is_given_up_on_is_dropped_before_the_wait() {
         move |_: Sent| {
             let body = body.lock().unwrap().take();
             let status = if body.is_some() { 503 } else { 200 };
-            let mut response = Response::new(body.unwrap_or_else(ScriptedBody::new));
+            let mut response = Response::new(body.unwrap_or_default());
             *response.status_mut() = StatusCode::from_u16(status).unwrap();
             async { Ok::<_, Infallible>(response) }
         }
