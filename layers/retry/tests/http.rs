@@ -549,6 +549,57 @@ async fn a_retry_has_the_whole_body_wherever_the_first_stopped() {
     }
 }
 
+/// An early answer: the connection still has the body, and gives it up some
+/// time after the answer was dropped.
+#[tokio::test(start_paused = true)]
+async fn a_body_in_use_is_waited_for() {
+    let held = Arc::new(Mutex::new(None));
+    let holds = Arc::clone(&held);
+    let inner = service_fn(move |request: Request<ReplayBody<ScriptedBody>>| {
+        let holds = Arc::clone(&holds);
+        async move {
+            let mut body = request.into_body();
+            body.frame().await;
+            let first = holds.lock().unwrap().is_none();
+            if first {
+                *holds.lock().unwrap() = Some(Some(body));
+                return Ok::<_, Infallible>(web::response(503, ""));
+            }
+            body.collect().await.unwrap();
+            Ok(web::response(200, ""))
+        }
+    });
+    let layer = builder().build().unwrap();
+    let mut call = task::spawn(layer.layer(inner).oneshot(put(upload())));
+    assert_pending!(call.poll());
+    advance(1500 * MS).await;
+    assert_pending!(call.poll());
+    held.lock().unwrap().as_mut().unwrap().take();
+    assert!(call.is_woken());
+    assert_pending!(call.poll());
+    advance(10 * MS).await;
+    let std::task::Poll::Ready(response) = call.poll() else {
+        panic!("it was given up");
+    };
+    assert_eq!(response.unwrap().status(), 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_is_never_given_up_is_not_waited_for_for_ever() {
+    let held = Arc::new(Mutex::new(Vec::new()));
+    let holds = Arc::clone(&held);
+    let inner = service_fn(move |request: Request<ReplayBody<ScriptedBody>>| {
+        holds.lock().unwrap().push(request);
+        async { Ok::<_, Infallible>(web::response(503, "")) }
+    });
+    let layer = builder().build().unwrap();
+    let start = clock::now();
+    let response = layer.layer(inner).oneshot(put(upload())).await.unwrap();
+    assert_eq!(response.status(), 502);
+    assert_eq!(clock::now() - start, 2 * SECOND);
+    assert_eq!(held.lock().unwrap().len(), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn over_the_cap_it_goes_once() {
     let given_up = Arc::new(Mutex::new(None));
