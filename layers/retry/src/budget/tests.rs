@@ -35,7 +35,8 @@ mod percent {
 
     #[test]
     fn a_total_outage_is_not_multiplied() {
-        // All at once: 203, exactly.
+        // All begin before the first has failed: of their 200 retries no more
+        // are saved up than the bound.
         let budget = RetryBudget::new(20, 3).unwrap();
         let mut attempts = 0;
         requests(&budget, 1000);
@@ -43,10 +44,9 @@ mod percent {
             let retries = (0..4).take_while(|_| withdraw(&budget, START));
             attempts += 1 + retries.count();
         }
-        // What was saved up is bounded, so that of these 200 only 100 are left.
         assert_eq!(attempts, 1000 + 100 + 3);
 
-        // Each one after the other, in the same moment.
+        // One after the other, in the same moment.
         let budget = RetryBudget::new(20, 3).unwrap();
         let mut attempts = 0;
         for _ in 0..1000 {
