@@ -100,7 +100,7 @@ where
     #[inline]
     fn after(&mut self, result: &Result<C::Response, C::Error>) -> Option<(Duration, Cause)> {
         let Some(judged) = self.call.judge(result) else {
-            self.shared.settled(&self.session);
+            self.shared.settled(&self.session, result.is_ok());
             return None;
         };
         self.again(judged)
@@ -149,7 +149,7 @@ where
             match self.service.poll_ready(cx) {
                 Poll::Ready(Ok(())) => return Poll::Ready(self.send(request, cause)),
                 Poll::Ready(Err(error)) => {
-                    self.shared.settled(&self.session);
+                    self.shared.settled(&self.session, false);
                     return Poll::Ready(Err(C::output(Err(error))));
                 }
                 Poll::Pending => {}

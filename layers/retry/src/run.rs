@@ -227,7 +227,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
             let until = self.shared.attempt_deadline(&self.session);
             let judged = match within(until.map(Deadline::instant), f()).await {
                 Some(Ok(value)) => {
-                    self.shared.settled(&self.session);
+                    self.shared.settled(&self.session, true);
                     return Ok(value);
                 }
                 Some(Err(error)) => {
@@ -238,7 +238,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
                 None => Some(Judged(Seen::new(Cause::Refused(RefusalKind::TimedOut)))),
             };
             let Some(Judged(seen)) = judged else {
-                self.shared.settled(&self.session);
+                self.shared.settled(&self.session, false);
                 return Err(None);
             };
             match self.shared.next(&mut self.session, seen, || Ok(())) {
