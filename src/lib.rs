@@ -21,6 +21,10 @@ pub use buttress_circuit_breaker as circuit_breaker;
 #[cfg(feature = "rate-limit")]
 pub use buttress_rate_limit as rate_limit;
 
+/// Time limits of calls and of their bodies: the crate `buttress-timeout`.
+#[cfg(feature = "timeout")]
+pub use buttress_timeout as timeout;
+
 #[cfg(feature = "tower")]
 pub use buttress_core::tower_errors;
 pub use buttress_core::{
