@@ -113,6 +113,33 @@ impl<M> TimeoutBuilder<Http, M> {
     ///
     /// A 101 is over with its head, and so are the types that are named by
     /// [`streaming`](TimeoutBuilder::streaming).
+    ///
+    /// ```
+    /// use std::{convert::Infallible, time::Duration};
+    ///
+    /// use buttress_core::{BoxError, Refusal, testing::web::ScriptedBody};
+    /// use buttress_timeout::TimeoutLayer;
+    /// use http::{Request, Response};
+    /// use http_body_util::BodyExt;
+    /// use tower::{Layer, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), BoxError> {
+    /// let limit = Duration::from_secs(2);
+    /// let layer = TimeoutLayer::builder().limit(limit).to_the_end().build()?;
+    /// let service = layer.layer(service_fn(async |_: Request<String>| {
+    ///     // A good head, some data, and then nothing more.
+    ///     let body = ScriptedBody::new().data("once upon a time").hang();
+    ///     Ok::<_, Infallible>(Response::new(body))
+    /// }));
+    /// let response = service.oneshot(Request::default()).await?;
+    /// assert_eq!(response.status(), 200);
+    ///
+    /// let error: BoxError = response.into_body().collect().await.unwrap_err().into();
+    /// assert!(Refusal::find(&*error).is_some());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn to_the_end(self) -> TimeoutBuilder<Http, M, ToEnd> {
         self.into_kind()
     }

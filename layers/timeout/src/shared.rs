@@ -174,10 +174,11 @@ impl Shared {
         [grpc, header].into_iter().flatten().min()
     }
 
-    /// Tells layers further in until when.
+    /// Tells layers further in until when; no later than they were told before,
+    /// since that went into what is due.
     pub(crate) fn tell_layers(&self, extensions: &mut Extensions, deadline: Deadline) {
         if let Some(there) = extensions.get_mut::<Deadline>() {
-            *there = there.earliest(deadline);
+            *there = deadline;
         } else if self.attach {
             extensions.insert(deadline);
         }

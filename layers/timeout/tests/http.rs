@@ -467,6 +467,33 @@ async fn a_body_that_ends_in_time_is_whole() {
     assert_eq!(watch.fate(), BodyFate::Complete);
 }
 
+/// Whoever reads late finds what was there in time.
+#[tokio::test(start_paused = true)]
+async fn a_body_that_is_there_is_whole_however_late_it_is_read() {
+    let inner = service_fn(async |_: Request<Body>| Ok::<_, Infallible>(web::response(200, "it")));
+    let service = limited(SECOND).to_the_end().build().unwrap().layer(inner);
+    let response = service.oneshot(web::get("/")).await.unwrap();
+    assert_eq!(response.body().size_hint().exact(), Some(2));
+    advance(SECOND * 2).await;
+    assert_eq!(web::text(response).await, "it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_has_ended_wakes_nobody() {
+    let body = ScriptedBody::new().wait(SECOND / 4);
+    let layer = limited(SECOND).to_the_end().build().unwrap();
+    let service = layer.layer(streams(body, 200, "text/plain"));
+    let response = service.oneshot(web::get("/")).await.unwrap();
+    let mut body = response.into_body();
+    let mut end = tokio_test::task::spawn(body.frame());
+    tokio_test::assert_pending!(end.poll());
+    advance(SECOND / 4).await;
+    assert!(end.is_woken());
+    assert!(tokio_test::assert_ready!(end.poll()).is_none());
+    advance(SECOND * 2).await;
+    assert!(!end.is_woken());
+}
+
 /// The end that is there when time is up is one; another piece is not the end.
 #[tokio::test(start_paused = true)]
 async fn an_end_at_the_same_moment_wins() {
