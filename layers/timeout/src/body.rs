@@ -6,7 +6,6 @@ use std::{
     task::{Context, Poll},
 };
 
-use buttress_core::clock;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
@@ -16,7 +15,8 @@ pin_project! {
     /// A body that must have ended by its call's deadline.
     ///
     /// If it has not, its stream ends with [`Error::Elapsed`], and the inner
-    /// body is dropped at that moment. An end that is there at the same moment
+    /// body is dropped at that moment. Where the layer answers by responses, a
+    /// gRPC stream ends with trailers instead, and in them the status. An end that is there at the same moment
     /// wins. The deadline is looked at when the body is polled: one that nobody
     /// polls is not cut, and so a reader that takes its time is cut at the next
     /// piece that it asks for.
@@ -69,7 +69,7 @@ impl<B: Body> Body for TimedBody<B> {
                 // There is always a next piece: without this look it would
                 // never be cut.
                 Poll::Ready(Some(Ok(frame))) if frame.is_data() && !body.is_end_stream() => {
-                    watch.deadline.is_past(clock::now())
+                    watch.is_past()
                 }
                 Poll::Ready(_) => {
                     *this.timer = None;
@@ -79,8 +79,8 @@ impl<B: Body> Body for TimedBody<B> {
             if late {
                 this.body.set(None);
                 *this.timer = None;
-                let elapsed = watch.elapsed(Stage::Body);
-                return Poll::Ready(Some(Err(Error::Elapsed(elapsed))));
+                let end = watch.trailers(watch.elapsed(Stage::Body));
+                return Poll::Ready(Some(end.map(Frame::trailers).map_err(Error::Elapsed)));
             }
             *this.watch = Some(watch);
         }

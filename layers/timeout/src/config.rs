@@ -101,6 +101,7 @@ impl<X> TimeoutBuilder<Http, Respond, X> {
 
     /// Fails with errors in place of responses, for clients: the service's
     /// error becomes [`Error`](crate::Error).
+    /// tonic's make an UNKNOWN of it: a response tells them better.
     pub fn errors(self) -> TimeoutBuilder<Http, Errors, X> {
         self.into_kind()
     }
@@ -110,6 +111,11 @@ impl<M> TimeoutBuilder<Http, M> {
     /// Has the limit reach to the end of the response's body, which becomes a
     /// [`TimedBody`](crate::TimedBody): when time is up, its stream ends with
     /// an error, and the inner body is dropped. Default: to the head.
+    ///
+    /// The stream of a gRPC answer ends with the trailers of DEADLINE_EXCEEDED,
+    /// as the [responder](TimeoutBuilder::responder) has it, unless
+    /// [`errors`](TimeoutBuilder::errors) are asked for; gRPC-Web, which has
+    /// its trailers in its data, with an error.
     ///
     /// A 101 is over with its head, and so are the types that are named by
     /// [`streaming`](TimeoutBuilder::streaming).

@@ -11,9 +11,14 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::{body::ResponseBody, deadline::Deadline, respond::KeptHead};
+use buttress_core::{
+    body::ResponseBody,
+    clock,
+    deadline::Deadline,
+    respond::{GRPC_STATUS, KeptHead},
+};
 use bytes::Bytes;
-use http::Response;
+use http::{HeaderMap, Response};
 use pin_project_lite::pin_project;
 
 use crate::{
@@ -28,6 +33,8 @@ pub struct Watch {
     pub(crate) deadline: Deadline,
     /// What was left when the call came.
     left: Duration,
+    /// What the responder needs to know of the request, if it is to answer.
+    kept: Option<KeptHead>,
 }
 
 impl Watch {
@@ -37,12 +44,52 @@ impl Watch {
             shared,
             deadline,
             left,
+            kept: None,
         }
+    }
+
+    /// The responder is to answer.
+    #[inline]
+    pub(crate) fn answering(mut self, kept: KeptHead) -> Self {
+        self.kept = Some(kept);
+        self
+    }
+
+    /// Nobody is to: who stands outside hears of it by an error.
+    pub(crate) fn unanswered(mut self) -> Self {
+        self.kept = None;
+        self
+    }
+
+    pub(crate) fn is_past(&self) -> bool {
+        self.deadline.is_past(clock::now())
     }
 
     /// Counts it and tells of it.
     pub(crate) fn elapsed(&self, stage: Stage) -> Elapsed {
         self.shared.elapsed(self.left, stage)
+    }
+
+    fn respond(&self) -> Response<Bytes> {
+        let kept = self.kept.as_ref().expect("kept of every limited call");
+        let elapsed = self.elapsed(Stage::Response);
+        self.shared.respond(elapsed, kept.head())
+    }
+
+    /// The end of a gRPC stream: what the responder would have answered its
+    /// call with, if it is to answer.
+    pub(crate) fn trailers(&self, elapsed: Elapsed) -> Result<HeaderMap, Elapsed> {
+        let Some(kept) = &self.kept else {
+            return Err(elapsed);
+        };
+        let answer = self.shared.respond(elapsed.clone(), kept.head());
+        if !answer.headers().contains_key(GRPC_STATUS) {
+            return Err(elapsed);
+        }
+        let fields = answer.headers().iter();
+        let fields = fields.filter(|(name, _)| name.as_str().starts_with("grpc-"));
+        let fields = fields.map(|(name, value)| (name.clone(), value.clone()));
+        Ok(fields.collect())
     }
 }
 
@@ -57,7 +104,7 @@ impl fmt::Debug for Watch {
 
 /// What a call came to, with what watched over it; or, when time was up, only
 /// that.
-type Outcome<T> = Result<(T, Option<Watch>), Watch>;
+type Outcome<T, E> = Result<(Result<T, E>, Option<Watch>), Watch>;
 
 pin_project! {
     /// A call, and its time if that is limited.
@@ -82,22 +129,28 @@ impl<F> Limited<F> {
     }
 }
 
-impl<F: Future> Limited<F> {
+impl<F, T, E> Limited<F>
+where
+    F: Future<Output = Result<T, E>>,
+{
     /// When time is up, the call is gone.
     #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome<F::Output>> {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome<T, E>> {
         let mut this = self.project();
         let call = this.call.as_mut().as_pin_mut();
         // First, so that an answer that is there at the same moment wins.
         let polled = call.expect("polled after completion").poll(cx);
-        if let Poll::Ready(output) = polled {
-            this.timer.stop();
-            return Poll::Ready(Ok((output, this.watch.take())));
+        match (polled, this.watch.as_ref()) {
+            // Who was told the deadline may give up at it, too, and fail: time
+            // is up whoever is first.
+            (Poll::Ready(Err(_)), Some(watch)) if watch.is_past() => {}
+            (Poll::Ready(result), _) => {
+                this.timer.stop();
+                return Poll::Ready(Ok((result, this.watch.take())));
+            }
+            (Poll::Pending, None) => return Poll::Pending,
+            (Poll::Pending, Some(watch)) => ready!(this.timer.as_mut().poll(watch.deadline, cx)),
         }
-        let Some(watch) = this.watch.as_ref() else {
-            return Poll::Pending;
-        };
-        ready!(this.timer.as_mut().poll(watch.deadline, cx));
         // Its connection is free before anybody hears of it.
         this.call.set(None);
         this.timer.stop();
@@ -123,16 +176,16 @@ pin_project! {
 pin_project! {
     #[project = StateProj]
     enum State<F> {
-        Calling { #[pin] call: Limited<F>, kept: Option<KeptHead> },
+        Calling { #[pin] call: Limited<F> },
         Late { response: Option<Response<Bytes>> },
     }
 }
 
 impl<F, X> ResponseFuture<F, X> {
     #[inline]
-    pub(crate) const fn calling(call: Limited<F>, kept: Option<KeptHead>) -> Self {
+    pub(crate) const fn calling(call: Limited<F>) -> Self {
         Self {
-            state: State::Calling { call, kept },
+            state: State::Calling { call },
             extent: PhantomData,
         }
     }
@@ -157,17 +210,12 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let response = match self.project().state.project() {
-            StateProj::Calling { call, kept } => match ready!(call.poll(cx)) {
+            StateProj::Calling { call } => match ready!(call.poll(cx)) {
                 Ok((result, watch)) => {
                     let wrap = |response| X::wrap(response, watch).map(ResponseBody::inner);
                     return Poll::Ready(result.map(wrap));
                 }
-                Err(watch) => {
-                    let kept = kept.take().expect("kept of every limited call");
-                    watch
-                        .shared
-                        .respond(watch.elapsed(Stage::Response), kept.head())
-                }
+                Err(watch) => watch.respond(),
             },
             StateProj::Late { response } => response.take().expect("polled after completion"),
         };
@@ -178,7 +226,7 @@ where
 impl<F, X> fmt::Debug for ResponseFuture<F, X> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.state {
-            State::Calling { call, .. } => f
+            State::Calling { call } => f
                 .debug_tuple("ResponseFuture::Calling")
                 .field(&call.watch)
                 .finish(),

@@ -69,9 +69,13 @@ impl<B: Body> Extent<Response<B>> for ToEnd {
 
     #[inline]
     fn wrap(response: Response<B>, watch: Option<Watch>) -> Self::Output {
-        let watch = watch.filter(|watch| {
-            let streaming = &watch.shared.streaming;
-            Classify::<_, ()>::expects(streaming, &response) != Expect::Nothing
+        let watch = watch.and_then(|watch| {
+            let classifier = &watch.shared.streaming;
+            match Classify::<_, ()>::expects(classifier, &response) {
+                Expect::Nothing => None,
+                Expect::GrpcStatus => Some(watch),
+                _ => Some(watch.unanswered()),
+            }
         });
         response.map(|body| TimedBody::new(body, watch))
     }

@@ -28,7 +28,8 @@ use crate::{
 /// gives it back.
 ///
 /// When time is up the inner future is dropped, and only then is there an
-/// answer. Dropping the response future drops the call and its timer. A panic
+/// answer. A response that is there at the same moment wins; an error does not,
+/// since whoever was told the deadline may have given up at it, too. Dropping the response future drops the call and its timer. A panic
 /// of the inner service passes through.
 pub struct Timeout<S, V: View = Http, M = Respond, X = ToHead> {
     inner: S,
@@ -122,7 +123,7 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let head = Head::from(&request);
         match self.shared.due_of(head) {
-            Due::Whenever => ResponseFuture::calling(self.limited(request, None), None),
+            Due::Whenever => ResponseFuture::calling(self.limited(request, None)),
             Due::Past => {
                 let elapsed = self.shared.elapsed(Duration::ZERO, Stage::Call);
                 ResponseFuture::late(self.shared.respond(elapsed, head))
@@ -130,7 +131,8 @@ where
             Due::At(deadline, left) => {
                 let kept = self.shared.responder().keep(head);
                 let watch = self.watch(&mut request, deadline, left);
-                ResponseFuture::calling(self.limited(request, Some(watch)), Some(kept))
+                let watch = watch.answering(kept);
+                ResponseFuture::calling(self.limited(request, Some(watch)))
             }
         }
     }

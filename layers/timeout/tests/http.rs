@@ -467,6 +467,40 @@ async fn a_body_that_ends_in_time_is_whole() {
     assert_eq!(watch.fate(), BodyFate::Complete);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_grpc_stream_ends_with_its_status() {
+    let cut = async |layer: TimeoutBuilder, content_type| {
+        let body = ScriptedBody::new().data("message").hang();
+        let watch = body.watch();
+        let layer = layer.to_the_end().build().unwrap();
+        let service = layer.layer(streams(body, 200, content_type));
+        let response = service.oneshot(web::grpc("/")).await.unwrap();
+        let whole = response.into_body().collect().await;
+        assert_eq!(watch.fate(), BodyFate::Dropped);
+        whole.map(|whole| whole.trailers().cloned().unwrap())
+    };
+    let trailers = cut(limited(SECOND), "application/grpc").await.unwrap();
+    assert_eq!(trailers["grpc-status"], "4");
+    assert_eq!(trailers["grpc-message"], "the request took too long");
+    assert_eq!(trailers.len(), 2);
+
+    // It has its trailers in its data.
+    let web = cut(limited(SECOND), "application/grpc-web+proto").await;
+    assert!(web.unwrap_err().elapsed().is_some());
+    // The responder has no status for it.
+    let teapot = |_: &Refusal, _: Head<'_>| Response::new(Bytes::new());
+    let silent = cut(limited(SECOND).responder(teapot), "application/grpc").await;
+    assert!(silent.unwrap_err().elapsed().is_some());
+
+    // Nobody is to answer.
+    let body = ScriptedBody::new().data("message").hang();
+    let layer = limited(SECOND).errors().to_the_end().build().unwrap();
+    let service = layer.layer(streams(body, 200, "application/grpc"));
+    let response = service.oneshot(web::grpc("/")).await.unwrap();
+    let error = response.into_body().collect().await.unwrap_err();
+    assert!(error.elapsed().is_some());
+}
+
 /// Whoever reads late finds what was there in time.
 #[tokio::test(start_paused = true)]
 async fn a_body_that_is_there_is_whole_however_late_it_is_read() {

@@ -91,6 +91,27 @@ async fn an_answer_at_the_same_moment_wins() {
     script.assert_finished();
 }
 
+/// tonic's client reads the `grpc-timeout` that it is to send, and fails by a
+/// timer of its own: which of two errors there was, was left to chance.
+#[tokio::test(start_paused = true)]
+async fn an_error_at_the_same_moment_does_not_win() {
+    let almost = SECOND - Duration::from_nanos(1);
+    for (when, elapsed) in [(almost, false), (SECOND, true)] {
+        let (inner, script) = Script::<u32, u32, &str>::new()
+            .then(Step::err("timeout expired").held())
+            .build();
+        let mut service = limited(SECOND).layer(inner);
+        service.ready().await.unwrap();
+        let mut call = task::spawn(service.call(1));
+        assert_pending!(call.poll());
+        advance(when).await;
+        script.release(0);
+        let error = assert_ready!(call.poll()).unwrap_err();
+        assert_eq!(error.elapsed().is_some(), elapsed, "{error:?}");
+        script.assert_finished();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_moment_before_it_is_not_over() {
     let (inner, script) = Script::<u32, u32, Infallible>::new()
