@@ -83,6 +83,37 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         self,
         layer: crate::rate_limit::WaitLayer<V>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::WaitLayer<V>, L>>;
+
+    /// Ends calls that take too long: see
+    /// [`TimeoutLayer`](crate::timeout::TimeoutLayer).
+    ///
+    /// Not called `timeout`, since `ServiceBuilder` has a method of that name,
+    /// whose errors would need handling.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use buttress::{ServiceBuilderExt, timeout::TimeoutLayer};
+    /// use http::{Request, Response};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let limit = TimeoutLayer::builder().limit(Duration::from_millis(20)).build()?;
+    /// let service = ServiceBuilder::new()
+    ///     .limit_time(limit)
+    ///     .service(service_fn(async |_: Request<String>| {
+    ///         std::future::pending::<()>().await;
+    ///         Ok::<_, std::convert::Infallible>(Response::new(String::new()))
+    ///     }));
+    /// assert_eq!(service.oneshot(Request::default()).await?.status(), 504);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "timeout")]
+    fn limit_time<V: crate::View, M, X>(
+        self,
+        layer: crate::timeout::TimeoutLayer<V, M, X>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::timeout::TimeoutLayer<V, M, X>, L>>;
 }
 
 impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
@@ -117,6 +148,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
         self,
         layer: crate::rate_limit::WaitLayer<V>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::WaitLayer<V>, L>> {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "timeout")]
+    fn limit_time<V: crate::View, M, X>(
+        self,
+        layer: crate::timeout::TimeoutLayer<V, M, X>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::timeout::TimeoutLayer<V, M, X>, L>> {
         self.layer(layer)
     }
 }

@@ -26,6 +26,10 @@ pub use buttress_rate_limit as rate_limit;
 #[cfg(feature = "retry")]
 pub use buttress_retry as retry;
 
+/// Time limits of calls and of their bodies: the crate `buttress-timeout`.
+#[cfg(feature = "timeout")]
+pub use buttress_timeout as timeout;
+
 #[cfg(feature = "tower")]
 pub use buttress_core::tower_errors;
 pub use buttress_core::{

@@ -1,7 +1,13 @@
 //! A request that can be sent again, over HTTP and elsewhere: what the future
 //! of a retry does not know of it.
 
-use std::{error::Error as StdError, fmt, marker::PhantomData, sync::Arc};
+use std::{
+    error::Error as StdError,
+    fmt,
+    marker::PhantomData,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
 
 use buttress_core::{
     BoxError, Head, Refusal, RefusalKind,
@@ -13,7 +19,7 @@ use http::{HeaderName, Request, Response, request::Parts};
 use http_body::Body;
 
 use crate::{
-    Cause, Elapsed, Error, GiveUp, ReplayBody,
+    Cause, Elapsed, Error, GiveUp, NotReplayable, ReplayBody,
     replay::Replay,
     rules::{self, Outcome, Rules},
     session::Seen,
@@ -38,9 +44,10 @@ pub trait Call: sealed::Sealed {
     #[doc(hidden)]
     fn check(&self, judged: Judged) -> Result<(), GiveUp>;
 
-    /// The next attempt's request: only if [`check`](Self::check) says so.
+    /// The next attempt's request, as soon as the one before has given up what
+    /// it needs of it; `None` if that was lost meanwhile.
     #[doc(hidden)]
-    fn repeat(&mut self) -> Self::Request;
+    fn poll_repeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Self::Request>>;
 
     /// Writes on an attempt's request what is known only as it is sent.
     #[doc(hidden)]
@@ -50,9 +57,10 @@ pub trait Call: sealed::Sealed {
     #[doc(hidden)]
     fn output(result: Result<Self::Response, Self::Error>) -> Self::Output;
 
-    /// The answer where the service was not ready again in time.
+    /// The answer where none is in hand: the last was given up for another
+    /// attempt, which could not begin.
     #[doc(hidden)]
-    fn elapsed(&self, attempts: u32) -> Self::Output;
+    fn gave_up(&self, reason: GiveUp, attempts: u32) -> Self::Output;
 }
 
 /// What an attempt has told, and whether what it asked for may be repeated.
@@ -163,12 +171,16 @@ where
         if !seen.cause.was_never_begun() && !self.shared.rules.may_repeat(head) {
             return Err(GiveUp::Unsafe);
         }
-        self.replay.check().map_err(|_| GiveUp::Body)
+        match self.replay.check() {
+            // It is given up soon after the answer is.
+            Ok(()) | Err(NotReplayable::InUse) => Ok(()),
+            Err(_) => Err(GiveUp::Body),
+        }
     }
 
-    fn repeat(&mut self) -> Self::Request {
-        let body = self.replay.attempt().expect("nothing was in its way");
-        Request::from_parts(self.parts.clone(), body)
+    fn poll_repeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Self::Request>> {
+        let body = ready!(self.replay.poll_attempt(cx)).ok();
+        Poll::Ready(body.map(|body| Request::from_parts(self.parts.clone(), body)))
     }
 
     fn stamp(&self, request: &mut Self::Request, attempt: u32, deadline: Option<Deadline>) {
@@ -180,8 +192,12 @@ where
         result.map(|response| response.map(ResponseBody::inner))
     }
 
-    fn elapsed(&self, _: u32) -> Self::Output {
-        let refusal = Refusal::new(RefusalKind::TimedOut);
+    fn gave_up(&self, reason: GiveUp, _: u32) -> Self::Output {
+        let refusal = match reason {
+            GiveUp::Body => Refusal::new(RefusalKind::BadGateway)
+                .with_detail("the attempt failed, and its body could not be sent again"),
+            _ => Refusal::new(RefusalKind::TimedOut),
+        };
         let head = Head::from(&self.parts);
         let response = self.shared.responder.respond(&refusal, head);
         Ok(response.map(ResponseBody::refusal))
@@ -297,8 +313,8 @@ where
         Ok(())
     }
 
-    fn repeat(&mut self) -> Req {
-        self.request.clone()
+    fn poll_repeat(&mut self, _: &mut Context<'_>) -> Poll<Option<Req>> {
+        Poll::Ready(Some(self.request.clone()))
     }
 
     fn stamp(&self, _: &mut Req, _: u32, _: Option<Deadline>) {}
@@ -308,7 +324,7 @@ where
         result.map_err(Error::Inner)
     }
 
-    fn elapsed(&self, attempts: u32) -> Self::Output {
+    fn gave_up(&self, _: GiveUp, attempts: u32) -> Self::Output {
         Err(Error::Elapsed(Elapsed { attempts }))
     }
 }

@@ -38,7 +38,8 @@ impl Elapsed {
 
 impl fmt::Display for Elapsed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "no time left after {} attempts", self.attempts)
+        let plural = if self.attempts == 1 { "" } else { "s" };
+        write!(f, "no time left after {} attempt{plural}", self.attempts)
     }
 }
 

@@ -14,7 +14,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep};
 use tower_service::Service;
 
-use crate::{Call, Cause, GiveUp, policy::Shared, session::Session};
+use crate::{Call, Cause, GiveUp, call::Judged, policy::Shared, session::Session};
 
 pin_project! {
     /// Response future of [`Retry`](crate::Retry). Dropping it drops the
@@ -48,22 +48,23 @@ pin_project! {
         Waiting {
             #[pin]
             wait: Sleep,
-            next: Option<Next<R>>,
+            cause: Cause,
         },
-        Readying {
-            // Until when the service is waited for; made once it is not ready.
+        // For what the attempt before has not yet given up, and for the
+        // service.
+        Preparing {
+            // Until when; made once there is something to wait for.
             #[pin]
             limit: Option<Sleep>,
-            next: Option<Next<R>>,
+            request: Option<R>,
+            cause: Cause,
         },
     }
 }
 
-/// The next attempt's request, and why there is one.
-struct Next<R> {
-    request: R,
-    cause: Cause,
-}
+/// How long a connection has to give a body up whose answer was dropped: it
+/// does so when its task runs next.
+const HAND_BACK: Duration = Duration::from_secs(1);
 
 impl<C, S> ResponseFuture<C, S>
 where
@@ -95,31 +96,94 @@ where
     C: Call,
     S: Service<C::Request, Response = C::Response, Error = C::Error>,
 {
-    /// After an attempt: what comes after how long, or `None`.
+    /// After an attempt: how long until the next, or `None`.
     #[inline]
-    fn after(
-        &mut self,
-        result: &Result<C::Response, C::Error>,
-    ) -> Option<(Duration, Next<C::Request>)> {
+    fn after(&mut self, result: &Result<C::Response, C::Error>) -> Option<(Duration, Cause)> {
         let Some(judged) = self.call.judge(result) else {
-            self.shared.settled(&self.session);
+            self.shared.settled(&self.session, result.is_ok());
             return None;
         };
         self.again(judged)
     }
 
     #[cold]
-    fn again(&mut self, judged: crate::call::Judged) -> Option<(Duration, Next<C::Request>)> {
+    fn again(&mut self, judged: Judged) -> Option<(Duration, Cause)> {
         let obstacle = || self.call.check(judged);
         let wait = self
             .shared
             .next(&mut self.session, judged.0, obstacle)
             .ok()?;
-        let next = Next {
-            request: self.call.repeat(),
-            cause: judged.0.cause,
+        Some((wait, judged.0.cause))
+    }
+
+    /// There is no answer in hand, and no further attempt.
+    #[cold]
+    fn gave_up(&self, cause: Cause, reason: GiveUp) -> C::Output {
+        self.shared.gave_up(&self.session, cause, reason);
+        self.call.gave_up(reason, self.session.attempts())
+    }
+
+    /// The next attempt, as soon as there is all that it takes.
+    fn poll_prepare(
+        &mut self,
+        mut limit: Pin<&mut Option<Sleep>>,
+        request: &mut Option<C::Request>,
+        cause: Cause,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<S::Future, C::Output>> {
+        let mut latest = self.session.deadline();
+        if request.is_none() {
+            match self.call.poll_repeat(cx) {
+                Poll::Ready(Some(next)) => {
+                    *request = Some(next);
+                    limit.set(None);
+                }
+                Poll::Ready(None) => return Poll::Ready(Err(self.gave_up(cause, GiveUp::Body))),
+                Poll::Pending => {
+                    let enough = clock::now() + HAND_BACK;
+                    latest = Some(latest.map_or(enough, |latest| latest.min(enough)));
+                }
+            }
+        }
+        if request.is_some() {
+            match self.service.poll_ready(cx) {
+                Poll::Ready(Ok(())) => return Poll::Ready(self.send(request, cause)),
+                Poll::Ready(Err(error)) => {
+                    self.shared.settled(&self.session, false);
+                    return Poll::Ready(Err(C::output(Err(error))));
+                }
+                Poll::Pending => {}
+            }
+        }
+        let Some(latest) = latest else {
+            return Poll::Pending;
         };
-        Some((wait, next))
+        if limit.is_none() {
+            limit.set(Some(sleep(latest - clock::now())));
+        }
+        ready!(limit.as_pin_mut().expect("it was just made").poll(cx));
+        let reason = match request {
+            Some(_) => GiveUp::Deadline,
+            None => GiveUp::Body,
+        };
+        Poll::Ready(Err(self.gave_up(cause, reason)))
+    }
+
+    /// Sends it to the service, which is ready.
+    fn send(
+        &mut self,
+        request: &mut Option<C::Request>,
+        cause: Cause,
+    ) -> Result<S::Future, C::Output> {
+        let deadline = self.shared.attempt_deadline(&self.session);
+        if deadline.is_some_and(|deadline| deadline.is_past(clock::now())) {
+            return Err(self.gave_up(cause, GiveUp::Deadline));
+        }
+        let mut request = request.take().expect("polled after completion");
+        self.session.begin();
+        self.call
+            .stamp(&mut request, self.session.attempts(), deadline);
+        Ok(self.service.call(request))
     }
 }
 
@@ -136,61 +200,42 @@ where
             match this.state.as_mut().project() {
                 StateProj::Calling { attempt } => {
                     let result = ready!(attempt.poll(cx));
-                    let Some((wait, next)) = this.rest.after(&result) else {
+                    let Some((wait, cause)) = this.rest.after(&result) else {
                         return Poll::Ready(C::output(result));
                     };
                     // Before the wait: what is given up on holds a connection.
                     drop(result);
-                    let next = Some(next);
                     this.state.set(if wait.is_zero() {
-                        State::Readying { limit: None, next }
+                        State::preparing(cause)
                     } else {
                         let wait = sleep(wait);
-                        State::Waiting { wait, next }
+                        State::Waiting { wait, cause }
                     });
                 }
-                StateProj::Waiting { wait, next } => {
+                StateProj::Waiting { wait, cause } => {
+                    let cause = *cause;
                     ready!(wait.poll(cx));
-                    let next = next.take();
-                    this.state.set(State::Readying { limit: None, next });
+                    this.state.set(State::preparing(cause));
                 }
-                StateProj::Readying { mut limit, next } => {
-                    let Rest {
-                        call,
-                        service,
-                        shared,
-                        session,
-                    } = this.rest;
-                    let Next { mut request, cause } = match service.poll_ready(cx) {
-                        Poll::Ready(Ok(())) => next.take().expect("polled after completion"),
-                        Poll::Ready(Err(error)) => {
-                            shared.settled(session);
-                            return Poll::Ready(C::output(Err(error)));
-                        }
-                        Poll::Pending => {
-                            let Some(deadline) = session.deadline() else {
-                                return Poll::Pending;
-                            };
-                            if limit.is_none() {
-                                limit.set(Some(sleep(deadline - clock::now())));
-                            }
-                            let limit = limit.as_pin_mut().expect("it was just made");
-                            ready!(limit.poll(cx));
-                            let cause = next.take().map_or(Cause::Error, |next| next.cause);
-                            shared.gave_up(session, cause, GiveUp::Deadline);
-                            return Poll::Ready(call.elapsed(session.attempts() - 1));
-                        }
-                    };
-                    let deadline = shared.attempt_deadline(session);
-                    if deadline.is_some_and(|deadline| deadline.is_past(clock::now())) {
-                        shared.gave_up(session, cause, GiveUp::Deadline);
-                        return Poll::Ready(call.elapsed(session.attempts() - 1));
-                    }
-                    call.stamp(&mut request, session.attempts(), deadline);
-                    let attempt = service.call(request);
-                    this.state.set(State::Calling { attempt });
-                }
+                StateProj::Preparing {
+                    limit,
+                    request,
+                    cause,
+                } => match ready!(this.rest.poll_prepare(limit, request, *cause, cx)) {
+                    Ok(attempt) => this.state.set(State::Calling { attempt }),
+                    Err(output) => return Poll::Ready(output),
+                },
             }
+        }
+    }
+}
+
+impl<R, F> State<R, F> {
+    const fn preparing(cause: Cause) -> Self {
+        Self::Preparing {
+            limit: None,
+            request: None,
+            cause,
         }
     }
 }
@@ -204,7 +249,7 @@ where
         let state = match &self.state {
             State::Calling { .. } => "calling",
             State::Waiting { .. } => "waiting",
-            State::Readying { .. } => "readying",
+            State::Preparing { .. } => "preparing",
         };
         f.debug_struct("ResponseFuture")
             .field("state", &state)

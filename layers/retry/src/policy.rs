@@ -77,11 +77,16 @@ impl Shared {
         nearer.map(Deadline::at)
     }
 
-    /// An attempt has ended that is worth no other.
+    /// An attempt has ended that is worth no other: well, or with what is the
+    /// caller's own doing.
     #[inline]
-    pub(crate) fn settled(&self, session: &Session) {
+    pub(crate) fn settled(&self, session: &Session, well: bool) {
         if let Some(budget) = &self.budget {
-            budget.outcome(Verdict::Success);
+            budget.outcome(if well {
+                Verdict::Success
+            } else {
+                Verdict::Ignored
+            });
         }
         self.metrics.attempt(Went::Success);
         self.metrics.request(session.attempts());

@@ -32,7 +32,7 @@
 use std::{
     fmt, mem,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
 };
 
 use buttress_core::sync::{Arc, Mutex};
@@ -87,9 +87,23 @@ enum Slot<B> {
         replaying: bool,
         /// There is a retry that may want the buffer after this attempt.
         wanted: bool,
+        /// Who waits for the attempt to give the live body up.
+        waits: WakeOnDrop,
     },
     Complete(Buffer),
     Lost(NotReplayable),
+}
+
+/// Dropped with [`Slot::Held`], however that ends.
+#[derive(Default)]
+struct WakeOnDrop(Option<Waker>);
+
+impl Drop for WakeOnDrop {
+    fn drop(&mut self) {
+        if let Some(waker) = self.0.take() {
+            waker.wake();
+        }
+    }
 }
 
 impl<B> Slot<B> {
@@ -173,6 +187,25 @@ impl<B: Body> Replay<B> {
             Slot::Held { .. } => Err(NotReplayable::InUse),
             Slot::Lost(why) => Err(*why),
         }
+    }
+
+    /// The body of the next attempt, once the one before has given it up. An
+    /// HTTP connection does so soon after its early answer was dropped.
+    ///
+    /// # Errors
+    ///
+    /// What stands in the way for good.
+    pub(crate) fn poll_attempt(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<ReplayBody<B>, NotReplayable>> {
+        if let Some(shared) = &self.shared
+            && let Slot::Held { waits, .. } = &mut *shared.lock()
+        {
+            waits.0 = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        Poll::Ready(self.attempt())
     }
 }
 
@@ -260,6 +293,7 @@ impl<B> Source<B> {
                     buffer,
                     replaying: end > 0,
                     wanted: true,
+                    waits: WakeOnDrop::default(),
                 };
                 (end, false, Some(live))
             }
@@ -522,3 +556,6 @@ impl<B> fmt::Debug for ReplayBody<B> {
 
 #[cfg(all(test, not(buttress_loom)))]
 mod tests;
+
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;

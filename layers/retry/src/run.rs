@@ -227,7 +227,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
             let until = self.shared.attempt_deadline(&self.session);
             let judged = match within(until.map(Deadline::instant), f()).await {
                 Some(Ok(value)) => {
-                    self.shared.settled(&self.session);
+                    self.shared.settled(&self.session, true);
                     return Ok(value);
                 }
                 Some(Err(error)) => {
@@ -238,11 +238,14 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
                 None => Some(Judged(Seen::new(Cause::Refused(RefusalKind::TimedOut)))),
             };
             let Some(Judged(seen)) = judged else {
-                self.shared.settled(&self.session);
+                self.shared.settled(&self.session, false);
                 return Err(None);
             };
             match self.shared.next(&mut self.session, seen, || Ok(())) {
-                Ok(wait) => sleep(wait).await,
+                Ok(wait) => {
+                    sleep(wait).await;
+                    self.session.begin();
+                }
                 Err(reason) => return Err(Some(reason)),
             }
         }
@@ -305,10 +308,8 @@ impl<E> RetryError<E> {
 
 impl<E> fmt::Display for RetryError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "failed after {} attempt", self.attempts)?;
-        if self.attempts != 1 {
-            f.write_str("s")?;
-        }
+        let plural = if self.attempts == 1 { "" } else { "s" };
+        write!(f, "failed after {} attempt{plural}", self.attempts)?;
         match self.reason {
             Some(reason) => write!(f, ": {reason}"),
             None => Ok(()),

@@ -44,6 +44,8 @@ pub(crate) struct Session {
     delays: Option<Delays>,
     /// A refused stream was repeated for free.
     freed: bool,
+    /// And is about to be.
+    is_free: bool,
     /// Until when all must be over.
     deadline: Option<Instant>,
 }
@@ -56,6 +58,7 @@ impl Session {
             attempts: 1,
             delays: None,
             freed: false,
+            is_free: false,
             deadline,
         }
     }
@@ -68,9 +71,18 @@ impl Session {
         self.deadline
     }
 
+    /// The attempt that there is after [`next`](Self::next) begins.
+    pub(crate) const fn begin(&mut self) {
+        if self.is_free {
+            self.is_free = false;
+        } else {
+            self.attempts += 1;
+        }
+    }
+
     /// Whether there is another attempt after one that went like this, and
-    /// after how long. Counts it as begun, if there is. `withdraw` is asked
-    /// last, when nothing else is in the way.
+    /// after how long. `withdraw` is asked last, when nothing else is in the
+    /// way.
     pub(crate) fn next(
         &mut self,
         settings: &Settings,
@@ -85,6 +97,7 @@ impl Session {
                 return Err(GiveUp::Deadline);
             }
             self.freed = true;
+            self.is_free = true;
             return Ok(Duration::ZERO);
         }
         if self.attempts >= settings.max_attempts {
@@ -101,7 +114,6 @@ impl Session {
         if !withdraw() {
             return Err(GiveUp::Budget);
         }
-        self.attempts += 1;
         Ok(wait)
     }
 
@@ -127,8 +139,18 @@ impl Session {
         let delays = self.delays.get_or_insert_with(|| backoff.delays());
         let delay = delays.next(backoff, random);
         Ok(match hint {
-            Hint::After(wait) if backoff.is_jittered() => (wait, wait.saturating_add(delay)),
-            Hint::After(wait) => (wait, wait.max(delay)),
+            Hint::After(wait) => {
+                let least = wait.max(delay);
+                let stretched = wait.saturating_add(delay);
+                (
+                    least,
+                    if backoff.is_jittered() {
+                        stretched
+                    } else {
+                        least
+                    },
+                )
+            }
             _ => (delay, delay),
         })
     }

@@ -80,6 +80,19 @@ fn it_is_as_fine_as_a_nanosecond() {
     // The smallest there is doubles too.
     let nano = Backoff::exponential(Duration::from_nanos(1)).jitter(Jitter::None);
     assert_eq!(nano.without_jitter(31), Duration::from_nanos(1 << 30));
+    // To the nearest: 1.5, 2.25 and 3.375.
+    let gentle = nano.factor(1.5);
+    assert_eq!(
+        waits::<4>(&gentle, &seeded(1)).map(|wait| wait.as_nanos()),
+        [1, 2, 2, 3]
+    );
+    // What a float cannot hold does not get shorter by that.
+    let long = Duration::from_nanos((1 << 53) + 1);
+    let constant = Backoff::exponential(long)
+        .max(Duration::MAX)
+        .factor(1.0)
+        .jitter(Jitter::None);
+    assert_eq!(waits::<3>(&constant, &seeded(1)), [long; 3]);
     // Drawn waits fall between whole seconds and between milliseconds.
     let full = Backoff::fixed(SECOND).jitter(Jitter::Full);
     let drawn = waits::<100>(&full, &seeded(2));
@@ -98,6 +111,9 @@ fn the_ends_of_each_jitter_are_reached() {
     let equal = backoff.clone().jitter(Jitter::Equal);
     assert_eq!(waits::<2>(&equal, &low), [50 * MS, 100 * MS]);
     assert_eq!(waits::<2>(&equal, &high), [100 * MS, 200 * MS]);
+    let odd = Backoff::fixed(Duration::from_nanos(3)).jitter(Jitter::Equal);
+    assert_eq!(waits::<1>(&odd, &low), [Duration::from_nanos(1)]);
+    assert_eq!(waits::<1>(&odd, &high), [Duration::from_nanos(3)]);
     let decorrelated = backoff.jitter(Jitter::Decorrelated);
     assert_eq!(waits::<3>(&decorrelated, &low), [100 * MS; 3]);
     assert_eq!(

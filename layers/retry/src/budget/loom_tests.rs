@@ -98,6 +98,24 @@ fn the_bound_holds_while_threads_add() {
     });
 }
 
+/// A request and a retry at once: the one does not undo the other.
+#[test]
+fn what_is_taken_while_a_request_adds_stays_taken() {
+    model(|| {
+        let budget = Arc::new(RetryBudget::new(100, 0).unwrap());
+        budget.request();
+        let others = [
+            beside(&budget, Budget::request),
+            beside(&budget, Budget::request),
+        ];
+        assert_eq!(withdraw(&budget), 1);
+        for other in others {
+            other.join().unwrap();
+        }
+        assert_eq!(budget.saved(), 2);
+    });
+}
+
 /// A withdrawal in the middle of them: one that was saved, and one for each
 /// request after it.
 #[test]

@@ -56,8 +56,10 @@ const DEFAULT_SAVED: u32 = 100;
 ///
 /// Over any time `T`, whoever shares it, retries ≤ percent/100 · requests in
 /// `T` + minimum · (`T` + 1 s) + what was [saved up](Self::saving) before. Of a
-/// thousand requests at once that all fail, with 20 % and 3 each second and
-/// nothing saved up, 203 attempts are repeated, however many each would like.
+/// thousand requests in one moment that all fail, with 20 % and 3 each second
+/// and nothing saved up, at most 203 attempts are repeated, however many each
+/// would like. (Fewer, if all begin before the first has failed: what they
+/// bring is saved up in the meantime, and no more than can be.)
 ///
 /// The default is Finagle's: 20 %, and 10 each second for those with few
 /// requests.

@@ -6,7 +6,10 @@ use std::{
 use buttress_core::{clock::Instant, random::SharedRandom, testing::advance};
 use proptest::prelude::*;
 
-use super::{adaptive::Chance, *};
+use super::{
+    adaptive::{Chance, Ring},
+    *,
+};
 use crate::ConfigError;
 
 const SECOND: u64 = 1_000_000_000;
@@ -32,7 +35,8 @@ mod percent {
 
     #[test]
     fn a_total_outage_is_not_multiplied() {
-        // All at once: 203, exactly.
+        // All begin before the first has failed: of their 200 retries no more
+        // are saved up than the bound.
         let budget = RetryBudget::new(20, 3).unwrap();
         let mut attempts = 0;
         requests(&budget, 1000);
@@ -40,10 +44,9 @@ mod percent {
             let retries = (0..4).take_while(|_| withdraw(&budget, START));
             attempts += 1 + retries.count();
         }
-        // What was saved up is bounded, so that of these 200 only 100 are left.
         assert_eq!(attempts, 1000 + 100 + 3);
 
-        // Each one after the other, in the same moment.
+        // One after the other, in the same moment.
         let budget = RetryBudget::new(20, 3).unwrap();
         let mut attempts = 0;
         for _ in 0..1000 {
@@ -91,6 +94,19 @@ mod percent {
         assert_eq!(given(&budget, START + SECOND / 4 - 1, 10), 0);
         assert_eq!(given(&budget, START + SECOND / 4, 10), 1);
         assert_eq!(given(&budget, START + SECOND, 10), 3);
+    }
+
+    #[test]
+    fn an_interval_is_never_shorter_than_its_rate() {
+        let budget = RetryBudget::new(0, 3).unwrap();
+        assert_eq!(given(&budget, START, 10), 3);
+        assert_eq!(given(&budget, START + SECOND / 3, 10), 0);
+        assert_eq!(given(&budget, START + SECOND / 3 + 1, 10), 1);
+        // Nor at the highest rates, where a nanosecond is the most.
+        let budget = RetryBudget::new(0, 999_999).unwrap();
+        assert_eq!(given(&budget, START, 2_000_000), 999_999);
+        let half = given(&budget, START + SECOND / 2, 1_000_000);
+        assert!((499_000..=499_999).contains(&half), "{half}");
     }
 
     #[test]
@@ -514,14 +530,22 @@ mod adaptive {
             throttle.request_at(at(second));
             throttle.outcome_at(Verdict::Success, at(second));
         }
-        let mut failing = 0;
-        while throttle.withdraw_at(at(10_000 + failing)) {
-            failing += 1;
-        }
+        let failing = (0..1000).take_while(|second| throttle.withdraw_at(at(10_000 + second)));
+        let failing = failing.count() as u64;
         assert!((50..=61).contains(&failing), "{failing}");
         let later = at(10_000 + failing + 120);
         assert_eq!(throttle.sums(later), (0, 0));
         assert!(throttle.withdraw_at(later));
+    }
+
+    #[test]
+    fn who_comes_late_does_not_spoil_a_newer_span() {
+        let ring = Ring::new();
+        ring.count(100);
+        ring.count(116);
+        ring.count(100);
+        ring.count(116);
+        assert_eq!([ring.sum(116), ring.sum(100)], [2, 0]);
     }
 
     #[tokio::test(start_paused = true)]

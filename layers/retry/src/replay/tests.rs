@@ -684,6 +684,16 @@ fn without_the_retry_a_replay_goes_to_its_end() {
     assert_eq!(memory.used(), 0);
     assert!(watch.is_dropped());
 
+    // Past the replay it is the same as in a first attempt.
+    let mut replay = Replay::new(Plan::of(&["a", "b", "c"]), 100, &memory);
+    read(&mut replay.attempt().unwrap(), 1);
+    let mut body = replay.attempt().unwrap();
+    read(&mut body, 2);
+    assert!(memory.used() > 0);
+    drop(replay);
+    assert_eq!(memory.used(), 0);
+    assert_eq!(read(&mut body, ALL), Read::whole("c"));
+
     // Dropped within the replay.
     let plan = Plan::of(&["a", "b", "c"]);
     let watch = plan.watch();

@@ -38,11 +38,14 @@ fn there_are_as_many_attempts_as_were_asked_for() {
     for attempts in 1..6 {
         let settings = fixed(MS).max_attempts(attempts);
         let mut session = session(&settings);
-        let mut next = || session.next(&settings, error(Hint::None), START, &highest(), always);
+        let next = |session: &mut Session| {
+            session.next(&settings, error(Hint::None), START, &highest(), always)
+        };
         for _ in 1..attempts {
-            assert_eq!(next(), Ok(MS));
+            assert_eq!(next(&mut session), Ok(MS));
+            session.begin();
         }
-        assert_eq!(next(), Err(GiveUp::Attempts));
+        assert_eq!(next(&mut session), Err(GiveUp::Attempts));
         assert_eq!(session.attempts(), attempts);
     }
 }
@@ -121,11 +124,13 @@ fn a_refused_stream_is_repeated_once_for_free() {
         session.next(&settings, refused, START, &highest(), never),
         Ok(Duration::ZERO)
     );
+    session.begin();
     assert_eq!(session.attempts(), 1);
     assert_eq!(
         session.next(&settings, refused, START, &highest(), always),
         Ok(SECOND)
     );
+    session.begin();
     assert_eq!(
         session.next(&settings, refused, START, &highest(), always),
         Err(GiveUp::Attempts)
@@ -185,6 +190,7 @@ proptest! {
                         prop_assert!(wait >= least);
                     }
                     now = now + wait;
+                    session.begin();
                     prop_assert!(now < deadline);
                 }
                 Err(GiveUp::Deadline) => {}

@@ -1,0 +1,352 @@
+//! Services of any kind, and functions without a service.
+
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    fmt,
+    future::pending,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use buttress_core::{
+    Any, BoxError, Refusal, RefusalKind, clock,
+    testing::{ReadinessProbe, Script, Step, advance},
+};
+use buttress_retry::{
+    AbortHandle, Backoff, Cause, Error, Errors, GiveUp, RetryBuilder, RetryLayer, RetryPolicy,
+    Settings,
+};
+use tokio_test::{assert_pending, task};
+use tower::{Layer, ServiceExt, limit::ConcurrencyLimit, service_fn};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Three attempts, a second between them, ten seconds.
+fn settings() -> Settings {
+    Settings::standard()
+        .backoff(Backoff::fixed(SECOND))
+        .total_timeout(10 * SECOND)
+}
+
+fn builder() -> RetryBuilder<Any<u32>, Errors> {
+    RetryLayer::any().settings(settings())
+}
+
+fn failed() -> io::Error {
+    io::Error::other("no")
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_error_is_worth_another_attempt() {
+    let layer = builder().build().unwrap();
+    let (inner, script) = Script::<u32, u32, io::Error>::new()
+        .then(Step::err(failed()))
+        .then(Step::err(failed()))
+        .then(Step::ok(7))
+        .build();
+    assert_eq!(layer.layer(inner).oneshot(1).await.unwrap(), 7);
+    assert_eq!(script.requests(), [1, 1, 1]);
+    let (inner, script) = Script::<u32, u32, io::Error>::new()
+        .otherwise(|_| Step::err(failed()))
+        .build();
+    let error = layer.layer(inner).oneshot(1).await.unwrap_err();
+    assert_eq!(error.to_string(), "no");
+    assert_eq!(error.into_inner().unwrap().kind(), io::ErrorKind::Other);
+    assert_eq!(script.call_count(), 3);
+    script.assert_finished();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_heeded_boxed_or_plain() {
+    let open =
+        |wait: Option<Duration>| Refusal::new(RefusalKind::CircuitOpen).with_retry_after(wait);
+    for (refusal, calls) in [
+        (open(Some(3 * SECOND)), 2),
+        (open(None), 1),
+        (open(Some(10 * SECOND)), 1),
+    ] {
+        let before = clock::now();
+        let (inner, script) = Script::<u32, u32, Refusal>::new()
+            .then(Step::err(refusal.clone()))
+            .otherwise(|n| Step::ok(*n))
+            .build();
+        let _ = builder().build().unwrap().layer(inner).oneshot(1).await;
+        assert_eq!(script.call_count(), calls);
+        let boxed = builder().boxed_errors().build().unwrap();
+        let (inner, script) = Script::<u32, u32, BoxError>::new()
+            .then(Step::err(refusal.into()))
+            .otherwise(|n| Step::ok(*n))
+            .build();
+        let _ = boxed.layer(inner).oneshot(1).await;
+        assert_eq!(script.call_count(), calls);
+        let waits = if calls == 2 {
+            6 * SECOND
+        } else {
+            Duration::ZERO
+        };
+        assert_eq!(clock::now() - before, waits);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_closure_judges_results_of_any_type() {
+    #[derive(Debug, PartialEq)]
+    struct NoError(u32);
+    let layer = builder()
+        .retry_if(
+            |request: &u32, result: Result<&u32, &NoError>| match result {
+                Ok(answer) => answer < request,
+                Err(error) => error.0 == 503,
+            },
+        )
+        .build()
+        .unwrap();
+    for (step, calls) in [
+        (Step::ok(4), 2),
+        (Step::ok(5), 1),
+        (Step::err(NoError(503)), 2),
+        (Step::err(NoError(400)), 1),
+    ] {
+        let (inner, script) = Script::new()
+            .then(step)
+            .otherwise(|n: &u32| Step::ok(*n))
+            .build();
+        let _: Result<u32, Error<NoError>> = layer.layer(inner).oneshot(5).await;
+        assert_eq!(script.call_count(), calls);
+    }
+    let opaque = builder().opaque_errors().build().unwrap();
+    let (inner, script) = Script::<u32, u32, NoError>::new()
+        .otherwise(|_| Step::err(NoError(1)))
+        .build();
+    let error = opaque.layer(inner).oneshot(1).await.unwrap_err();
+    assert_eq!(error, Error::Inner(NoError(1)));
+    assert_eq!(script.call_count(), 3);
+}
+
+/// The rest of the time goes by while another holds the only slot.
+#[tokio::test(start_paused = true)]
+async fn the_wait_for_readiness_ends_with_the_deadline() {
+    let limit = ConcurrencyLimit::new(
+        service_fn(async |n: u32| {
+            if n == 0 {
+                pending::<()>().await;
+            }
+            Err::<u32, _>(failed())
+        }),
+        1,
+    );
+    let service = builder().build().unwrap().layer(limit);
+    let mut call = task::spawn(service.clone().oneshot(1));
+    assert_pending!(call.poll());
+    let mut other = task::spawn(service.oneshot(0));
+    assert_pending!(other.poll());
+    advance(10 * SECOND - Duration::from_millis(1)).await;
+    assert_pending!(call.poll());
+    advance(Duration::from_millis(1)).await;
+    let std::task::Poll::Ready(Err(error)) = call.poll() else {
+        panic!("time is up");
+    };
+    assert_eq!(error.to_string(), "no time left after 1 attempt");
+    let error = BoxError::from(error);
+    assert_eq!(
+        Refusal::find(&*error).unwrap().kind(),
+        RefusalKind::TimedOut
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn readiness() {
+    ReadinessProbe::new(|| 1, |n: &u32| Step::<u32, Infallible>::ok(*n))
+        .check(&builder().build().unwrap())
+        .await;
+}
+
+#[test]
+fn where_nothing_fails_nothing_is_allocated() {
+    let layer = builder().build().unwrap();
+    let mut service = layer.layer(service_fn(|n: u32| {
+        std::future::ready(Ok::<_, io::Error>(n))
+    }));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        use tower::Service;
+        let mut calls = async |count| {
+            for n in 0..count {
+                let service = service.ready().await.unwrap();
+                assert_eq!(service.call(n).await.unwrap(), n);
+            }
+        };
+        calls(1).await;
+        let mut future = Box::pin(calls(100));
+        let counted = allocation_counter::measure(|| {
+            let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+            assert!(future.as_mut().poll(&mut cx).is_ready());
+        });
+        assert_eq!(counted.count_total, 0);
+    });
+}
+
+fn policy() -> RetryPolicy {
+    RetryPolicy::builder().settings(settings()).build().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_function_is_run_until_it_succeeds() {
+    let asked = Cell::new(0);
+    let start = clock::now();
+    let answer = policy()
+        .run(async || {
+            asked.set(asked.get() + 1);
+            if asked.get() < 3 {
+                Err(failed())
+            } else {
+                Ok("yes")
+            }
+        })
+        .await;
+    assert_eq!(answer.unwrap(), "yes");
+    assert_eq!(clock::now() - start, 2 * SECOND);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_error_and_the_count_are_kept() {
+    let asked = Cell::new(0);
+    let run = async |policy: RetryPolicy| {
+        policy
+            .run(async || {
+                asked.set(asked.get() + 1);
+                Err::<(), _>(io::Error::other(format!("no {}", asked.get())))
+            })
+            .await
+            .unwrap_err()
+    };
+    let error = run(policy()).await;
+    assert_eq!(error.attempts(), 3);
+    assert_eq!(error.reason(), Some(GiveUp::Attempts));
+    assert_eq!(error.last().unwrap().to_string(), "no 3");
+    assert_eq!(
+        error.to_string(),
+        "failed after 3 attempts: no attempt left"
+    );
+    let source = std::error::Error::source(&error).unwrap();
+    assert_eq!(source.to_string(), "no 3");
+    assert_eq!(error.into_inner().unwrap().to_string(), "no 3");
+
+    let short = policy();
+    short
+        .set_settings(settings().total_timeout(SECOND))
+        .unwrap();
+    let error = run(short).await;
+    assert_eq!(
+        (error.attempts(), error.reason()),
+        (1, Some(GiveUp::Deadline))
+    );
+    assert_eq!(error.to_string(), "failed after 1 attempt: no time left");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_worth_it_ends_at_once() {
+    let error = policy()
+        .runner()
+        .retry_if(|error: &u32| *error != 404)
+        .run(async || Err::<(), _>(404))
+        .await
+        .unwrap_err();
+    assert_eq!((error.attempts(), error.reason()), (1, None));
+    assert_eq!(error.into_inner(), Some(404));
+}
+
+/// 1.5 s an attempt: cut, waited after, and cut by the whole in the end.
+#[tokio::test(start_paused = true)]
+async fn attempts_of_a_function_are_cut() {
+    let causes = Arc::new(AtomicU32::new(0));
+    let told = Arc::clone(&causes);
+    let policy = RetryPolicy::builder()
+        .settings(
+            settings()
+                .attempt_timeout(Duration::from_millis(1500))
+                .total_timeout(6 * SECOND)
+                .max_attempts(10),
+        )
+        .on_retry(move |_, _, cause| {
+            assert_eq!(cause, Cause::Refused(RefusalKind::TimedOut));
+            told.fetch_add(1, Relaxed);
+        })
+        .build()
+        .unwrap();
+    let start = clock::now();
+    let error = policy
+        .run(pending::<Result<(), io::Error>>)
+        .await
+        .unwrap_err();
+    // 0–1.5, 2.5–4, 5–6.
+    assert_eq!(clock::now() - start, 6 * SECOND);
+    assert_eq!(
+        (error.attempts(), error.reason()),
+        (3, Some(GiveUp::Deadline))
+    );
+    assert!(error.last().is_none());
+    assert_eq!(causes.load(Relaxed), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_says_so_stops_it() {
+    let abort = AbortHandle::new();
+    let policy = policy();
+    let asked = Cell::new(0);
+    let runner = || policy.runner().stop_on(abort.aborted());
+    let run = || {
+        runner().run(async || {
+            asked.set(asked.get() + 1);
+            Err::<(), _>(failed())
+        })
+    };
+    let mut running = task::spawn(run());
+    assert_pending!(running.poll());
+    advance(SECOND).await;
+    assert_pending!(running.poll());
+    abort.clone().abort();
+    assert!(running.is_woken());
+    let std::task::Poll::Ready(Err(error)) = running.poll() else {
+        panic!("it was aborted");
+    };
+    assert_eq!(error.reason(), Some(GiveUp::Aborted));
+    assert_eq!(error.last().unwrap().to_string(), "no");
+    assert_eq!((error.attempts(), asked.get()), (2, 2));
+    // And what comes later does not begin.
+    let error = run().await.unwrap_err();
+    assert_eq!(error.reason(), Some(GiveUp::Aborted));
+    assert_eq!(asked.get(), 2);
+    // Nobody can any more: it goes its way.
+    let gone = AbortHandle::new().aborted();
+    let error = policy
+        .runner()
+        .stop_on(gone)
+        .run(async || Err::<(), _>(failed()));
+    assert_eq!(error.await.unwrap_err().reason(), Some(GiveUp::Attempts));
+}
+
+#[test]
+fn a_run_can_be_spawned() {
+    fn send<T: Send>(_: T) {}
+    let policy = policy();
+    send(policy.run(|| async { Err::<(), _>(failed()) }));
+    send(
+        policy
+            .runner()
+            .stop_on(AbortHandle::new().aborted())
+            .run(|| async { Ok::<_, io::Error>(()) }),
+    );
+    fn shared<T: Clone + Send + Sync + fmt::Debug + 'static>(_: T) {}
+    shared(policy);
+    shared(builder().build().unwrap());
+    shared(AbortHandle::new());
+}
