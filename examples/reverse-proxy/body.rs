@@ -9,8 +9,8 @@
 use std::{
     fmt,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
-    task::{Context, Poll, ready},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -56,8 +56,7 @@ type Live = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error> + Send>>;
 #[derive(Clone)]
 pub(crate) struct Source {
     inner: Arc<Mutex<Inner>>,
-    /// Why the body ended early, if it did. By itself, so that who wants to
-    /// know need not keep the body.
+    /// Why the body ended early, if it did.
     pub(crate) cut: Arc<OnceLock<Cut>>,
 }
 
@@ -68,6 +67,8 @@ struct Inner {
     limit: u64,
     /// Asked for more, the client had none.
     pending: bool,
+    /// Of the connection that asked.
+    waker: Option<Waker>,
     /// Data frames already handed on, while all of them are kept.
     kept: Vec<Bytes>,
     kept_trailers: Option<HeaderMap>,
@@ -88,6 +89,7 @@ impl Source {
                 seen: 0,
                 limit,
                 pending: false,
+                waker: None,
                 kept: Vec::new(),
                 kept_trailers: None,
                 keeping: true,
@@ -126,16 +128,27 @@ impl Source {
         inner.kept = Vec::new();
     }
 
-    /// Gives the body back to the layers around, for an attempt of theirs: a
-    /// connection that has failed may hold its [`Outgoing`] for a while yet.
+    /// Gives the body back to the layers around, for an attempt of theirs. The
+    /// connection that still sends it breaks off.
     pub(crate) fn give_back(&self) {
         let mut inner = self.lock();
         inner.attempt += 1;
         inner.keeping = false;
         inner.kept = Vec::new();
-        let body = inner.body.take();
+        let (body, waker) = (inner.body.take(), inner.waker.take());
         drop(inner);
         drop(body);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// What is left of it while a connection still sends it.
+    pub(crate) fn downgrade(&self) -> Sending {
+        Sending {
+            inner: Arc::downgrade(&self.inner),
+            cut: Arc::clone(&self.cut),
+        }
     }
 
     /// Keeps nothing of what is going to be sent, unless some of it was before.
@@ -147,6 +160,27 @@ impl Source {
     /// Whether it is the client's turn: what has come so far is sent on.
     pub(crate) fn waits_for_client(&self) -> bool {
         self.lock().pending
+    }
+}
+
+/// A body as who has the answer sees it: there for as long as it is sent.
+pub(crate) struct Sending {
+    inner: Weak<Mutex<Inner>>,
+    cut: Arc<OnceLock<Cut>>,
+}
+
+impl Sending {
+    /// Why the body ended early, if it did.
+    pub(crate) fn cut(&self) -> Option<Cut> {
+        self.cut.get().copied()
+    }
+
+    /// As [`Source::give_back`].
+    pub(crate) fn give_back(self) {
+        if let Some(inner) = self.inner.upgrade() {
+            let cut = self.cut;
+            Source { inner, cut }.give_back();
+        }
     }
 }
 
@@ -252,6 +286,9 @@ impl Body for Outgoing {
         };
         let polled = body.as_mut().poll_frame(cx);
         inner.pending = polled.is_pending();
+        if inner.pending {
+            inner.waker = Some(cx.waker().clone());
+        }
         let frame = match ready!(polled) {
             None => return Poll::Ready(None),
             Some(Ok(frame)) => frame,

@@ -10,7 +10,7 @@ use std::{
     fmt, io,
     net::IpAddr,
     pin::Pin,
-    sync::{Arc, OnceLock, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -42,7 +42,7 @@ use tower::Service;
 use crate::{
     access::{Facts, Line},
     balance::{Balance, Tried},
-    body::{Cut, Hold, Outgoing, Source},
+    body::{Cut, Hold, Outgoing, Sending, Source},
     headers,
     settings::{Limits, Protocol},
     upstream::{Age, Connection, Endpoint, InFlight},
@@ -172,7 +172,8 @@ impl Rules {
             connection,
             in_flight,
             hold,
-            cut: source.map(|source| Arc::clone(&source.cut)),
+            sending: source.map(Source::downgrade),
+            is_error: response.status().as_u16() >= 400,
             judge: self.judge,
             expected,
         }));
@@ -605,8 +606,9 @@ struct Held {
     connection: Connection,
     in_flight: InFlight,
     hold: Option<Hold>,
-    /// Why the request ended early, if it does.
-    cut: Option<Arc<OnceLock<Cut>>>,
+    sending: Option<Sending>,
+    /// It has an error's status.
+    is_error: bool,
     judge: HttpClassifier,
     /// What the end must tell before a success is one.
     expected: Expect,
@@ -623,7 +625,8 @@ impl BodyGuard for Ending {
             connection,
             mut in_flight,
             hold,
-            cut,
+            sending,
+            is_error,
             judge,
             expected,
         }) = self.0
@@ -633,14 +636,21 @@ impl BodyGuard for Ending {
         if let Some(hold) = hold {
             hold.cut();
         }
-        in_flight.record(match cut.and_then(|cut| cut.get().copied()) {
+        in_flight.record(match sending.as_ref().and_then(Sending::cut) {
             // What broke off was the request, and the answer with it.
             Some(_) => Verdict::Ignored,
             None => {
                 Classify::<Response<Incoming>, Infallible>::classify_body(&judge, expected, end)
             }
         });
-        if matches!(end, BodyEnd::Complete { .. }) {
+        let is_complete = matches!(end, BodyEnd::Complete { .. });
+        if (is_error || !is_complete)
+            && let Some(sending) = sending
+        {
+            // Nobody upstream wants the rest of the request. A retry may.
+            sending.give_back();
+        }
+        if is_complete {
             connection.finish(in_flight.endpoint());
         }
     }

@@ -195,8 +195,11 @@ fn start_metrics() -> PrometheusHandle {
     const BUCKETS: [f64; 12] = [
         0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0,
     ];
+    const ATTEMPTS: [f64; 5] = [1.0, 2.0, 3.0, 5.0, 10.0];
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &BUCKETS)
+        .expect("there are buckets")
+        .set_buckets_for_metric(Matcher::Suffix("_attempts_count".to_owned()), &ATTEMPTS)
         .expect("there are buckets")
         .install_recorder()
         .expect("nobody was here before");

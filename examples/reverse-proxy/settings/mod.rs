@@ -29,7 +29,7 @@ use scalar::{from_scalar, words};
 use serde::{Deserialize, Deserializer};
 
 pub(crate) use breaker::{CircuitBreaker, Per};
-pub(crate) use retry::Retry;
+pub(crate) use retry::{Budget, Retry};
 pub(crate) use scalar::{Count, Name, Rate, Secret, Size, Span};
 
 /// Everything that can be set.

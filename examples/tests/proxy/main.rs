@@ -5,6 +5,7 @@ mod answers;
 mod breakers;
 mod forwarding;
 mod life;
+mod retries;
 mod settings;
 mod streaming;
 mod support;
