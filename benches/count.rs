@@ -1,12 +1,13 @@
 //! Counts allocations and live bytes, for the bench that runs it: one line
-//! for each run, tab-separated. Told `breaker`, it counts those of the circuit
-//! breakers, else those of the rate limiters.
+//! for each run, tab-separated. Told `breaker` or `retry`, it counts those of
+//! the circuit breakers or of the retries, else those of the rate limiters.
 
 use std::{alloc::System, env};
 
 use buttress_benches::{
     breaker,
     measure::drive,
+    retry,
     scenarios::{self, governor_by_key, lasting, ours_by_key},
 };
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -17,11 +18,13 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 const CALLS: u64 = 1000;
 
 fn main() {
-    if env::args().nth(1).is_some_and(|only| only == "breaker") {
-        allocations(breaker::ALL);
-    } else {
-        allocations(scenarios::ALL);
-        bytes();
+    match env::args().nth(1).as_deref() {
+        Some("breaker") => allocations(breaker::ALL),
+        Some("retry") => allocations(retry::ALL),
+        _ => {
+            allocations(scenarios::ALL);
+            bytes();
+        }
     }
 }
 

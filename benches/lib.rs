@@ -5,5 +5,6 @@ pub mod breaker;
 pub mod contend;
 pub mod counts;
 pub mod measure;
+pub mod retry;
 pub mod scenarios;
 pub mod table;
