@@ -1,6 +1,6 @@
-//! A client that keeps to its callee's quota: what does not fit waits in line,
-//! and what would wait too long is told so at once. And when the callee fails
-//! again and again, it is left alone.
+//! A client that stands up to a flaky callee: what fails is tried again, as
+//! long as there is time and a budget for it; an attempt that hangs is given
+//! up; and a callee that fails again and again is left alone.
 //!
 //! ```text
 //! cargo run --example client
@@ -8,81 +8,95 @@
 
 #![expect(clippy::print_stdout, reason = "it is there to be read")]
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    time::Duration,
+};
 
-use axum::{Router, http::StatusCode, routing::get};
+use axum::{Router, http::StatusCode, routing::any};
 use buttress::{
-    BoxError, Refusal,
-    circuit_breaker::{CircuitBreakerLayer, Settings},
-    key::host,
-    rate_limit::{Limit, Quota, RateLimitLayer},
+    BoxError, ServiceBuilderExt,
+    circuit_breaker::{self, CircuitBreakerLayer},
+    retry::{Backoff, ReplayBody, RetryBudget, RetryLayer, Settings},
+    timeout::TimeoutLayer,
 };
 use bytes::Bytes;
-use http_body_util::Empty;
+use http::{Request, header::RETRY_AFTER};
+use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use tokio::{net::TcpListener, task::JoinSet, time::Instant};
+use tokio::{net::TcpListener, time::Instant};
 use tower::{ServiceBuilder, ServiceExt};
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // The callee, which allows us five a second and would be cross.
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let url = format!("http://{}/", listener.local_addr()?);
-    let app = Router::new()
-        .route("/", get(|| async { "hello" }))
-        .route("/broken", get(|| async { StatusCode::BAD_GATEWAY }));
-    tokio::spawn(async move { axum::serve(listener, app).await });
+    let url = format!("http://{}", callee().await?);
 
-    // Five a second for each host, two of them at once; nobody waits longer
-    // than a second, and no more than 100 wait.
-    let wait = RateLimitLayer::builder()
-        .limit(Limit::new(Quota::per_second(5).burst(2)).key(host()))
-        .errors()
-        .build_waiting(Duration::from_secs(1), 100)?;
-    // Inside, so that it judges the callee and not the line before it: three
-    // failures in a row, and nothing is sent for ten seconds.
-    let breaker = CircuitBreakerLayer::builder()
-        .settings(Settings::aggressive())
-        .errors()
+    // Four attempts in three seconds, of a quarter of a second each, and no
+    // more than one request in five is repeated (ten a second in any case).
+    let retry = RetryLayer::builder()
+        .settings(
+            Settings::standard()
+                .max_attempts(4)
+                .backoff(Backoff::exponential(Duration::from_millis(50)))
+                .total_timeout(Duration::from_secs(3))
+                .attempt_timeout(Duration::from_millis(250)),
+        )
+        .budget(RetryBudget::new(20, 10)?)
+        .on_retry(|attempt, delay, cause| {
+            println!("          attempt {attempt}: {cause}; again in {delay:.0?}");
+        })
         .build()?;
+    // Three failed attempts in a row, and nothing is sent for ten seconds.
+    let breaker = CircuitBreakerLayer::builder()
+        .settings(circuit_breaker::Settings::aggressive())
+        .build()?;
+    // Has no limit of its own: it ends an attempt when the retry says so.
+    let timeout = TimeoutLayer::builder().build()?;
     let client = ServiceBuilder::new()
-        .layer(wait)
-        .layer(breaker)
-        .service(Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>());
+        .retry_requests(retry)
+        .circuit_breaker(breaker)
+        .limit_time(timeout)
+        .service(Client::builder(TokioExecutor::new()).build_http::<ReplayBody<Full<Bytes>>>());
 
     let start = Instant::now();
-    let send = |path: &str| {
-        let request = http::Request::get(format!("{url}{path}")).body(Empty::new());
-        let client = client.clone();
-        async move { client.oneshot(request?).await }
-    };
-    let mut calls = JoinSet::new();
-    for call in 1..=10 {
-        let response = send("");
-        calls.spawn(async move { (call, response.await) });
-    }
-    while let Some(done) = calls.join_next().await {
-        let (call, result) = done?;
-        tell(start, call, result)?;
-    }
-    for call in 11..=15 {
-        tell(start, call, send("broken").await)?;
+    for (method, path) in [
+        ("PUT", "/flaky"),
+        // Nobody knows what became of the first: it goes once.
+        ("POST", "/busy"),
+        ("GET", "/broken"),
+        ("GET", "/flaky"),
+    ] {
+        let body = Full::new(Bytes::from_static(b"sent again with each attempt"));
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("{url}{path}"));
+        let response = client.clone().oneshot(request.body(body)?).await?;
+        let (head, body) = response.into_parts();
+        // To its end: only then it was a success, and its connection is free.
+        let bytes = body.collect().await?.to_bytes().len();
+        let (after, status) = (start.elapsed(), head.status);
+        println!("{after:>7.0?}  {method} {path}: {status}, {bytes} bytes");
+        if let Some(wait) = head.headers.get(RETRY_AFTER) {
+            println!("          the breaker is open for {} s", wait.to_str()?);
+        }
     }
     Ok(())
 }
 
-fn tell<B>(
-    start: Instant,
-    call: u32,
-    result: Result<http::Response<B>, BoxError>,
-) -> Result<(), BoxError> {
-    let after = start.elapsed();
-    match result {
-        Ok(response) => println!("{after:>7.0?}  call {call}: {}", response.status()),
-        Err(error) => match Refusal::find(&*error) {
-            Some(refusal) => println!("{after:>7.0?}  call {call} not sent: {refusal}"),
-            None => return Err(error),
-        },
-    }
-    Ok(())
+/// A callee that fails once, hangs once, and is well then; and one that is not.
+async fn callee() -> std::io::Result<std::net::SocketAddr> {
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let flaky = async |body: Bytes| match ASKED.fetch_add(1, Relaxed) {
+        0 => Err(StatusCode::SERVICE_UNAVAILABLE),
+        1 => std::future::pending().await,
+        _ => Ok(body),
+    };
+    let app = Router::new()
+        .route("/flaky", any(flaky))
+        .route("/busy", any(async || StatusCode::SERVICE_UNAVAILABLE))
+        .route("/broken", any(async || StatusCode::BAD_GATEWAY));
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    Ok(address)
 }

@@ -321,7 +321,7 @@ impl Body for Outgoing {
             let inner = source.lock();
             let replayed =
                 inner.kept.len() <= self.next && (self.trailed || inner.kept_trailers.is_none());
-            replayed && inner.body.as_ref().is_none_or(|it| it.is_end_stream())
+            replayed && inner.body.as_ref().is_none_or(Body::is_end_stream)
         })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             ┌ serve ─────┐ ┌ proxy ────────────────────────────────────────────────────┐
-//!             │ accept     │ │  route ─▶ rate limit ─▶ refusals ─▶ forward               │
+//!             │ accept     │ │  route ─▶ rate limit ─▶ refusals ─▶ retry ─▶ forward      │
 //!  client ──▶ │ count      │▶│    │                                 breaker ─▶ timeout ─▶ upstream
 //!             │ time       │ │    └─ access line, written        balance, headers,       │
 //!             │            │ │       when the body ends          pooled connections      │

@@ -294,7 +294,7 @@ fn retry(name: &settings::Name, rule: &Retry, timeout: Duration, memory: &Memory
     RetryLayer::builder()
         .name(name.0.clone())
         .settings(rule.settings(timeout))
-        .budget(rule.budget.new())
+        .budget(rule.budget.build())
         .methods(rule.methods())
         .statuses(rule.statuses())
         .max_body(rule.max_body.in_memory())

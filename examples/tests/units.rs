@@ -11,6 +11,8 @@ mod admin;
 mod balance;
 #[path = "../reverse-proxy/body.rs"]
 mod body;
+#[path = "../reverse-proxy/demo.rs"]
+mod demo;
 #[path = "../reverse-proxy/forward.rs"]
 mod forward;
 #[path = "../reverse-proxy/headers.rs"]

@@ -81,7 +81,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    pub(crate) fn new(self) -> RetryBudget {
+    pub(crate) fn build(self) -> RetryBudget {
         RetryBudget::new(self.percent.0, self.min_per_second.0).expect("checked when it was read")
     }
 }
