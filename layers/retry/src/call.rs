@@ -325,7 +325,7 @@ where
     }
 
     fn gave_up(&self, _: GiveUp, attempts: u32) -> Self::Output {
-        Err(Error::Elapsed(Elapsed { attempts }))
+        Err(Error::Elapsed(Elapsed::after(attempts)))
     }
 }
 

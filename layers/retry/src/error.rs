@@ -25,14 +25,23 @@ impl std::error::Error for ConfigError {}
 /// Time was up before the service was ready for another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elapsed {
-    pub(crate) attempts: u32,
+    /// A whole word: what is written as half of one and copied as more makes
+    /// the processor wait.
+    attempts: u64,
 }
 
 impl Elapsed {
+    pub(crate) const fn after(attempts: u32) -> Self {
+        Self {
+            attempts: attempts as u64,
+        }
+    }
+
     /// How many attempts there were.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "it was one")]
     pub const fn attempts(self) -> u32 {
-        self.attempts
+        self.attempts as u32
     }
 }
 

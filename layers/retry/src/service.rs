@@ -117,7 +117,7 @@ where
         self.inner.poll_ready(cx).map_err(Error::Inner)
     }
 
-    #[inline]
+    #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
         let session = self.shared.begin(None);
         let call = AnyCall::new(request.clone(), self.mode.judge.clone());
