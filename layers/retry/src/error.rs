@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use buttress_core::{BoxError, Refusal, RefusalKind};
+use buttress_core::{BoxError, Inspect, Refusal, RefusalKind};
 
 /// A setting that makes no sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +89,22 @@ impl<E: fmt::Display> fmt::Display for Error<E> {
 impl From<Elapsed> for Refusal {
     fn from(_: Elapsed) -> Self {
         Self::new(RefusalKind::TimedOut)
+    }
+}
+
+impl<E: Inspect> Inspect for Error<E> {
+    fn error(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Elapsed(elapsed) => Some(elapsed),
+            Self::Inner(error) => error.error(),
+        }
+    }
+
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Elapsed(elapsed) => Some(Refusal::from(elapsed.clone())),
+            Self::Inner(error) => error.refusal(),
+        }
     }
 }
 
