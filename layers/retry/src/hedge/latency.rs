@@ -152,7 +152,7 @@ impl Latencies {
         if self.known_in.load(Relaxed) == epoch && new <= count / 16 {
             return Some(Duration::from_nanos(self.known.load(Relaxed)));
         }
-        let found = self.scan(live)?;
+        let found = self.scan(&live)?;
         let nanos = u64::try_from(found.as_nanos()).unwrap_or(u64::MAX);
         self.known.store(nanos, Relaxed);
         self.known_of.store(count, Relaxed);
@@ -167,7 +167,7 @@ impl Latencies {
         clippy::cast_sign_loss,
         reason = "above 2⁵³ latencies in a minute one more or less is nothing"
     )]
-    fn scan<'a>(&self, live: impl Iterator<Item = &'a Half> + Clone) -> Option<Duration> {
+    fn scan<'a>(&self, live: &(impl Iterator<Item = &'a Half> + Clone)) -> Option<Duration> {
         let at = |bucket: usize| {
             let counts = live.clone().map(move |half| &half.buckets[bucket]);
             counts.map(|count| u64::from(count.load(Relaxed))).sum()
