@@ -78,5 +78,5 @@ mod shared;
 pub use call::{AnyCall, Call, HttpCall};
 pub use config::HedgeBuilder;
 pub use future::ResponseFuture;
-pub use layer::{HedgeLayer, OverAny, OverHttp};
+pub use layer::{HedgeLayer, HedgePolicy, OverAny, OverHttp};
 pub use service::Hedge;

@@ -28,7 +28,7 @@ pub use config::{RetryBuilder, Web};
 pub use error::{ConfigError, Elapsed, Error};
 pub use event::{Cause, GiveUp};
 pub use future::ResponseFuture;
-pub use hedge::{Hedge, HedgeBuilder, HedgeLayer};
+pub use hedge::{Hedge, HedgeBuilder, HedgeLayer, HedgePolicy};
 pub use layer::{Errors, Respond, RetryLayer};
 pub use policy::{PolicyBuilder, RetryPolicy};
 pub use replay::{Memory, NotReplayable, ReplayBody};

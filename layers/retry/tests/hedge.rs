@@ -443,13 +443,15 @@ async fn which_answers_are_bad_over_http() {
     }
 }
 
+type Read = Arc<Mutex<Vec<Bytes>>>;
+
 /// Reads the whole request, and answers the n-th after so long.
 fn echo<B>(
     waits: impl IntoIterator<Item = Duration>,
 ) -> (
     impl Service<Request<ReplayBody<B>>, Response = Response<Whole>, Error = Infallible, Future: Send>
     + Clone,
-    Arc<Mutex<Vec<Bytes>>>,
+    Read,
 )
 where
     B: http_body::Body<Error: std::fmt::Debug + Send> + Send + 'static,
@@ -712,11 +714,11 @@ async fn the_delay_follows_what_was_seen() {
     let (inner, script) = script().otherwise(|n| Step::ok("").after(*n * MS)).build();
     // 81 ms, 82 ms, …: nineteen say nothing yet.
     for n in 1..=20 {
-        assert_eq!(layer.delay(), 1000 * MS);
+        assert_eq!(layer.policy().delay(), 1000 * MS);
         assert!(layer.layer(inner.clone()).oneshot(80 + n).await.is_ok());
     }
     // The eighteenth of them, to a 32nd.
-    let delay = layer.delay();
+    let delay = layer.policy().delay();
     assert!((98 * MS..=102 * MS).contains(&delay), "{delay:?}");
     let calls = script.call_count();
     assert!(layer.layer(inner.clone()).oneshot(500).await.is_ok());
@@ -731,9 +733,9 @@ async fn the_delay_follows_what_was_seen() {
     for _ in 0..1000 {
         assert!(layer.layer(inner.clone()).oneshot(1).await.is_ok());
     }
-    assert_eq!(layer.delay(), 10 * MS);
+    assert_eq!(layer.policy().delay(), 10 * MS);
     advance(Duration::from_secs(61)).await;
-    assert_eq!(layer.delay(), 1000 * MS);
+    assert_eq!(layer.policy().delay(), 1000 * MS);
     script.assert_finished();
 }
 
@@ -752,11 +754,11 @@ async fn bad_answers_and_what_may_not_be_hedged_tell_no_latency() {
         assert!(service.clone().oneshot(3).await.is_err());
         assert!(service.clone().oneshot(7).await.is_ok());
     }
-    assert_eq!(layer.delay(), 1000 * MS);
+    assert_eq!(layer.policy().delay(), 1000 * MS);
     for _ in 0..30 {
         assert!(service.clone().oneshot(20).await.is_ok());
     }
-    assert!((20 * MS..=21 * MS).contains(&layer.delay()));
+    assert!((20 * MS..=21 * MS).contains(&layer.policy().delay()));
 }
 
 /// The slow ones lose to their hedges. If they did not count, the percentile
@@ -804,6 +806,39 @@ async fn the_95th_percentile_hedges_a_twentieth_for_good() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_rules_can_be_changed_while_serving() {
+    let (inner, script) = script().otherwise(|_| Step::ok("").after(100 * MS)).build();
+    let layer = any().name("api").build().unwrap();
+    let service = layer.layer(inner);
+    let policy = service.policy();
+    assert_eq!(policy.name(), "api");
+    let attempts = async || {
+        let before = script.call_count();
+        assert!(service.clone().oneshot(1).await.is_ok());
+        script.call_count() - before
+    };
+    assert_eq!(attempts().await, 2);
+    policy.set_max_hedges(0).unwrap();
+    assert_eq!(attempts().await, 1);
+    policy.set_max_hedges(3).unwrap();
+    policy.set_after(30 * MS).unwrap();
+    assert_eq!(attempts().await, 4);
+    policy.set_after(100 * MS).unwrap();
+    assert_eq!(attempts().await, 1);
+    policy.set_after_percentile(0.5, 60 * MS, 70 * MS).unwrap();
+    for _ in 0..20 {
+        assert_eq!(policy.delay(), 70 * MS);
+        assert_eq!(attempts().await, 2);
+    }
+    policy
+        .set_after_percentile(0.5, 60 * MS, 1000 * MS)
+        .unwrap();
+    assert!((100 * MS..104 * MS).contains(&policy.delay()));
+    assert_eq!(attempts().await, 1);
+    script.assert_finished();
+}
+
 #[test]
 fn nonsense_cannot_be_built() {
     let fails = |layer: HedgeBuilder<buttress_core::Http, OverHttp<Plain>>| {
@@ -813,7 +848,6 @@ fn nonsense_cannot_be_built() {
     let good = || new().after(MS);
     assert!(fails(new()).contains("needs a delay"));
     assert!(fails(good().after(3601 * 1000 * MS)).contains("delay"));
-    assert!(fails(good().max_hedges(0)).contains("16"));
     assert!(fails(good().max_hedges(17)).contains("16"));
     for percentile in [0.0, 1.0, -1.0, f64::NAN] {
         let layer = new().after_percentile(percentile, MS, 2 * MS);
@@ -831,6 +865,13 @@ fn nonsense_cannot_be_built() {
         assert!(fails(layer).contains("window"));
     }
     assert!(good().max_hedges(16).build().is_ok());
+
+    let layer = good().build().unwrap();
+    let policy = layer.policy();
+    assert!(policy.set_after(Duration::MAX).is_err());
+    assert!(policy.set_after_percentile(1.5, MS, MS).is_err());
+    assert!(policy.set_max_hedges(17).is_err());
+    assert_eq!(policy.delay(), MS);
 }
 
 #[tokio::test(start_paused = true)]

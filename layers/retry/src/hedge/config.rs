@@ -1,6 +1,11 @@
 //! What a layer is made of, checked once by `build()`.
 
-use std::{fmt, marker::PhantomData, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    marker::PhantomData,
+    sync::{Arc, atomic::AtomicU32},
+    time::Duration,
+};
 
 use buttress_core::{
     Any, Head, Http, Refusal, View,
@@ -10,12 +15,11 @@ use buttress_core::{
 use http::{HeaderName, Method, StatusCode};
 
 use super::{
-    HedgeLayer,
+    HedgeLayer, HedgePolicy,
     call::Web,
-    latency::Latencies,
     layer::{OverAny, OverHttp},
     metrics::Metrics,
-    shared::{Delay, OnHedge, Shared},
+    shared::{After, Delay, OnHedge, Shared},
 };
 use crate::{
     AnyError, Boxed, Budget, ConfigError, Memory, Opaque, Outcome, SharedBudget,
@@ -28,17 +32,14 @@ const RETRY_ATTEMPT: HeaderName = HeaderName::from_static("x-retry-attempt");
 /// What a body may have and still be sent twice, unless said otherwise.
 const MAX_BODY: usize = 64 * 1024;
 
-/// The longest delay: an hour.
-const LONGEST: Duration = Duration::from_secs(3600);
-
 /// More at once is an attack.
 const MAX_HEDGES: u32 = 16;
 
-/// When a hedge is sent, as asked for.
-#[derive(Clone, Copy, Debug)]
-enum After {
-    Fixed(Duration),
-    Percentile(f64, Duration, Duration),
+pub(super) fn check_max_hedges(hedges: u32) -> Result<(), ConfigError> {
+    if hedges > MAX_HEDGES {
+        return Err(ConfigError::new("there must be at most 16 hedges"));
+    }
+    Ok(())
 }
 
 /// Builds a [`HedgeLayer`].
@@ -142,8 +143,8 @@ impl<V: View, M> HedgeBuilder<V, M> {
         self
     }
 
-    /// How many hedges a request may have, besides its first attempt: from 1 to
-    /// 16, each after the delay again. Default: 1.
+    /// How many hedges a request may have, besides its first attempt: at most
+    /// 16, each after the delay again; none if 0. Default: 1.
     pub fn max_hedges(mut self, hedges: u32) -> Self {
         self.max_hedges = hedges;
         self
@@ -202,33 +203,16 @@ impl<V: View, M> HedgeBuilder<V, M> {
     fn delay(&self) -> Result<Delay, ConfigError> {
         const DAY: Duration = Duration::from_secs(24 * 3600);
 
-        match self.after {
-            None => Err(ConfigError::new("a hedge needs a delay")),
-            Some(After::Fixed(delay)) if delay > LONGEST => {
-                Err(ConfigError::new("a hedge's delay must be at most an hour"))
-            }
-            Some(After::Fixed(delay)) => Ok(Delay::Fixed(delay)),
-            Some(After::Percentile(percentile, min, max)) => {
-                // Written so that NaN is none.
-                if !(percentile > 0.0 && percentile < 1.0) {
-                    return Err(ConfigError::new(
-                        "a hedge's percentile must be above 0 and below 1",
-                    ));
-                }
-                if min > max || max > LONGEST || max.is_zero() {
-                    return Err(ConfigError::new(
-                        "a hedge's longest delay must be above 0, at least the shortest, and at most an hour",
-                    ));
-                }
-                if self.window < Duration::from_secs(1) || self.window > DAY {
-                    return Err(ConfigError::new(
-                        "the window of latencies must be from a second to a day",
-                    ));
-                }
-                let seen = Latencies::new(percentile, self.window);
-                Ok(Delay::Percentile { seen, min, max })
-            }
+        let after = self
+            .after
+            .ok_or(ConfigError::new("a hedge needs a delay"))?;
+        after.check()?;
+        if self.window < Duration::from_secs(1) || self.window > DAY {
+            return Err(ConfigError::new(
+                "the window of latencies must be from a second to a day",
+            ));
         }
+        Ok(Delay::new(after, self.window))
     }
 
     /// Builds the layer.
@@ -238,19 +222,17 @@ impl<V: View, M> HedgeBuilder<V, M> {
     /// [`ConfigError`] if there is no delay, or a setting is out of its range.
     pub fn build(self) -> Result<HedgeLayer<V, M>, ConfigError> {
         let delay = self.delay()?;
-        if !(1..=MAX_HEDGES).contains(&self.max_hedges) {
-            return Err(ConfigError::new("there must be from 1 to 16 hedges"));
-        }
+        check_max_hedges(self.max_hedges)?;
         Ok(HedgeLayer {
-            shared: Arc::new(Shared {
+            policy: HedgePolicy(Arc::new(Shared {
                 metrics: Metrics::new(&self.name),
                 name: self.name,
                 delay,
-                max_hedges: self.max_hedges,
+                max_hedges: AtomicU32::new(self.max_hedges),
                 budget: self.budget,
                 counted_outside: self.counted_outside,
                 on_hedge: self.on_hedge,
-            }),
+            })),
             mode: self.mode,
             view: PhantomData,
         })

@@ -198,7 +198,7 @@ where
         loop {
             match self.stage {
                 Stage::Begun => {
-                    self.delay = self.shared.delay();
+                    self.delay = self.shared.delay(self.started);
                     self.stage = if self.delay.is_zero() {
                         Stage::Readying
                     } else {
@@ -257,7 +257,7 @@ where
         let started = self.shared.started();
         let future = Box::pin(service.call(request));
         self.hedges.push(Attempt { future, started });
-        if self.begun < self.shared.max_hedges {
+        if self.begun < self.shared.max_hedges() {
             self.stage = Stage::Begun;
         } else {
             self.over();

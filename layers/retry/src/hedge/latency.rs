@@ -19,10 +19,11 @@ use buttress_core::{
 };
 
 /// An octave has 2⁵ buckets: none is wider than a 32nd of where it begins.
-const SUB_BITS: u32 = 5;
+/// (Fewer for loom, which visits each.)
+const SUB_BITS: u32 = if cfg!(buttress_loom) { 1 } else { 5 };
 const SUBS: usize = 1 << SUB_BITS;
 /// Longer ones count as this: 71 minutes.
-const LONGEST_BITS: u32 = 32;
+const LONGEST_BITS: u32 = if cfg!(buttress_loom) { 2 } else { 32 };
 const LONGEST: u64 = (1 << LONGEST_BITS) - 1;
 const BUCKETS: usize = SUBS * (LONGEST_BITS - SUB_BITS + 1) as usize;
 
@@ -91,7 +92,6 @@ impl Half {
 
 /// Latencies of the last half to whole window. Memory is fixed: 7 KiB.
 pub(super) struct Latencies {
-    percentile: f64,
     half: u64,
     halves: [Half; 2],
     /// The last result, in nanoseconds, and what it was drawn from. Two threads
@@ -99,19 +99,19 @@ pub(super) struct Latencies {
     known: AtomicU64,
     known_in: AtomicU64,
     known_of: AtomicU64,
+    known_percentile: AtomicU64,
 }
 
 impl Latencies {
-    /// `percentile` above 0 and below 1; `window` at least 2 ns.
-    pub(super) fn new(percentile: f64, window: Duration) -> Self {
+    pub(super) fn new(window: Duration) -> Self {
         let window = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX);
         Self {
-            percentile,
             half: (window / 2).max(1),
             halves: [Half::new(0), Half::new(1)],
             known: AtomicU64::new(0),
             known_in: AtomicU64::new(EMPTYING),
             known_of: AtomicU64::new(0),
+            known_percentile: AtomicU64::new(0),
         }
     }
 
@@ -140,8 +140,8 @@ impl Latencies {
     /// The least time that so large a part of the latencies does not exceed:
     /// never less than it is, more by at most a 32nd and a microsecond; of
     /// latencies of which a 16th may be missing. `None` of fewer than
-    /// [`MIN_SAMPLES`].
-    pub(super) fn percentile(&self, now: Instant) -> Option<Duration> {
+    /// [`MIN_SAMPLES`]. `percentile` is above 0 and below 1.
+    pub(super) fn percentile(&self, percentile: f64, now: Instant) -> Option<Duration> {
         let epoch = self.epoch(now);
         let live = self.live(epoch);
         let count: u64 = live.clone().map(|half| half.count.load(Relaxed)).sum();
@@ -149,53 +149,57 @@ impl Latencies {
             return None;
         }
         let new = count.saturating_sub(self.known_of.load(Relaxed));
-        if self.known_in.load(Relaxed) == epoch && new <= count / 16 {
+        let known = self.known_in.load(Relaxed) == epoch
+            && self.known_percentile.load(Relaxed) == percentile.to_bits();
+        if known && new <= count / 16 {
             return Some(Duration::from_nanos(self.known.load(Relaxed)));
         }
-        let found = self.scan(&live)?;
+        let found = scan(percentile, &live)?;
         let nanos = u64::try_from(found.as_nanos()).unwrap_or(u64::MAX);
         self.known.store(nanos, Relaxed);
         self.known_of.store(count, Relaxed);
+        self.known_percentile.store(percentile.to_bits(), Relaxed);
         self.known_in.store(epoch, Relaxed);
         Some(found)
     }
+}
 
-    #[cold]
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "above 2⁵³ latencies in a minute one more or less is nothing"
-    )]
-    fn scan<'a>(&self, live: &(impl Iterator<Item = &'a Half> + Clone)) -> Option<Duration> {
-        let at = |bucket: usize| {
-            let counts = live.clone().map(move |half| &half.buckets[bucket]);
-            counts.map(|count| u64::from(count.load(Relaxed))).sum()
-        };
-        // Not the count, which others may be ahead of.
-        let mut sums = [0_u64; BUCKETS];
-        for (bucket, sum) in sums.iter_mut().enumerate() {
-            *sum = at(bucket);
-        }
-        let total: u64 = sums.iter().sum();
-        let rank = ((self.percentile * total as f64).ceil() as u64).max(1);
-        let mut below = 0;
-        let found = sums.iter().position(|sum| {
-            below += sum;
-            below >= rank
-        });
-        found.map(end)
+#[cold]
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "above 2⁵³ latencies in a minute one more or less is nothing"
+)]
+fn scan<'a>(percentile: f64, live: &(impl Iterator<Item = &'a Half> + Clone)) -> Option<Duration> {
+    let at = |bucket: usize| {
+        let counts = live.clone().map(move |half| &half.buckets[bucket]);
+        counts.map(|count| u64::from(count.load(Relaxed))).sum()
+    };
+    // Not the count, which others may be ahead of.
+    let mut sums = [0_u64; BUCKETS];
+    for (bucket, sum) in sums.iter_mut().enumerate() {
+        *sum = at(bucket);
     }
+    let total: u64 = sums.iter().sum();
+    let rank = ((percentile * total as f64).ceil() as u64).max(1);
+    let mut below = 0;
+    let found = sums.iter().position(|sum| {
+        below += sum;
+        below >= rank
+    });
+    found.map(end)
 }
 
 impl fmt::Debug for Latencies {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Latencies")
-            .field("percentile", &self.percentile)
             .field("window", &Duration::from_nanos(self.half.saturating_mul(2)))
             .finish_non_exhaustive()
     }
 }
 
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;
 #[cfg(all(test, not(buttress_loom)))]
 mod tests;

@@ -13,7 +13,7 @@ use http_body::Body;
 use tower_service::Service;
 
 use super::{
-    AnyCall, HttpCall, ResponseFuture,
+    AnyCall, HedgePolicy, HttpCall, ResponseFuture,
     layer::{OverAny, OverHttp},
     shared::Shared,
 };
@@ -40,6 +40,12 @@ impl<S, V: View, M> Hedge<S, V, M> {
             mode,
             view: PhantomData,
         }
+    }
+
+    /// Its rules.
+    #[must_use]
+    pub fn policy(&self) -> HedgePolicy {
+        HedgePolicy(Arc::clone(&self.shared))
     }
 
     /// The inner service.
@@ -76,7 +82,7 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         self.shared.begin();
         let web = &self.mode.web;
-        let may = web.rules.may_repeat(Head::from(&request));
+        let may = self.shared.max_hedges() > 0 && web.rules.may_repeat(Head::from(&request));
         let (parts, body) = request.into_parts();
         let max_body = if may { web.max_body } else { 0 };
         let mut replay = Replay::new(body, max_body, &web.memory);
@@ -113,7 +119,9 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         self.shared.begin();
         let hedge_if = self.mode.hedge_if.as_ref();
-        if !hedge_if.is_none_or(|hedge_if| hedge_if(&request)) {
+        let may =
+            self.shared.max_hedges() > 0 && hedge_if.is_none_or(|hedge_if| hedge_if(&request));
+        if !may {
             return ResponseFuture::alone(self.inner.call(request));
         }
         let started = self.shared.started();

@@ -35,11 +35,11 @@ proptest! {
         latencies in vec(micros(), 20..400),
         percentile in 0.01..0.999,
     ) {
-        let seen = Latencies::new(percentile, WINDOW);
+        let seen = Latencies::new(WINDOW);
         for micros in &latencies {
             seen.record(Duration::from_micros(*micros), at(100));
         }
-        let found = seen.percentile(at(100)).unwrap();
+        let found = seen.percentile(percentile, at(100)).unwrap();
         let exact = Duration::from_micros(exact(&latencies, percentile));
         prop_assert!(found >= exact, "{found:?} < {exact:?}");
         prop_assert!(
@@ -54,10 +54,10 @@ proptest! {
         latencies in vec(micros(), 20..200),
         percentile in 0.5..0.999,
     ) {
-        let seen = Latencies::new(percentile, WINDOW);
+        let seen = Latencies::new(WINDOW);
         for (before, micros) in latencies.iter().enumerate() {
             seen.record(Duration::from_micros(*micros), at(100));
-            let found = seen.percentile(at(100));
+            let found = seen.percentile(percentile, at(100));
             let now = before + 1;
             if (now as u64) < MIN_SAMPLES {
                 prop_assert_eq!(found, None);
@@ -77,7 +77,7 @@ proptest! {
     fn the_window_slides(
         marks in vec((0_u64..30, 0_u64..5), 1..300),
     ) {
-        let seen = Latencies::new(0.5, WINDOW);
+        let seen = Latencies::new(WINDOW);
         let mut now = 0;
         let mut all = Vec::new();
         for (step, many) in marks {
@@ -105,21 +105,21 @@ fn the_longest_have_a_bucket_too() {
 
 #[test]
 fn a_long_run_is_forgotten_as_fast_as_a_short_one() {
-    let seen = Latencies::new(0.5, WINDOW);
+    let seen = Latencies::new(WINDOW);
     for _ in 0..100_000 {
         seen.record(Duration::from_secs(9), at(10));
     }
-    assert!(seen.percentile(at(59)).unwrap() > Duration::from_secs(8));
-    assert_eq!(seen.percentile(at(60)), None);
+    assert!(seen.percentile(0.5, at(59)).unwrap() > Duration::from_secs(8));
+    assert_eq!(seen.percentile(0.5, at(60)), None);
     for _ in 0..MIN_SAMPLES {
         seen.record(Duration::from_millis(1), at(61));
     }
-    assert!(seen.percentile(at(61)).unwrap() < Duration::from_millis(2));
+    assert!(seen.percentile(0.5, at(61)).unwrap() < Duration::from_millis(2));
 }
 
 #[test]
 fn who_comes_after_the_time_goes_uncounted() {
-    let seen = Latencies::new(0.5, WINDOW);
+    let seen = Latencies::new(WINDOW);
     seen.record(Duration::from_millis(1), at(70));
     // Of the half before last.
     seen.record(Duration::from_millis(1), at(5));
@@ -128,7 +128,7 @@ fn who_comes_after_the_time_goes_uncounted() {
 
 #[test]
 fn threads_lose_nothing_within_a_half() {
-    let seen = Latencies::new(0.5, WINDOW);
+    let seen = Latencies::new(WINDOW);
     // Whoever meets another that empties the half goes uncounted.
     seen.record(Duration::from_millis(3), at(200));
     std::thread::scope(|scope| {
@@ -136,14 +136,14 @@ fn threads_lose_nothing_within_a_half() {
             scope.spawn(|| {
                 for _ in 0..10_000 {
                     seen.record(Duration::from_millis(3), at(200));
-                    let _ = seen.percentile(at(200));
+                    let _ = seen.percentile(0.5, at(200));
                 }
             });
         }
     });
     assert_eq!(seen.halves[0].count.load(Relaxed), 40_001);
     assert_eq!(
-        seen.percentile(at(200)),
+        seen.percentile(0.5, at(200)),
         Some(end(bucket(Duration::from_millis(3))))
     );
 }
