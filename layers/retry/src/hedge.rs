@@ -61,7 +61,7 @@
 //! }));
 //! let start = tokio::time::Instant::now();
 //! assert_eq!(service.oneshot("a question").await?, Duration::from_millis(5));
-//! assert_eq!(start.elapsed(), Duration::from_millis(55));
+//! assert!(start.elapsed() < Duration::from_millis(60));
 //! # Ok(())
 //! # }
 //! ```
