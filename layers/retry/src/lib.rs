@@ -8,6 +8,7 @@ mod config;
 mod error;
 mod event;
 mod future;
+pub mod hedge;
 #[cfg(feature = "hyper")]
 mod hyper_errors;
 mod layer;
@@ -27,6 +28,7 @@ pub use config::{RetryBuilder, Web};
 pub use error::{ConfigError, Elapsed, Error};
 pub use event::{Cause, GiveUp};
 pub use future::ResponseFuture;
+pub use hedge::{Hedge, HedgeBuilder, HedgeLayer, HedgePolicy};
 pub use layer::{Errors, Respond, RetryLayer};
 pub use policy::{PolicyBuilder, RetryPolicy};
 pub use replay::{Memory, NotReplayable, ReplayBody};
