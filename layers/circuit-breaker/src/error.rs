@@ -246,7 +246,7 @@ impl<E: Inspect> Inspect for Error<E> {
 
     fn refusal(&self) -> Option<Refusal> {
         match self {
-            Self::Open(open) => Some(Refusal::from(open.clone())),
+            Self::Open(open) => Some(Refusal::from(*open)),
             Self::Inner(error) => error.refusal(),
         }
     }

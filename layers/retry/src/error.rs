@@ -102,7 +102,7 @@ impl<E: Inspect> Inspect for Error<E> {
 
     fn refusal(&self) -> Option<Refusal> {
         match self {
-            Self::Elapsed(elapsed) => Some(Refusal::from(elapsed.clone())),
+            Self::Elapsed(elapsed) => Some(Refusal::from(*elapsed)),
             Self::Inner(error) => error.refusal(),
         }
     }

@@ -23,7 +23,7 @@ mod settings;
 
 pub use backoff::{Backoff, Delays, Jitter};
 pub use budget::{Adaptive, Budget, RetryBudget, SharedBudget, Throttle};
-pub use call::{AnyCall, AnyError, Boxed, Call, HttpCall, Inspect, Opaque, Plain, RetryIf};
+pub use call::{AnyCall, AnyError, Boxed, Call, HttpCall, Looks, Opaque, Plain, RetryIf};
 pub use config::{RetryBuilder, Web};
 pub use error::{ConfigError, Elapsed, Error};
 pub use event::{Cause, GiveUp};

@@ -7,7 +7,7 @@ use http::{HeaderName, Request, Response, request::Parts};
 use http_body::Body;
 
 use crate::{
-    Inspect, Memory, NotReplayable, Outcome, ReplayBody, RetryIf, call::Judged, replay::Replay,
+    Looks, Memory, NotReplayable, Outcome, ReplayBody, RetryIf, call::Judged, replay::Replay,
     rules::Rules, session::Hint,
 };
 
@@ -103,7 +103,7 @@ impl<B, R, E, I> sealed::Sealed for HttpCall<B, R, E, I> {}
 impl<B, R, E, I> Call for HttpCall<B, R, E, I>
 where
     B: Body,
-    I: Inspect<E>,
+    I: Looks<E>,
 {
     type Request = Request<ReplayBody<B>>;
     type Response = Response<R>;
@@ -116,9 +116,11 @@ where
                 headers: response.headers(),
                 extensions: response.extensions(),
             },
-            Err(error) => Outcome::Error(I::inspect(error)),
+            Err(error) => Outcome::Error(I::error(error)),
         };
-        let seen = self.web.rules.judge(Head::from(&self.parts), outcome);
+        let refusal = result.as_ref().err().and_then(I::refusal);
+        let head = Head::from(&self.parts);
+        let seen = self.web.rules.judge(head, outcome, refusal.as_ref());
         seen.map(|seen| Bad::from(Judged(seen)))
     }
 

@@ -17,7 +17,7 @@ use super::{
     layer::{OverAny, OverHttp},
     shared::Shared,
 };
-use crate::{Inspect, ReplayBody, RetryIf, replay::Replay};
+use crate::{Looks, ReplayBody, RetryIf, replay::Replay};
 
 /// The service of a [`HedgeLayer`](crate::HedgeLayer).
 ///
@@ -68,7 +68,7 @@ impl<S, B, R, I> Service<Request<B>> for Hedge<S, Http, OverHttp<I>>
 where
     S: Service<Request<ReplayBody<B>>, Response = Response<R>> + Clone,
     B: Body,
-    I: Inspect<S::Error>,
+    I: Looks<S::Error>,
 {
     type Response = Response<R>;
     type Error = S::Error;
