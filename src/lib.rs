@@ -33,8 +33,9 @@ pub use buttress_timeout as timeout;
 #[cfg(feature = "tower")]
 pub use buttress_core::tower_errors;
 pub use buttress_core::{
-    Any, BoxError, Head, Http, ProblemResponder, Refusal, RefusalKind, Responder, Sees, View, body,
-    classify, clock, deadline, health, key, keyed, random, refusal, request, respond, retry_after,
+    Any, BoxError, Head, Http, Inspect, ProblemResponder, Refusal, RefusalKind, Responder, Sees,
+    View, body, classify, clock, deadline, health, key, keyed, random, refusal, request, respond,
+    retry_after,
 };
 #[cfg(feature = "tower")]
 pub use ext::ServiceBuilderExt;

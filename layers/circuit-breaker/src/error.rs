@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use buttress_core::{BoxError, Refusal, RefusalKind};
+use buttress_core::{BoxError, Inspect, Refusal, RefusalKind};
 
 use crate::{
     Reason, State,
@@ -233,6 +233,22 @@ impl<E: fmt::Display> fmt::Display for Error<E> {
 impl<E> From<CircuitOpen> for Error<E> {
     fn from(open: CircuitOpen) -> Self {
         Self::Open(open)
+    }
+}
+
+impl<E: Inspect> Inspect for Error<E> {
+    fn error(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Open(open) => Some(open),
+            Self::Inner(error) => error.error(),
+        }
+    }
+
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Open(open) => Some(Refusal::from(*open)),
+            Self::Inner(error) => error.refusal(),
+        }
     }
 }
 

@@ -19,7 +19,7 @@ pub mod testing;
 #[cfg(feature = "tower")]
 pub mod tower_errors;
 
-pub use refusal::{Refusal, RefusalKind};
+pub use refusal::{Inspect, Refusal, RefusalKind};
 pub use request::{Any, Head, Http, Sees, View};
 pub use respond::{ProblemResponder, Responder};
 

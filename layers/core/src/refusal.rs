@@ -363,6 +363,27 @@ impl From<RefusalKind> for Refusal {
     }
 }
 
+/// An error that a layer further out can look into, to see what it is.
+///
+/// All that implement [`std::error::Error`] can be. The error types of the
+/// layers do not, so that they can become a [`BoxError`](crate::BoxError), and
+/// say it here.
+pub trait Inspect {
+    /// The error, with its chain of sources.
+    fn error(&self) -> Option<&(dyn std::error::Error + 'static)>;
+
+    /// The refusal that it is, where that is not in the chain.
+    fn refusal(&self) -> Option<Refusal> {
+        None
+    }
+}
+
+impl<E: std::error::Error + 'static> Inspect for E {
+    fn error(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(self)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

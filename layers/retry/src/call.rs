@@ -10,7 +10,7 @@ use std::{
 };
 
 use buttress_core::{
-    BoxError, Head, Refusal, RefusalKind,
+    BoxError, Head, Inspect, Refusal, RefusalKind,
     body::ResponseBody,
     deadline::Deadline,
     respond::{SharedResponder, integer},
@@ -73,7 +73,8 @@ mod sealed {
 }
 
 /// How a service's errors can be looked at: by what they are. For error types
-/// that implement [`std::error::Error`], as most do.
+/// that implement [`std::error::Error`], as most do, and for those of the
+/// layers ([`Inspect`]).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;
 
@@ -86,29 +87,39 @@ pub struct Boxed;
 pub struct Opaque;
 
 /// Looks at errors of type `E`: [`Plain`], [`Boxed`] or [`Opaque`].
-pub trait Inspect<E>: sealed::Sealed + Copy + Default + Send + Sync + 'static {
+pub trait Looks<E>: sealed::Sealed + Copy + Default + Send + Sync + 'static {
     /// The error, if it can be looked at.
-    fn inspect(error: &E) -> Option<&(dyn StdError + 'static)>;
+    fn error(error: &E) -> Option<&(dyn StdError + 'static)>;
+
+    /// The refusal that it is, if it is one that is not in that error's chain.
+    fn refusal(error: &E) -> Option<Refusal> {
+        let _ = error;
+        None
+    }
 }
 
 impl sealed::Sealed for Plain {}
 impl sealed::Sealed for Boxed {}
 impl sealed::Sealed for Opaque {}
 
-impl<E: StdError + 'static> Inspect<E> for Plain {
-    fn inspect(error: &E) -> Option<&(dyn StdError + 'static)> {
-        Some(error)
+impl<E: Inspect> Looks<E> for Plain {
+    fn error(error: &E) -> Option<&(dyn StdError + 'static)> {
+        error.error()
+    }
+
+    fn refusal(error: &E) -> Option<Refusal> {
+        error.refusal()
     }
 }
 
-impl Inspect<BoxError> for Boxed {
-    fn inspect(error: &BoxError) -> Option<&(dyn StdError + 'static)> {
+impl Looks<BoxError> for Boxed {
+    fn error(error: &BoxError) -> Option<&(dyn StdError + 'static)> {
         Some(&**error)
     }
 }
 
-impl<E> Inspect<E> for Opaque {
-    fn inspect(_: &E) -> Option<&(dyn StdError + 'static)> {
+impl<E> Looks<E> for Opaque {
+    fn error(_: &E) -> Option<&(dyn StdError + 'static)> {
         None
     }
 }
@@ -146,7 +157,7 @@ impl<B, R, E, I> sealed::Sealed for HttpCall<B, R, E, I> {}
 impl<B, R, E, I> Call for HttpCall<B, R, E, I>
 where
     B: Body,
-    I: Inspect<E>,
+    I: Looks<E>,
 {
     type Request = Request<ReplayBody<B>>;
     type Response = Response<R>;
@@ -160,9 +171,11 @@ where
                 headers: response.headers(),
                 extensions: response.extensions(),
             },
-            Err(error) => Outcome::Error(I::inspect(error)),
+            Err(error) => Outcome::Error(I::error(error)),
         };
-        let seen = self.shared.rules.judge(Head::from(&self.parts), outcome);
+        let refusal = result.as_ref().err().and_then(I::refusal);
+        let head = Head::from(&self.parts);
+        let seen = self.shared.rules.judge(head, outcome, refusal.as_ref());
         seen.map(Judged)
     }
 
@@ -253,7 +266,7 @@ where
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AnyError<I = Plain>(PhantomData<I>);
 
-impl<Req, Res, E, I: Inspect<E>> RetryIf<Req, Res, E> for AnyError<I> {
+impl<Req, Res, E, I: Looks<E>> RetryIf<Req, Res, E> for AnyError<I> {
     #[inline]
     fn judge(&self, _: &Req, result: Result<&Res, &E>) -> Option<Judged> {
         let error = result.err()?;
@@ -263,8 +276,11 @@ impl<Req, Res, E, I: Inspect<E>> RetryIf<Req, Res, E> for AnyError<I> {
 
 /// Of an error that is worth another attempt if it is none of ours.
 #[cold]
-pub(crate) fn of_any<E, I: Inspect<E>>(error: &E) -> Option<Judged> {
-    let Some(error) = I::inspect(error) else {
+pub(crate) fn of_any<E, I: Looks<E>>(error: &E) -> Option<Judged> {
+    if let Some(refusal) = I::refusal(error) {
+        return rules::of_refusal(&refusal).map(Judged);
+    }
+    let Some(error) = I::error(error) else {
         return Some(Judged(Seen::new(Cause::Error)));
     };
     if let Some(refusal) = Refusal::find(error) {
@@ -325,7 +341,7 @@ where
     }
 
     fn gave_up(&self, _: GiveUp, attempts: u32) -> Self::Output {
-        Err(Error::Elapsed(Elapsed { attempts }))
+        Err(Error::Elapsed(Elapsed::after(attempts)))
     }
 }
 

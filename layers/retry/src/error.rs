@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use buttress_core::{BoxError, Refusal, RefusalKind};
+use buttress_core::{BoxError, Inspect, Refusal, RefusalKind};
 
 /// A setting that makes no sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,14 +25,23 @@ impl std::error::Error for ConfigError {}
 /// Time was up before the service was ready for another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elapsed {
-    pub(crate) attempts: u32,
+    /// A whole word: what is written as half of one and copied as more makes
+    /// the processor wait.
+    attempts: u64,
 }
 
 impl Elapsed {
+    pub(crate) const fn after(attempts: u32) -> Self {
+        Self {
+            attempts: attempts as u64,
+        }
+    }
+
     /// How many attempts there were.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "it was one")]
     pub const fn attempts(self) -> u32 {
-        self.attempts
+        self.attempts as u32
     }
 }
 
@@ -80,6 +89,22 @@ impl<E: fmt::Display> fmt::Display for Error<E> {
 impl From<Elapsed> for Refusal {
     fn from(_: Elapsed) -> Self {
         Self::new(RefusalKind::TimedOut)
+    }
+}
+
+impl<E: Inspect> Inspect for Error<E> {
+    fn error(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Elapsed(elapsed) => Some(elapsed),
+            Self::Inner(error) => error.error(),
+        }
+    }
+
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Elapsed(elapsed) => Some(Refusal::from(*elapsed)),
+            Self::Inner(error) => error.refusal(),
+        }
     }
 }
 

@@ -45,17 +45,17 @@ pin_project! {
             #[pin]
             attempt: F,
         },
+        // Boxed, as a timer is large, and most futures never have one but are
+        // moved about.
         Waiting {
-            #[pin]
-            wait: Sleep,
+            wait: Pin<Box<Sleep>>,
             cause: Cause,
         },
         // For what the attempt before has not yet given up, and for the
         // service.
         Preparing {
             // Until when; made once there is something to wait for.
-            #[pin]
-            limit: Option<Sleep>,
+            limit: Option<Pin<Box<Sleep>>>,
             request: Option<R>,
             cause: Cause,
         },
@@ -71,7 +71,7 @@ where
     C: Call,
     S: Service<C::Request>,
 {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new(
         attempt: S::Future,
         call: C,
@@ -97,7 +97,7 @@ where
     S: Service<C::Request, Response = C::Response, Error = C::Error>,
 {
     /// After an attempt: how long until the next, or `None`.
-    #[inline]
+    #[inline(always)]
     fn after(&mut self, result: &Result<C::Response, C::Error>) -> Option<(Duration, Cause)> {
         let Some(judged) = self.call.judge(result) else {
             self.shared.settled(&self.session, result.is_ok());
@@ -107,6 +107,7 @@ where
     }
 
     #[cold]
+    #[inline(never)]
     fn again(&mut self, judged: Judged) -> Option<(Duration, Cause)> {
         let obstacle = || self.call.check(judged);
         let wait = self
@@ -126,7 +127,7 @@ where
     /// The next attempt, as soon as there is all that it takes.
     fn poll_prepare(
         &mut self,
-        mut limit: Pin<&mut Option<Sleep>>,
+        limit: &mut Option<Pin<Box<Sleep>>>,
         request: &mut Option<C::Request>,
         cause: Cause,
         cx: &mut Context<'_>,
@@ -136,7 +137,7 @@ where
             match self.call.poll_repeat(cx) {
                 Poll::Ready(Some(next)) => {
                     *request = Some(next);
-                    limit.set(None);
+                    *limit = None;
                 }
                 Poll::Ready(None) => return Poll::Ready(Err(self.gave_up(cause, GiveUp::Body))),
                 Poll::Pending => {
@@ -158,10 +159,8 @@ where
         let Some(latest) = latest else {
             return Poll::Pending;
         };
-        if limit.is_none() {
-            limit.set(Some(sleep(latest - clock::now())));
-        }
-        ready!(limit.as_pin_mut().expect("it was just made").poll(cx));
+        let limit = limit.get_or_insert_with(|| Box::pin(sleep(latest - clock::now())));
+        ready!(limit.as_mut().poll(cx));
         let reason = match request {
             Some(_) => GiveUp::Deadline,
             None => GiveUp::Body,
@@ -194,27 +193,56 @@ where
 {
     type Output = C::Output;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
-        let mut this = self.project();
+    // What is nearly always all of it, so that it is inlined.
+    #[inline(always)]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
+        let this = self.as_mut().project();
+        if let StateProj::Calling { attempt } = this.state.project() {
+            let result = ready!(attempt.poll(cx));
+            let Some((wait, cause)) = this.rest.after(&result) else {
+                return Poll::Ready(C::output(result));
+            };
+            // Before the wait: what is given up on holds a connection.
+            drop(result);
+            self.as_mut().wait(wait, cause);
+        }
+        self.poll_further(cx)
+    }
+}
+
+impl<C, S> ResponseFuture<C, S>
+where
+    C: Call,
+    S: Service<C::Request, Response = C::Response, Error = C::Error>,
+{
+    #[cold]
+    fn wait(self: Pin<&mut Self>, wait: Duration, cause: Cause) {
+        self.project().state.set(if wait.is_zero() {
+            State::preparing(cause)
+        } else {
+            let wait = Box::pin(sleep(wait));
+            State::Waiting { wait, cause }
+        });
+    }
+
+    /// After the first attempt.
+    #[cold]
+    #[inline(never)]
+    fn poll_further(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
         loop {
+            let mut this = self.as_mut().project();
             match this.state.as_mut().project() {
                 StateProj::Calling { attempt } => {
                     let result = ready!(attempt.poll(cx));
                     let Some((wait, cause)) = this.rest.after(&result) else {
                         return Poll::Ready(C::output(result));
                     };
-                    // Before the wait: what is given up on holds a connection.
                     drop(result);
-                    this.state.set(if wait.is_zero() {
-                        State::preparing(cause)
-                    } else {
-                        let wait = sleep(wait);
-                        State::Waiting { wait, cause }
-                    });
+                    self.as_mut().wait(wait, cause);
                 }
                 StateProj::Waiting { wait, cause } => {
                     let cause = *cause;
-                    ready!(wait.poll(cx));
+                    ready!(wait.as_mut().poll(cx));
                     this.state.set(State::preparing(cause));
                 }
                 StateProj::Preparing {

@@ -8,6 +8,7 @@ mod config;
 mod error;
 mod event;
 mod future;
+pub mod hedge;
 #[cfg(feature = "hyper")]
 mod hyper_errors;
 mod layer;
@@ -22,11 +23,12 @@ mod settings;
 
 pub use backoff::{Backoff, Delays, Jitter};
 pub use budget::{Adaptive, Budget, RetryBudget, SharedBudget, Throttle};
-pub use call::{AnyCall, AnyError, Boxed, Call, HttpCall, Inspect, Opaque, Plain, RetryIf};
+pub use call::{AnyCall, AnyError, Boxed, Call, HttpCall, Looks, Opaque, Plain, RetryIf};
 pub use config::{RetryBuilder, Web};
 pub use error::{ConfigError, Elapsed, Error};
 pub use event::{Cause, GiveUp};
 pub use future::ResponseFuture;
+pub use hedge::{Hedge, HedgeBuilder, HedgeLayer, HedgePolicy};
 pub use layer::{Errors, Respond, RetryLayer};
 pub use policy::{PolicyBuilder, RetryPolicy};
 pub use replay::{Memory, NotReplayable, ReplayBody};

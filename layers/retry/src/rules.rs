@@ -106,8 +106,17 @@ impl Rules {
     }
 
     /// What there is to another attempt; `None` where the result stands.
-    pub(crate) fn judge(&self, head: Head<'_>, outcome: Outcome<'_>) -> Option<Seen> {
-        let seen = self.see(head, outcome);
+    /// `refusal` is what an error is that does not show it.
+    pub(crate) fn judge(
+        &self,
+        head: Head<'_>,
+        outcome: Outcome<'_>,
+        refusal: Option<&Refusal>,
+    ) -> Option<Seen> {
+        let seen = match refusal {
+            Some(refusal) => of_refusal(refusal),
+            None => self.see(head, outcome),
+        };
         match self.asked.as_ref().and_then(|asked| asked(head, outcome)) {
             None => seen,
             Some(false) => None,

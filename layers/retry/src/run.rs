@@ -10,7 +10,7 @@ use std::{
 };
 
 use buttress_core::{
-    RefusalKind,
+    Inspect, RefusalKind,
     clock::{self, Instant},
     deadline::Deadline,
 };
@@ -63,7 +63,7 @@ impl RetryPolicy {
     where
         F: FnMut() -> Fut,
         Fut: Future<Output = Result<T, E>>,
-        E: StdError + 'static,
+        E: Inspect,
     {
         self.runner().run(f).await
     }
@@ -132,7 +132,7 @@ pub trait JudgeError<E> {
     fn judge(&mut self, error: &E) -> Option<Judged>;
 }
 
-impl<E: StdError + 'static> JudgeError<E> for AllErrors {
+impl<E: Inspect> JudgeError<E> for AllErrors {
     fn judge(&mut self, error: &E) -> Option<Judged> {
         of_any::<E, Plain>(error)
     }
@@ -273,8 +273,6 @@ async fn within<F: Future>(until: Option<Instant>, future: F) -> Option<F::Outpu
 
 /// No attempt has succeeded.
 ///
-/// No [`std::error::Error`] where `E` is none: it can become a [`BoxError`]
-/// wherever `E` can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryError<E> {
     last: Option<E>,

@@ -13,7 +13,7 @@ use http_body::Body;
 use tower_service::Service;
 
 use crate::{
-    AnyCall, Error, HttpCall, Inspect, ReplayBody, ResponseFuture, RetryIf, RetryPolicy,
+    AnyCall, Error, HttpCall, Looks, ReplayBody, ResponseFuture, RetryIf, RetryPolicy,
     call::stamp,
     layer::{Errors, Respond},
     policy::Shared,
@@ -70,7 +70,7 @@ impl<S, B, R, I> Service<Request<B>> for Retry<S, Http, Respond<I>>
 where
     S: Service<Request<ReplayBody<B>>, Response = Response<R>> + Clone,
     B: Body,
-    I: Inspect<S::Error>,
+    I: Looks<S::Error>,
 {
     type Response = Response<ResponseBody<R>>;
     type Error = S::Error;
@@ -117,7 +117,7 @@ where
         self.inner.poll_ready(cx).map_err(Error::Inner)
     }
 
-    #[inline]
+    #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
         let session = self.shared.begin(None);
         let call = AnyCall::new(request.clone(), self.mode.judge.clone());

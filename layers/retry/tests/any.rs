@@ -14,7 +14,7 @@ use std::{
 };
 
 use buttress_core::{
-    Any, BoxError, Refusal, RefusalKind, clock,
+    Any, BoxError, Inspect, Refusal, RefusalKind, clock,
     testing::{ReadinessProbe, Script, Step, advance},
 };
 use buttress_retry::{
@@ -90,6 +90,47 @@ async fn a_refusal_is_heeded_boxed_or_plain() {
             Duration::ZERO
         };
         assert_eq!(clock::now() - before, waits);
+    }
+}
+
+/// As the errors of the layers are: no [`std::error::Error`], so that it can
+/// become a boxed one.
+#[tokio::test(start_paused = true)]
+async fn what_another_layer_fails_with_is_looked_into() {
+    #[derive(Debug)]
+    enum Layered {
+        Refused(Refusal),
+        Inner(io::Error),
+    }
+    impl Inspect for Layered {
+        fn error(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            match self {
+                Self::Refused(_) => None,
+                Self::Inner(error) => Some(error),
+            }
+        }
+        fn refusal(&self) -> Option<Refusal> {
+            match self {
+                Self::Refused(refusal) => Some(refusal.clone()),
+                Self::Inner(_) => None,
+            }
+        }
+    }
+    let open = |wait: Option<Duration>| {
+        Layered::Refused(Refusal::new(RefusalKind::CircuitOpen).with_retry_after(wait))
+    };
+    for (error, waited) in [
+        (open(Some(4 * SECOND)), Some(4 * SECOND)),
+        (open(None), None),
+        (Layered::Inner(failed()), Some(SECOND)),
+    ] {
+        let (inner, script) = Script::<u32, u32, Layered>::new()
+            .then(Step::err(error))
+            .otherwise(|n| Step::ok(*n))
+            .build();
+        let _ = builder().build().unwrap().layer(inner).oneshot(1).await;
+        let calls = script.arrivals();
+        assert_eq!(calls.get(1).map(|second| *second - calls[0]), waited);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use buttress_core::{BoxError, Refusal, RefusalKind};
+use buttress_core::{BoxError, Inspect, Refusal, RefusalKind};
 
 /// Settings that make no sense; the message says what they must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +121,22 @@ impl<E: fmt::Display> fmt::Display for Error<E> {
 impl<E> From<Elapsed> for Error<E> {
     fn from(elapsed: Elapsed) -> Self {
         Self::Elapsed(elapsed)
+    }
+}
+
+impl<E: Inspect> Inspect for Error<E> {
+    fn error(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Elapsed(elapsed) => Some(elapsed),
+            Self::Inner(error) => error.error(),
+        }
+    }
+
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Elapsed(elapsed) => Some(Refusal::from(elapsed.clone())),
+            Self::Inner(error) => error.refusal(),
+        }
     }
 }
 
