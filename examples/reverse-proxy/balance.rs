@@ -143,8 +143,11 @@ impl Tried {
 
     /// The attempt has ended at this endpoint.
     pub(crate) fn ended(&mut self, endpoint: &Arc<Endpoint>) {
-        self.before.append(&mut self.now);
-        self.before.push(Arc::clone(endpoint));
+        for tried in self.now.drain(..).chain([Arc::clone(endpoint)]) {
+            if !contains(&self.before, &tried) {
+                self.before.push(tried);
+            }
+        }
     }
 }
 

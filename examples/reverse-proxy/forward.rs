@@ -67,6 +67,8 @@ pub(crate) struct Rules {
     pub(crate) timeout: Duration,
     /// What the breakers take for a failure.
     pub(crate) judge: HttpClassifier,
+    /// What a retry around takes for one.
+    pub(crate) retried: Vec<StatusCode>,
 }
 
 impl Forward {
@@ -105,7 +107,7 @@ impl Rules {
         let mut tried = facts.begin();
         let mut in_flight = self.balance.pick(&tried).map_err(|open| {
             facts.failed(open.to_string());
-            Refusal::from(open)
+            Failed::refused(open.into())
         })?;
 
         let upgrade = headers::upgrade(request.version(), request.headers())
@@ -173,7 +175,7 @@ impl Rules {
             in_flight,
             hold,
             sending: source.map(Source::downgrade),
-            is_error: response.status().as_u16() >= 400,
+            may_go_again: self.retried.contains(&response.status()),
             judge: self.judge,
             expected,
         }));
@@ -524,6 +526,15 @@ impl Failed {
         }
     }
 
+    /// No breaker lets it pass. The client is told when to come again; a retry
+    /// is not, since it would wait for that here.
+    fn refused(refusal: Refusal) -> Self {
+        Self {
+            cause: Some(Refusal::new(refusal.kind()).into()),
+            refusal,
+        }
+    }
+
     /// Time ran out while the client's own body was waited for. Another
     /// attempt would wait for the same.
     fn by_client() -> Self {
@@ -607,8 +618,8 @@ struct Held {
     in_flight: InFlight,
     hold: Option<Hold>,
     sending: Option<Sending>,
-    /// It has an error's status.
-    is_error: bool,
+    /// This answer may be given up for another.
+    may_go_again: bool,
     judge: HttpClassifier,
     /// What the end must tell before a success is one.
     expected: Expect,
@@ -626,7 +637,7 @@ impl BodyGuard for Ending {
             mut in_flight,
             hold,
             sending,
-            is_error,
+            may_go_again,
             judge,
             expected,
         }) = self.0
@@ -644,10 +655,10 @@ impl BodyGuard for Ending {
             }
         });
         let is_complete = matches!(end, BodyEnd::Complete { .. });
-        if (is_error || !is_complete)
+        if (may_go_again || !is_complete)
             && let Some(sending) = sending
         {
-            // Nobody upstream wants the rest of the request. A retry may.
+            // Whoever has failed wants no more of the request; a retry may.
             sending.give_back();
         }
         if is_complete {

@@ -8,7 +8,7 @@ use buttress::{
     circuit_breaker::Breaker,
     key::{ClientIp, ExtractKeyExt, Global, PeerAddr, SharedKey, cookie, header},
     rate_limit::{HeaderFormat, Limit, RateLimitLayer},
-    retry::{Memory, Outcome, RetryLayer},
+    retry::{Memory, RetryLayer},
     tower_errors::RefuseErrorsLayer,
 };
 use http::{HeaderValue, Request, Response, Version, header::CONNECTION};
@@ -216,6 +216,7 @@ impl Route {
             strip: strip.to_owned(),
             timeout: route.timeout.0,
             judge: judge.unwrap_or_default(),
+            retried: route.retry.iter().flat_map(Retry::statuses).collect(),
         });
 
         // Outermost first. The limiter sees the errors of all others as
@@ -299,15 +300,6 @@ fn retry(name: &settings::Name, rule: &Retry, timeout: Duration, memory: &Memory
         .statuses(rule.statuses())
         .max_body(rule.max_body.in_memory())
         .memory(memory.clone())
-        // A breaker has refused, and so has every other one: whoever asks is
-        // told when to come again, and does not wait here.
-        .retry_if(|_, outcome| match outcome {
-            Outcome::Error(Some(error)) => {
-                let refusal = Refusal::find(error)?;
-                (refusal.kind() == RefusalKind::CircuitOpen).then_some(false)
-            }
-            _ => None,
-        })
         .build()
         .expect("checked in the settings")
 }

@@ -38,6 +38,8 @@ enum Act {
     Later(u64),
     /// 503 before it has read the body.
     Early,
+    /// And with none of its own.
+    Bare,
     /// Reads it, and closes without a word.
     Dies,
     /// Says nothing.
@@ -113,7 +115,7 @@ async fn perform(
     let at = Instant::now();
     let (head, mut body) = request.into_parts();
     let (mut data, mut trailers) = (Vec::new(), None);
-    while act != Act::Early
+    while !matches!(act, Act::Early | Act::Bare)
         && let Some(frame) = body.frame().await
     {
         match frame.map_err(io::Error::other)?.into_data() {
@@ -139,6 +141,10 @@ async fn perform(
             answer.headers_mut().insert("retry-after", secs.into());
         }
         Act::Early => *answer.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE,
+        Act::Bare => {
+            answer = reply("");
+            *answer.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+        }
         Act::Dies => return Err(io::ErrorKind::ConnectionReset.into()),
         Act::Hangs => pending().await,
     }
@@ -364,18 +370,26 @@ async fn a_long_body_streams_and_goes_once() {
 
 #[tokio::test]
 async fn an_answer_before_the_body_was_there_is_given_up_with_what_was_sent() {
-    let upstream = Scripted::start(&[Act::Early, Act::Early, Act::Says(200)]).await;
-    let proxy = proxy(&[upstream.address], FAST, "").await;
-    let mut raw = Raw::connect(proxy.listen).await;
-    raw.send("PUT / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 10\r\n\r\nhello")
+    for scheme in ["http", "h2c"] {
+        let upstream = Scripted::start(&[Act::Early, Act::Bare, Act::Says(200)]).await;
+        let address = upstream.address;
+        let proxy = Proxy::start(&format!(
+            "routes: [{{ name: orders, path: /, upstream: ['{scheme}://{address}'], retry: {{ {FAST} }} }}]"
+        ))
         .await;
-    // The third waits for the rest.
-    eventually("three attempts", || async { upstream.hits() == 3 }).await;
-    raw.send("world").await;
-    let answer = raw.rest().await;
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    let seen = upstream.seen.lock().unwrap();
-    assert_eq!(seen.last().unwrap().body, "helloworld");
+        let mut raw = Raw::connect(proxy.listen).await;
+        raw.send(
+            "PUT / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 10\r\n\r\nhello",
+        )
+        .await;
+        // The third waits for the rest.
+        eventually("three attempts", || async { upstream.hits() == 3 }).await;
+        raw.send("world").await;
+        let answer = raw.rest().await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{scheme}: {answer}");
+        let seen = upstream.seen.lock().unwrap();
+        assert_eq!(seen.last().unwrap().body, "helloworld");
+    }
 }
 
 #[tokio::test]
@@ -582,6 +596,81 @@ async fn an_open_breaker_is_passed_over_and_the_last_one_ends_it() {
     assert_eq!((shut.hits(), flaky.hits()), (0, 4));
     let line = proxy.access("/end").await;
     assert_eq!(line["attempts"], 2);
+    let refused = ["name=\"orders\"", "reason=\"pushback\""];
+    assert_eq!(proxy.metric("retry_give_ups_total", &refused).await, 1.0);
+}
+
+#[tokio::test]
+async fn a_breaker_around_the_route_ends_it_too() {
+    let upstream = Scripted::start(&[Act::Dies]).await;
+    let breaker = "circuit_breaker: { failure_threshold: 2, per: route }";
+    let proxy = proxy(&[upstream.address], FAST, breaker).await;
+    problem(&proxy.get("/").await, 503, "circuit_open");
+    assert_eq!(upstream.hits(), 2);
+}
+
+#[tokio::test]
+async fn a_stream_that_was_refused_goes_again_whatever_it_is() {
+    let streams = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&streams);
+    let upstream = Upstream::raw(move |stream| {
+        let count = Arc::clone(&count);
+        async move {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                if count.fetch_add(1, SeqCst) == 0 || request.uri().path() == "/never" {
+                    respond.send_reset(h2::Reason::REFUSED_STREAM);
+                } else {
+                    let _ = respond.send_response(Response::new(()), true);
+                }
+            }
+        }
+    })
+    .await;
+    let start = |retry: String| {
+        let address = upstream.address;
+        async move {
+            Proxy::start(&format!(
+                "routes: [{{ name: orders, path: /, upstream: ['h2c://{address}'], retry: {{ {retry} }} }}]"
+            ))
+            .await
+        }
+    };
+    // Once for free.
+    let proxy = start("max_attempts: 1".to_owned()).await;
+    let answer = send(&proxy, "POST", "/", "charge my card").await;
+    assert_eq!(answer.status(), 200);
+    assert_eq!(streams.swap(1, SeqCst), 2);
+    let proxy = start(FAST.to_owned()).await;
+    let answer = send(&proxy, "POST", "/never", "charge my card").await;
+    problem(&answer, 502, "bad_gateway");
+    assert_eq!(streams.load(SeqCst), 1 + 4);
+}
+
+#[tokio::test]
+async fn grpc_goes_by_its_own_codes() {
+    for (code, hits) in [("14", 3), ("13", 1)] {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let upstream = Upstream::start(move |_| {
+            count.fetch_add(1, SeqCst);
+            async move {
+                let mut answer = reply("");
+                let headers = answer.headers_mut();
+                headers.insert("content-type", "application/grpc".parse().unwrap());
+                headers.insert("grpc-status", code.parse().unwrap());
+                answer
+            }
+        })
+        .await;
+        let proxy = proxy(&[upstream.address], FAST, "").await;
+        let mut call = request("POST", "/", "a call");
+        let grpc = "application/grpc".parse().unwrap();
+        call.headers_mut().insert("content-type", grpc);
+        let answer = fetch(proxy.listen, call).await;
+        assert_eq!(answer.headers()["grpc-status"], code);
+        assert_eq!(asked.load(SeqCst), hits);
+    }
 }
 
 #[tokio::test]
