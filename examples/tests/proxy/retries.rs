@@ -758,3 +758,55 @@ async fn what_is_given_up_on_is_gone_before_the_wait() {
     assert_eq!(proxy.in_flight().await, 0.0);
     assert_eq!(upstream.connections.load(SeqCst), 1);
 }
+
+#[tokio::test]
+async fn who_answers_early_and_holds_on_does_not_hold_the_body() {
+    for early in [
+        "HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n",
+        "HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\nno",
+        "HTTP/1.1 503 X\r\ncontent-length: 10\r\n\r\nhello",
+        // What can be no answer to an upload.
+        "HTTP/1.1 101 X\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n",
+        "HTTP/1.1 200 X\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
+    ] {
+        let (first, gone) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let told = Arc::clone(&gone);
+        let upstream = Upstream::raw(move |mut stream| {
+            let (first, told) = (Arc::clone(&first), Arc::clone(&told));
+            async move {
+                use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+                read_head(&mut stream).await.unwrap();
+                if first.fetch_add(1, SeqCst) == 0 {
+                    stream.write_all(early.as_bytes()).await.unwrap();
+                    let mut waste = Vec::new();
+                    let _ = stream.read_to_end(&mut waste).await;
+                    told.fetch_add(1, SeqCst);
+                    return;
+                }
+                let mut body = [0; 10];
+                stream.read_exact(&mut body).await.unwrap();
+                let head = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n";
+                stream.write_all(head).await.unwrap();
+                stream.write_all(&body).await.unwrap();
+            }
+        })
+        .await;
+        let proxy = proxy(&[upstream.address], FAST, "").await;
+        let mut raw = Raw::connect(proxy.listen).await;
+        raw.send(
+            "PUT / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 10\r\n\r\nhello",
+        )
+        .await;
+        eventually("a second attempt", || async {
+            upstream.connections.load(SeqCst) == 2
+        })
+        .await;
+        eventually("the first is gone", || async { gone.load(SeqCst) == 1 }).await;
+        raw.send("world").await;
+        let answer = raw.rest().await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{early}: {answer}");
+        assert!(answer.ends_with("helloworld"), "{early}: {answer}");
+        assert_eq!(attempts(&proxy).await, 2.0);
+    }
+}
