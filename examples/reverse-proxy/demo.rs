@@ -49,7 +49,7 @@ pub(crate) fn route(upstream: SocketAddr) -> Route {
             preset: "aggressive".parse().expect(sound),
             // Each attempt counts, and an upstream that fails half of the time
             // is not to be given up.
-            failure_threshold: Some(Count(8)),
+            failure_threshold: Some(Count(12)),
             ..CircuitBreaker::default()
         }),
         retry: Some(Retry {
@@ -83,7 +83,7 @@ curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' '
 # An upstream that fails half of the time: with four attempts it is one request in sixteen.
 curl -s -o /dev/null -w '%{{http_code}} after %{{time_total}} s\\n' -H 'x-api-key: another' 'http://{listen}/flaky/50?[1-10]'
 
-# Eight failed attempts in a row open the circuit breaker: the upstream is not asked again for
+# Twelve failed attempts in a row open the circuit breaker: the upstream is not asked again for
 # ten seconds, whatever is wanted of it. Then one request may try.
 curl -s -o /dev/null -w '%{{http_code}} retry-after:%header{{retry-after}}\\n' -H 'x-api-key: third' 'http://{listen}/status/500?[1-5]'
 
