@@ -55,6 +55,14 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>, L>,
     >;
 
+    /// Sends a second attempt while the first is slow: see
+    /// [`HedgeLayer`](crate::retry::HedgeLayer).
+    #[cfg(feature = "retry")]
+    fn hedge_requests<V: crate::View, M>(
+        self,
+        layer: crate::retry::HedgeLayer<V, M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::retry::HedgeLayer<V, M>, L>>;
+
     /// Limits the rate of requests: see
     /// [`RateLimitLayer`](crate::rate_limit::RateLimitLayer).
     ///
@@ -124,6 +132,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
     ) -> tower::ServiceBuilder<
         tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>, L>,
     > {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "retry")]
+    fn hedge_requests<V: crate::View, M>(
+        self,
+        layer: crate::retry::HedgeLayer<V, M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::retry::HedgeLayer<V, M>, L>> {
         self.layer(layer)
     }
 

@@ -119,10 +119,10 @@ where
 
     #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
-        let session = self.shared.begin(None);
+        let shared = Arc::clone(&self.shared);
+        let session = shared.begin(None);
         let call = AnyCall::new(request.clone(), self.mode.judge.clone());
         let attempt = self.inner.call(request);
-        let shared = Arc::clone(&self.shared);
         ResponseFuture::new(attempt, call, self.inner.clone(), shared, session)
     }
 }
