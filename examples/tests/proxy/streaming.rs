@@ -51,6 +51,16 @@ async fn drain(stream: &mut TcpStream, length: usize) {
 
 #[tokio::test]
 async fn large_bodies_pass_both_ways_with_backpressure_and_little_memory() {
+    large_bodies_pass("").await;
+}
+
+#[tokio::test]
+async fn a_retry_keeps_none_of_them() {
+    large_bodies_pass(", retry: { methods: [GET, POST] }").await;
+}
+
+/// On a route with these keys, too.
+async fn large_bodies_pass(keys: &str) {
     let sent = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&sent);
     let (go, went) = mpsc::channel::<()>(1);
@@ -77,8 +87,8 @@ async fn large_bodies_pass_both_ways_with_backpressure_and_little_memory() {
     })
     .await;
     let proxy = Proxy::start(&format!(
-        "limits: {{ max_body: 64MiB }}\n{}",
-        to(upstream.address)
+        "limits: {{ max_body: 64MiB }}\nroutes: [{{ name: all, path: /, upstream: ['http://{}']{keys} }}]",
+        upstream.address
     ))
     .await;
     proxy.metric("proxy_requests_total", &[]).await;
