@@ -14,14 +14,14 @@ use std::{
 
 use buttress::{
     BoxError,
-    circuit_breaker::{self, Breaker, CircuitBreakerLayer},
+    circuit_breaker::{self, Breaker, CircuitBreakerLayer, Event},
     retry::{Backoff, Cause, GiveUp, ReplayBody, RetryLayer, Settings},
     timeout::TimeoutLayer,
 };
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
-use hyper::body::Body;
 use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
+use hyper::body::Body;
 use hyper_util::{
     client::legacy::{self, Client, connect::HttpConnector},
     rt::TokioExecutor,
@@ -40,6 +40,8 @@ pub(crate) const MS: Duration = Duration::from_millis(1);
 
 pub(crate) const UNAVAILABLE: &str =
     "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 5\r\n\r\nsorry";
+
+pub(crate) const HELLO: &str = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello";
 
 /// Runs a test on a runtime of its own, and for a bounded time. When it is
 /// over no task is left, and its upstreams have seen all of their connections
@@ -60,7 +62,11 @@ pub(crate) fn run(test: impl AsyncFnOnce(Bed)) {
                 sleep(MS).await;
             }
         });
-        assert!(gone.await.is_ok(), "left behind, sockets and tasks: {:?}", left());
+        assert!(
+            gone.await.is_ok(),
+            "left behind, sockets and tasks: {:?}",
+            left()
+        );
     });
 }
 
@@ -125,10 +131,10 @@ impl Bed {
         let bed = self.clone();
         let stop = accept(listener, move |stream| {
             let (state, socket) = (Arc::clone(&shared), bed.socket());
-            let connection = state.connections.fetch_add(1, Ordering::SeqCst);
+            state.connections.fetch_add(1, Ordering::SeqCst);
             tokio::spawn(async move {
                 // Whatever ends it, it is over.
-                let _ = serve(stream, connection, &state).await;
+                let _ = serve(stream, &state).await;
                 drop(socket);
             });
         });
@@ -195,8 +201,6 @@ pub(crate) struct Seen {
     pub(crate) trailers: String,
     /// It came to its end.
     pub(crate) whole: bool,
-    /// Which connection brought it.
-    pub(crate) connection: usize,
 }
 
 impl Seen {
@@ -261,7 +265,7 @@ impl Upstream {
     }
 }
 
-async fn serve(stream: TcpStream, connection: usize, state: &State) -> io::Result<()> {
+async fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut stream = BufReader::new(stream);
     loop {
@@ -270,7 +274,6 @@ async fn serve(stream: TcpStream, connection: usize, state: &State) -> io::Resul
             let mut seen = state.seen.lock().unwrap();
             seen.push(Seen {
                 head,
-                connection,
                 ..Seen::default()
             });
             seen.len() - 1
@@ -400,6 +403,11 @@ pub(crate) fn attempts(attempts: u32) -> Settings {
         .backoff(Backoff::fixed(10 * MS))
 }
 
+/// A breaker that never opens.
+pub(crate) fn never() -> circuit_breaker::Settings {
+    circuit_breaker::Settings::moderate().consecutive_failures(1_000_000)
+}
+
 pub(crate) type Transport<B> = Client<HttpConnector, ReplayBody<B>>;
 
 pub(crate) fn http1<B>() -> Transport<B>
@@ -426,6 +434,7 @@ type Service<B> = BoxCloneSyncService<Request<B>, Response<BoxBody>, legacy::Err
 pub(crate) struct Caller<B> {
     pub(crate) service: Service<B>,
     pub(crate) breaker: Breaker,
+    failures: Arc<AtomicUsize>,
     causes: Arc<Mutex<Vec<Cause>>>,
     given_up: Arc<Mutex<Vec<GiveUp>>>,
 }
@@ -437,10 +446,8 @@ where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    /// With a breaker that never opens.
     pub(crate) fn new(http: Transport<B>, settings: Settings) -> Self {
-        let never = circuit_breaker::Settings::moderate().consecutive_failures(1_000_000);
-        Self::with(http, never, |retry| retry.settings(settings))
+        Self::with(http, never(), |retry| retry.settings(settings))
     }
 
     pub(crate) fn with(
@@ -455,8 +462,15 @@ where
             .on_give_up(move |_, _, reason| gave_up.lock().unwrap().push(reason))
             .build()
             .unwrap();
+        let failures = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&failures);
         let breaker = CircuitBreakerLayer::builder()
             .settings(breaker)
+            .on_event(move |_, event| {
+                if matches!(event, Event::Failure { .. }) {
+                    count.fetch_add(1, Ordering::SeqCst);
+                }
+            })
             .build()
             .unwrap();
         let limit = TimeoutLayer::builder().build().unwrap();
@@ -467,6 +481,7 @@ where
         Self {
             service: BoxCloneSyncService::new(service),
             breaker: breaker.breaker().clone(),
+            failures,
             causes,
             given_up,
         }
@@ -480,11 +495,15 @@ where
             Ok(Answer {
                 status: head.status.as_u16(),
                 headers: head.headers,
-                trailers: body.as_ref().ok().and_then(|body| body.trailers().cloned()),
                 body: body.map(|body| body.to_bytes()),
             })
         };
         timeout(LONG, exchange).await.expect("an answer in time")
+    }
+
+    /// How many the breaker has counted.
+    pub(crate) fn failures(&self) -> usize {
+        self.failures.load(Ordering::SeqCst)
     }
 
     /// Why there were retries, one by one.
@@ -503,5 +522,4 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Result<Bytes, BoxError>,
-    pub(crate) trailers: Option<HeaderMap>,
 }
