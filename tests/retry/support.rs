@@ -20,7 +20,7 @@ use buttress::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
-use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
+use http_body_util::{BodyExt, Collected, combinators::UnsyncBoxBody};
 use hyper::body::Body;
 use hyper_util::{
     client::legacy::{self, Client, connect::HttpConnector},
@@ -495,7 +495,7 @@ where
             Ok(Answer {
                 status: head.status.as_u16(),
                 headers: head.headers,
-                body: body.map(|body| body.to_bytes()),
+                body: body.map(Collected::to_bytes),
             })
         };
         timeout(LONG, exchange).await.expect("an answer in time")

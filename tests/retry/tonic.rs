@@ -42,8 +42,14 @@ enum Act {
 #[derive(Clone)]
 struct Told {
     acts: Arc<Mutex<VecDeque<Act>>>,
-    /// What was asked, and how much time it had.
-    calls: Arc<Mutex<Vec<(String, Option<String>)>>>,
+    calls: Arc<Mutex<Vec<Call>>>,
+}
+
+/// What was asked, and how much time it had.
+#[derive(Clone, Debug)]
+struct Call {
+    asked: String,
+    left: Option<String>,
 }
 
 type Updates = tokio_stream::Iter<std::vec::IntoIter<Result<HealthCheckResponse, Status>>>;
@@ -53,7 +59,7 @@ impl Told {
         let left = request.metadata().get("grpc-timeout");
         let left = left.map(|left| left.to_str().unwrap().to_owned());
         let asked = request.get_ref().service.clone();
-        self.calls.lock().unwrap().push((asked, left));
+        self.calls.lock().unwrap().push(Call { asked, left });
         self.acts.lock().unwrap().pop_front()
     }
 }
@@ -176,7 +182,7 @@ fn unavailable_in_the_head_is_asked_again() {
         client.check(request()).await.unwrap();
         let calls = upstream.told.calls.lock().unwrap().clone();
         assert_eq!(calls.len(), 3);
-        assert!(calls.iter().all(|(asked, _)| asked == "inventory"));
+        assert!(calls.iter().all(|call| call.asked == "inventory"));
     });
 }
 
@@ -239,7 +245,7 @@ fn what_the_server_is_told_and_the_end_of_time() {
         let calls = upstream.told.calls.lock().unwrap().clone();
         assert_eq!(calls.len(), 2);
         let left = |call: usize| {
-            let left = calls[call].1.as_deref().expect("it was told");
+            let left = calls[call].left.as_deref().expect("it was told");
             left.strip_suffix('n')
                 .map(|nanos| nanos.parse::<u64>().unwrap())
                 .or_else(|| {
