@@ -217,6 +217,10 @@ fn an_early_answer_on_a_connection_that_goes_on() {
         let (answer, ()) = tokio::join!(caller.send(put(&upstream, body)), writes);
         assert_eq!(answer.unwrap().status, 200);
         assert_eq!(upstream.requests(), 2);
+        until("both came whole", || {
+            upstream.seen().iter().all(|seen| seen.whole)
+        })
+        .await;
         assert!(upstream.seen().iter().all(|seen| seen.body == data));
     });
 }

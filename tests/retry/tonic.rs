@@ -241,7 +241,7 @@ fn what_the_server_is_told_and_the_end_of_time() {
         let upstream = Upstream::start([unavailable(), Act::Hang]).await;
         let mut client = upstream.client(attempts(3).total_timeout(300 * MS));
         let status = client.check(request()).await.unwrap_err();
-        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
         let calls = upstream.told.calls.lock().unwrap().clone();
         assert_eq!(calls.len(), 2);
         let left = |call: usize| {
