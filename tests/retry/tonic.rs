@@ -133,7 +133,7 @@ impl Upstream {
     }
 
     fn client(&self, settings: buttress::retry::Settings) -> HealthClient<Service> {
-        HealthClient::new(service(self.address, settings))
+        HealthClient::new(service(self.address, settings, &breaker()))
     }
 }
 
@@ -143,17 +143,24 @@ type Service = BoxCloneSyncService<
     transport::Error,
 >;
 
+fn breaker() -> CircuitBreakerLayer {
+    CircuitBreakerLayer::builder()
+        .settings(Settings::tolerant())
+        .build()
+        .unwrap()
+}
+
 /// A whole stack over a channel.
-fn service(address: SocketAddr, settings: buttress::retry::Settings) -> Service {
+fn service(
+    address: SocketAddr,
+    settings: buttress::retry::Settings,
+    breaker: &CircuitBreakerLayer,
+) -> Service {
     let channel = Endpoint::from_shared(format!("http://{address}"))
         .unwrap()
         .connect_timeout(LONG)
         .connect_lazy();
     let retry = RetryLayer::builder().settings(settings).build().unwrap();
-    let breaker = CircuitBreakerLayer::builder()
-        .settings(Settings::tolerant())
-        .build()
-        .unwrap();
     let limit = TimeoutLayer::builder().build().unwrap();
     let inner = breaker
         .layer(limit.layer(channel))
@@ -234,14 +241,19 @@ fn other_codes_and_pushback_are_the_answer() {
     });
 }
 
-/// Each attempt is told less, and the answer is a status that tonic knows.
+/// Each attempt is told less, and the answer is a status that tonic knows. The
+/// server ends the call at the same time and says CANCELLED, which is nobody's
+/// failure: the breaker counts a hang all the same.
 #[test]
 fn what_the_server_is_told_and_the_end_of_time() {
     run(async |_| {
         let upstream = Upstream::start([unavailable(), Act::Hang]).await;
-        let mut client = upstream.client(attempts(3).total_timeout(300 * MS));
+        let breaker = breaker();
+        let settings = attempts(3).total_timeout(300 * MS);
+        let mut client = HealthClient::new(service(upstream.address, settings, &breaker));
         let status = client.check(request()).await.unwrap_err();
         assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+        assert_eq!(breaker.breaker().status().failures, 2);
         let calls = upstream.told.calls.lock().unwrap().clone();
         assert_eq!(calls.len(), 2);
         let left = |call: usize| {
@@ -264,7 +276,7 @@ fn what_the_server_is_told_and_the_end_of_time() {
 fn no_connection() {
     run(async |_| {
         let address = listen().await.local_addr().unwrap();
-        let mut client = HealthClient::new(service(address, attempts(3)));
+        let mut client = HealthClient::new(service(address, attempts(3), &breaker()));
         let status = client.check(request()).await.unwrap_err();
         assert_eq!(status.code(), Code::Unavailable, "{status:?}");
         assert!(
