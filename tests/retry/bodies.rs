@@ -310,7 +310,7 @@ fn a_connection_closed_between_two_requests() {
 fn a_hang_ends_with_the_attempt() {
     run(async |bed| {
         let upstream = bed.upstream([Act::Hang]).await;
-        let caller = Caller::new(http1(), attempts(3).attempt_timeout(100 * MS));
+        let caller = Caller::new(http1(), attempts(3).attempt_timeout(300 * MS));
         let data = payload(LEN);
         let request = put(&upstream, boxed(streaming(&data)));
         assert_eq!(caller.send(request).await.unwrap().status, 200);

@@ -25,7 +25,7 @@ fn retry_breaker_timeout_transport() {
         let upstream = bed.upstream([Act::Answer(UNAVAILABLE), Act::Hang]).await;
         let retry = RetryLayer::builder().settings(attempts(3)).build().unwrap();
         let breaker = CircuitBreakerLayer::builder().build().unwrap();
-        let limit = TimeoutLayer::builder().limit(100 * MS).build().unwrap();
+        let limit = TimeoutLayer::builder().limit(300 * MS).build().unwrap();
         let service = ServiceBuilder::new()
             .retry_requests(retry)
             .circuit_breaker(breaker.clone())

@@ -43,7 +43,7 @@ fn in_an_attempt() {
 fn in_a_wait() {
     run(async |bed| {
         let upstream = bed.upstream([Act::Answer(UNAVAILABLE)]).await;
-        let settings = Settings::standard().backoff(Backoff::fixed(50 * MS));
+        let settings = Settings::standard().backoff(Backoff::fixed(300 * MS));
         let caller = Caller::new(http1(), settings);
         let sent = caller.clone();
         let request = Request::get(upstream.url())
@@ -53,7 +53,7 @@ fn in_a_wait() {
         until("it waits", || caller.causes().len() == 1).await;
         send.abort();
         assert!(send.await.unwrap_err().is_cancelled());
-        sleep(100 * MS).await;
+        sleep(400 * MS).await;
         assert_eq!(upstream.requests(), 1);
         assert_eq!(
             caller.causes(),

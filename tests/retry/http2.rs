@@ -301,7 +301,7 @@ fn an_early_answer_in_the_middle_of_a_stream() {
 fn a_hang_ends_its_stream_alone() {
     run(async |bed| {
         let upstream = Upstream::start(&bed, [Act::Hang]).await;
-        let caller = Caller::new(http2(), attempts(3).attempt_timeout(100 * MS));
+        let caller = Caller::new(http2(), attempts(3).attempt_timeout(300 * MS));
         let data = payload(40_000);
         let body = Full::new(data.clone()).with_trailers(std::future::ready(None));
         let request = upstream.request("PUT", body);
