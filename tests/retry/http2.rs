@@ -27,6 +27,8 @@ use crate::support::{Bed, Caller, MS, accept, attempts, http2, listen, payload, 
 enum Act {
     /// Reads it all and answers 200.
     Take,
+    /// The same, and lets the connection end with it.
+    TakeLast,
     /// Resets it at once.
     Refuse(Reason),
     /// Reads so much and resets it.
@@ -106,7 +108,10 @@ async fn serve(
         let accepted = tokio::select! {
             accepted = connection.accept() => accepted,
             Some(reason) = closed.recv() => {
-                connection.abrupt_shutdown(reason);
+                match reason {
+                    Some(reason) => connection.abrupt_shutdown(reason),
+                    None => connection.graceful_shutdown(),
+                }
                 continue;
             }
         };
@@ -122,23 +127,26 @@ async fn serve(
         };
         let (all, closes) = (Arc::clone(all), closes.clone());
         tokio::spawn(async move {
-            if let Some(reason) = stream_by(act, request.into_body(), respond, &all, index).await {
-                let _ = closes.send(reason);
-            }
+            stream_by(act, request.into_body(), respond, &all, index).await;
+            let _ = match act {
+                Act::GoAway(_, reason) => closes.send(Some(reason)),
+                Act::TakeLast => closes.send(None),
+                _ => Ok(()),
+            };
         });
     }
 }
 
-/// Does it, and says whether the connection is to end.
+/// Does what concerns the stream alone.
 async fn stream_by(
     act: Act,
     mut body: RecvStream,
     mut respond: SendResponse<Bytes>,
     all: &Mutex<Vec<Seen>>,
     index: usize,
-) -> Option<Reason> {
+) {
     let most = match act {
-        Act::Take | Act::Hang => usize::MAX,
+        Act::Take | Act::TakeLast | Act::Hang => usize::MAX,
         Act::ResetAfter(most, _) | Act::GoAway(most, _) => most,
         Act::Refuse(_) | Act::Early => 0,
     };
@@ -153,7 +161,7 @@ async fn stream_by(
             }
             Err(error) => {
                 all.lock().unwrap()[index].reset = error.reason();
-                return None;
+                return;
             }
         }
     }
@@ -163,13 +171,13 @@ async fn stream_by(
         response
     };
     match act {
-        Act::Take => {
+        Act::Take | Act::TakeLast => {
             let trailers = body.trailers().await.ok().flatten();
             all.lock().unwrap()[index].trailers = trailers;
             let _ = respond.send_response(answer(StatusCode::OK), true);
         }
         Act::Refuse(reason) | Act::ResetAfter(_, reason) => respond.send_reset(reason),
-        Act::GoAway(_, reason) => return Some(reason),
+        Act::GoAway(..) => {}
         Act::Early => {
             if let Ok(mut stream) =
                 respond.send_response(answer(StatusCode::SERVICE_UNAVAILABLE), true)
@@ -182,7 +190,6 @@ async fn stream_by(
             all.lock().unwrap()[index].reset = reset.ok();
         }
     }
-    None
 }
 
 /// Once, at once, whatever the method is, and no budget is asked for it.
@@ -265,6 +272,23 @@ fn streams_and_connections_that_break() {
             assert_eq!(seen.len(), 3, "{act:?}");
             assert_eq!(seen[2].body, data, "{act:?}");
         }
+    });
+}
+
+/// A connection that its server ends when all is answered: the next request
+/// has another, and needs no retry, or one that sends it once.
+#[test]
+fn connections_on_their_way_out() {
+    run(async |bed| {
+        let upstream = Upstream::start(&bed, [Act::TakeLast; 6]).await;
+        let caller = Caller::new(http2(), attempts(3));
+        let data = payload(30_000);
+        for _ in 0..6 {
+            let request = upstream.request("PUT", Full::new(data.clone()));
+            assert_eq!(caller.send(request).await.unwrap().status, 200);
+        }
+        assert!(upstream.seen().iter().all(|seen| seen.body == data));
+        assert!(upstream.requests() <= 6 + caller.causes().len());
     });
 }
 
