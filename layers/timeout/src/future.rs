@@ -13,6 +13,7 @@ use std::{
 
 use buttress_core::{
     body::ResponseBody,
+    classify::GrpcCode,
     clock,
     deadline::Deadline,
     respond::{GRPC_STATUS, KeptHead},
@@ -133,9 +134,14 @@ impl<F, T, E> Limited<F>
 where
     F: Future<Output = Result<T, E>>,
 {
-    /// When time is up, the call is gone.
+    /// When time is up, the call is gone. `gave_up`: whether a response says
+    /// no more than that the callee's time was up.
     #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome<T, E>> {
+    fn poll(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        gave_up: impl FnOnce(&T) -> bool,
+    ) -> Poll<Outcome<T, E>> {
         let mut this = self.project();
         let call = this.call.as_mut().as_pin_mut();
         // First, so that an answer that is there at the same moment wins.
@@ -144,6 +150,7 @@ where
             // Who was told the deadline may give up at it, too, and fail: time
             // is up whoever is first.
             (Poll::Ready(Err(_)), Some(watch)) if watch.is_past() => {}
+            (Poll::Ready(Ok(response)), Some(watch)) if gave_up(&response) && watch.is_past() => {}
             (Poll::Ready(result), _) => {
                 this.timer.stop();
                 return Poll::Ready(Ok((result, this.watch.take())));
@@ -156,6 +163,12 @@ where
         this.timer.stop();
         Poll::Ready(Err(this.watch.take().expect("just seen")))
     }
+}
+
+/// What tonic's servers answer when the time is up that `grpc-timeout` told
+/// them.
+fn was_cancelled<B>(response: &Response<B>) -> bool {
+    GrpcCode::of(response.headers()) == Some(GrpcCode::Cancelled)
 }
 
 pin_project! {
@@ -210,7 +223,7 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let response = match self.project().state.project() {
-            StateProj::Calling { call } => match ready!(call.poll(cx)) {
+            StateProj::Calling { call } => match ready!(call.poll(cx, was_cancelled)) {
                 Ok((result, watch)) => {
                     let wrap = |response| X::wrap(response, watch).map(ResponseBody::inner);
                     return Poll::Ready(result.map(wrap));
@@ -287,7 +300,7 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let elapsed = match self.project().state.project() {
-            ErrorStateProj::Calling { call } => match ready!(call.poll(cx)) {
+            ErrorStateProj::Calling { call } => match ready!(call.poll(cx, |_| false)) {
                 Ok((Ok(response), watch)) => return Poll::Ready(Ok(X::wrap(response, watch))),
                 Ok((Err(error), _)) => return Poll::Ready(Err(Error::Inner(error))),
                 Err(watch) => watch.elapsed(Stage::Response),

@@ -29,8 +29,9 @@ use crate::{
 ///
 /// When time is up the inner future is dropped, and only then is there an
 /// answer. A response that is there at the same moment wins; an error does not,
-/// since whoever was told the deadline may have given up at it, too. Dropping the response future drops the call and its timer. A panic
-/// of the inner service passes through.
+/// nor does gRPC's CANCELLED, since whoever was told the deadline may have
+/// given up at it, too. Dropping the response future drops the call and its
+/// timer. A panic of the inner service passes through.
 pub struct Timeout<S, V: View = Http, M = Respond, X = ToHead> {
     inner: S,
     shared: Arc<Shared>,

@@ -122,6 +122,31 @@ async fn grpc_gets_trailers_only() {
     }
 }
 
+/// tonic's servers end a call at the `grpc-timeout` that they were told, with
+/// CANCELLED: whether they or the timer came first was left to chance, and a
+/// breaker ignores CANCELLED.
+#[tokio::test(start_paused = true)]
+async fn a_cancellation_at_the_same_moment_does_not_win() {
+    let almost = SECOND - Duration::from_nanos(1);
+    for (when, told, code) in [(almost, "1", "1"), (SECOND, "1", "4"), (SECOND, "14", "14")] {
+        let mut answer = Response::new(Body::default());
+        let told = HeaderValue::from_static(told);
+        answer.headers_mut().insert("grpc-status", told);
+        let (inner, script) = Script::<_, Response<Body>, Infallible>::new()
+            .then(Step::ok(answer).held())
+            .build();
+        let mut service = limited(SECOND).build().unwrap().layer(inner);
+        service.ready().await.unwrap();
+        let mut call = tokio_test::task::spawn(service.call(grpc(&[])));
+        tokio_test::assert_pending!(call.poll());
+        advance(when).await;
+        script.release(0);
+        let response = tokio_test::assert_ready!(call.poll()).unwrap();
+        assert_eq!(response.headers()["grpc-status"], code);
+        script.assert_finished();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_answer_in_time_is_not_touched() {
     let (inner, script) = Script::<Request<Body>, _, _>::new()

@@ -1,0 +1,14 @@
+//! Whole stacks on real sockets: `retry → circuit breaker → timeout →
+//! hyper-util's client`, and what the upstream counts of them.
+
+mod bodies;
+#[cfg(feature = "tower")]
+mod builder;
+mod cancel;
+mod connect;
+mod http2;
+mod outage;
+mod servers;
+mod support;
+mod time;
+mod tonic;
