@@ -60,7 +60,7 @@ pub trait Call: sealed::Sealed {
     /// The answer where none is in hand: the last was given up for another
     /// attempt, which could not begin.
     #[doc(hidden)]
-    fn gave_up(&self, reason: GiveUp, attempts: u32) -> Self::Output;
+    fn gave_up(&self, reason: GiveUp, cause: Cause, attempts: u32) -> Self::Output;
 }
 
 /// What an attempt has told, and whether what it asked for may be repeated.
@@ -205,10 +205,15 @@ where
         result.map(|response| response.map(ResponseBody::inner))
     }
 
-    fn gave_up(&self, reason: GiveUp, _: u32) -> Self::Output {
-        let refusal = match reason {
-            GiveUp::Body => Refusal::new(RefusalKind::BadGateway)
-                .with_detail("the attempt failed, and its body could not be sent again"),
+    fn gave_up(&self, reason: GiveUp, cause: Cause, _: u32) -> Self::Output {
+        let failed = || {
+            Refusal::new(RefusalKind::BadGateway)
+                .with_detail("the attempt failed, and its body could not be sent again")
+        };
+        let refusal = match (reason, cause) {
+            // What it was that is no more in hand.
+            (GiveUp::Body, Cause::Status(status)) => failed().with_status(status),
+            (GiveUp::Body, _) => failed(),
             _ => Refusal::new(RefusalKind::TimedOut),
         };
         let head = Head::from(&self.parts);
@@ -237,7 +242,13 @@ pub(crate) fn stamp<B>(
     }
     // The first is no retry, and costs no header.
     if let (Some(name), 2..) = (&shared.attempt_header, attempt) {
-        let retry = integer(u64::from(attempt - 1));
+        // On top of what one further out has repeated.
+        let outer = request
+            .headers()
+            .get(name)
+            .and_then(|value| value.to_str().ok());
+        let outer: u64 = outer.and_then(|text| text.parse().ok()).unwrap_or(0);
+        let retry = integer(outer.saturating_add(u64::from(attempt - 1)));
         request.headers_mut().insert(name.clone(), retry);
     }
 }
@@ -340,7 +351,7 @@ where
         result.map_err(Error::Inner)
     }
 
-    fn gave_up(&self, _: GiveUp, attempts: u32) -> Self::Output {
+    fn gave_up(&self, _: GiveUp, _: Cause, attempts: u32) -> Self::Output {
         Err(Error::Elapsed(Elapsed::after(attempts)))
     }
 }

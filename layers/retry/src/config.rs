@@ -315,10 +315,18 @@ impl<Req: 'static, W> RetryBuilder<Any<Req>, Errors<W>> {
     ///
     /// # Errors
     ///
-    /// [`ConfigError`] if the settings make no sense.
+    /// [`ConfigError`] if the settings make no sense, or have an
+    /// [`attempt_timeout`](Settings::attempt_timeout): there is no place on a
+    /// request of any kind to tell a layer further in.
     pub fn build(self) -> Result<RetryLayer<Any<Req>, Errors<W>>, ConfigError> {
+        let policy = self.policy.build()?;
+        if policy.settings().attempt_timeout.is_some() {
+            return Err(ConfigError::new(
+                "an attempt timeout can be told only to services over HTTP",
+            ));
+        }
         Ok(RetryLayer {
-            policy: self.policy.build()?,
+            policy,
             mode: self.mode,
             view: PhantomData,
         })

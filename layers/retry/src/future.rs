@@ -3,7 +3,7 @@
 use std::{
     fmt,
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -11,7 +11,10 @@ use std::{
 
 use buttress_core::clock;
 use pin_project_lite::pin_project;
-use tokio::time::{Sleep, sleep};
+use tokio::{
+    task::unconstrained,
+    time::{Sleep, sleep},
+};
 use tower_service::Service;
 
 use crate::{Call, Cause, GiveUp, call::Judged, policy::Shared, session::Session};
@@ -121,7 +124,7 @@ where
     #[cold]
     fn gave_up(&self, cause: Cause, reason: GiveUp) -> C::Output {
         self.shared.gave_up(&self.session, cause, reason);
-        self.call.gave_up(reason, self.session.attempts())
+        self.call.gave_up(reason, cause, self.session.attempts())
     }
 
     /// The next attempt, as soon as there is all that it takes.
@@ -150,7 +153,7 @@ where
             match self.service.poll_ready(cx) {
                 Poll::Ready(Ok(())) => return Poll::Ready(self.send(request, cause)),
                 Poll::Ready(Err(error)) => {
-                    self.shared.settled(&self.session, false);
+                    self.shared.ended(&self.session);
                     return Poll::Ready(Err(C::output(Err(error))));
                 }
                 Poll::Pending => {}
@@ -160,10 +163,15 @@ where
             return Poll::Pending;
         };
         let limit = limit.get_or_insert_with(|| Box::pin(sleep(latest - clock::now())));
-        ready!(limit.as_mut().poll(cx));
-        let reason = match request {
-            Some(_) => GiveUp::Deadline,
-            None => GiveUp::Body,
+        // A service that uses up its task's budget whenever it is asked would
+        // keep a constrained timer from ever being.
+        ready!(pin!(unconstrained(limit.as_mut())).poll(cx));
+        let now = clock::now();
+        let is_past = self.session.deadline().is_some_and(|end| end <= now);
+        let reason = if request.is_some() || is_past {
+            GiveUp::Deadline
+        } else {
+            GiveUp::Body
         };
         Poll::Ready(Err(self.gave_up(cause, reason)))
     }

@@ -15,7 +15,7 @@
 //!   further one, if [`max_hedges`](HedgeBuilder::max_hedges) allows it, after
 //!   the same delay again.
 //! - **Which.** What may be sent twice, as for a retry: over HTTP the
-//!   idempotent methods, any request with `Idempotency-Key`, gRPC; elsewhere
+//!   idempotent methods, any request with `Idempotency-Key`; elsewhere
 //!   all, or what a closure says.
 //! - **How many.** Within the [`Budget`](crate::Budget), which a retry may
 //!   share.

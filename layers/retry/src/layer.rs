@@ -68,7 +68,8 @@ impl<Req: 'static> RetryLayer<Any<Req>, Errors> {
     /// Starts a layer over services of any request type that can be cloned.
     /// Every `Err` is worth another attempt, but for refusals of other layers
     /// that say otherwise, unless a [closure](RetryBuilder::retry_if) knows
-    /// better.
+    /// better. The [total timeout](crate::Settings::total_timeout) ends the
+    /// waits; an attempt under way is told nothing of it.
     ///
     /// ```
     /// use std::time::Duration;

@@ -89,6 +89,12 @@ impl Shared {
             });
         }
         self.metrics.attempt(Went::Success);
+        self.ended(session);
+    }
+
+    /// A request has ended.
+    #[inline]
+    pub(crate) fn ended(&self, session: &Session) {
         self.metrics.request(session.attempts());
     }
 
@@ -153,12 +159,13 @@ impl Shared {
         let nanos = |span: Option<Duration>| {
             span.map_or(0, |span| u64::try_from(span.as_nanos()).unwrap_or(u64::MAX))
         };
-        self.total.store(nanos(settings.total_timeout), Relaxed);
-        self.attempt.store(nanos(settings.attempt_timeout), Relaxed);
+        // Locked first: of two at once, one is in force as a whole.
         let mut place = self
             .settings
             .write()
             .unwrap_or_else(PoisonError::into_inner);
+        self.total.store(nanos(settings.total_timeout), Relaxed);
+        self.attempt.store(nanos(settings.attempt_timeout), Relaxed);
         *place = settings;
     }
 }

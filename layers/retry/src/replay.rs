@@ -114,10 +114,18 @@ impl<B> Slot<B> {
         mem::replace(self, Self::Lost(why))
     }
 
-    fn complete(&mut self) {
+    /// Who is to be woken must be dropped when the slot is unlocked.
+    #[must_use = "drop it when the slot is unlocked"]
+    fn complete(&mut self) -> Option<WakeOnDrop> {
         match self.lose(NotReplayable::InUse) {
-            Self::Held { buffer, .. } => *self = Self::Complete(buffer),
-            other => *self = other,
+            Self::Held { buffer, waits, .. } => {
+                *self = Self::Complete(buffer);
+                Some(waits)
+            }
+            other => {
+                *self = other;
+                None
+            }
         }
     }
 }
@@ -199,11 +207,14 @@ impl<B: Body> Replay<B> {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Result<ReplayBody<B>, NotReplayable>> {
-        if let Some(shared) = &self.shared
-            && let Slot::Held { waits, .. } = &mut *shared.lock()
-        {
-            waits.0 = Some(cx.waker().clone());
-            return Poll::Pending;
+        if let Some(shared) = &self.shared {
+            let mut slot = shared.lock();
+            if let Slot::Held { waits, .. } = &mut *slot {
+                let before = waits.0.replace(cx.waker().clone());
+                drop(slot);
+                drop(before);
+                return Poll::Pending;
+            }
         }
         Poll::Ready(self.attempt())
     }
@@ -383,7 +394,8 @@ impl<B> Source<B> {
             ..
         } = self
         {
-            shared.lock().complete();
+            let waits = shared.lock().complete();
+            drop(waits);
         }
         *self = Self::Done;
     }
@@ -417,10 +429,13 @@ impl<B> Source<B> {
                 // The retry has gone, and with it the need.
                 _ => Err(NotReplayable::InUse),
             };
-            if last && kept.is_ok() {
-                slot.complete();
-            }
+            let waits = if last && kept.is_ok() {
+                slot.complete()
+            } else {
+                None
+            };
             drop(slot);
+            drop(waits);
             if let Err(why) = kept {
                 self.lose(why);
             }
@@ -531,10 +546,18 @@ impl<B> Drop for ReplayBody<B> {
             return;
         };
         let mut slot = shared.lock();
-        match slot.lose(NotReplayable::InUse) {
-            Slot::Held { buffer, .. } => *slot = Slot::Idle { live, buffer },
-            other => *slot = other,
-        }
+        let waits = match slot.lose(NotReplayable::InUse) {
+            Slot::Held { buffer, waits, .. } => {
+                *slot = Slot::Idle { live, buffer };
+                Some(waits)
+            }
+            other => {
+                *slot = other;
+                None
+            }
+        };
+        drop(slot);
+        drop(waits);
     }
 }
 

@@ -91,16 +91,21 @@ impl fmt::Debug for Rules {
 
 impl Rules {
     /// Whether the request may be sent twice whatever became of it.
+    ///
+    /// gRPC is POST throughout: there the codes say what may be.
     pub(crate) fn may_repeat(&self, head: Head<'_>) -> bool {
+        let by_code = matches!(self.repeat, Repeat::ByMethod) && head.is_grpc();
+        by_code || self.may_send_twice(head)
+    }
+
+    /// Whether it may be sent again before anything became of it.
+    pub(crate) fn may_send_twice(&self, head: Head<'_>) -> bool {
         match &self.repeat {
             Repeat::Always => true,
             Repeat::Never => false,
             Repeat::By(asked) => asked(head),
-            // gRPC is POST throughout: its codes say what may be repeated.
             Repeat::ByMethod => {
-                self.methods.contains(head.method)
-                    || head.headers.contains_key(IDEMPOTENCY_KEY)
-                    || head.is_grpc()
+                self.methods.contains(head.method) || head.headers.contains_key(IDEMPOTENCY_KEY)
             }
         }
     }
@@ -117,6 +122,7 @@ impl Rules {
             Some(refusal) => of_refusal(refusal),
             None => self.see(head, outcome),
         };
+        let seen = seen.filter(|seen| !head.is_grpc() || self.has_code_of(seen.cause));
         match self.asked.as_ref().and_then(|asked| asked(head, outcome)) {
             None => seen,
             Some(false) => None,
@@ -128,6 +134,18 @@ impl Rules {
                 hint: self.hint(head, outcome),
             })),
         }
+    }
+
+    /// Whether a gRPC request that failed so may be sent again: an error is no
+    /// better than the code that it would have been.
+    fn has_code_of(&self, cause: Cause) -> bool {
+        let has = |number: u8| self.codes.iter().any(|code| *code as u8 == number);
+        cause.was_never_begun()
+            || match cause {
+                Cause::Refused(kind) => has(kind.grpc_code()),
+                Cause::Reset => has(GrpcCode::Unavailable as u8),
+                _ => true,
+            }
     }
 
     fn see(&self, head: Head<'_>, outcome: Outcome<'_>) -> Option<Seen> {

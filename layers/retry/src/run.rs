@@ -185,6 +185,7 @@ impl<'a, J, S> Runner<'a, J, S> {
             session: shared.begin(None),
             judge: self.judge,
             last: None,
+            begun: false,
         };
         let mut stop = pin!(self.stop.into_future());
         let ended = {
@@ -200,7 +201,9 @@ impl<'a, J, S> Runner<'a, J, S> {
             Some(Ok(value)) => Ok(value),
             Some(Err(reason)) => Err(running.error(reason)),
             None => {
-                shared.gave_up(&running.session, Cause::Error, GiveUp::Aborted);
+                if running.begun {
+                    shared.gave_up(&running.session, Cause::Error, GiveUp::Aborted);
+                }
                 Err(running.error(Some(GiveUp::Aborted)))
             }
         }
@@ -213,6 +216,8 @@ struct Running<'a, J, E> {
     session: Session,
     judge: J,
     last: Option<E>,
+    /// The first attempt was.
+    begun: bool,
 }
 
 impl<J: JudgeError<E>, E> Running<'_, J, E> {
@@ -225,6 +230,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
     {
         loop {
             let until = self.shared.attempt_deadline(&self.session);
+            self.begun = true;
             let judged = match within(until.map(Deadline::instant), f()).await {
                 Some(Ok(value)) => {
                     self.shared.settled(&self.session, true);
@@ -244,6 +250,13 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
             match self.shared.next(&mut self.session, seen, || Ok(())) {
                 Ok(wait) => {
                     sleep(wait).await;
+                    // The timer may be late.
+                    let end = self.session.deadline();
+                    if end.is_some_and(|end| end <= clock::now()) {
+                        let reason = GiveUp::Deadline;
+                        self.shared.gave_up(&self.session, seen.cause, reason);
+                        return Err(Some(reason));
+                    }
                     self.session.begin();
                 }
                 Err(reason) => return Err(Some(reason)),
@@ -254,7 +267,11 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
     fn error(self, reason: Option<GiveUp>) -> RetryError<E> {
         RetryError {
             last: self.last,
-            attempts: self.session.attempts(),
+            attempts: if self.begun {
+                self.session.attempts()
+            } else {
+                0
+            },
             reason,
         }
     }

@@ -338,6 +338,34 @@ async fn attempts_of_a_function_are_cut() {
     assert_eq!(causes.load(Relaxed), 2);
 }
 
+/// tokio's timers go by milliseconds: the wait ended at the deadline, and an
+/// attempt was begun that had no time.
+#[tokio::test(start_paused = true)]
+async fn no_attempt_begins_at_the_deadline() {
+    let policy = policy();
+    let nearly = Backoff::fixed(Duration::from_micros(999_500));
+    policy
+        .set_settings(settings().backoff(nearly).total_timeout(SECOND))
+        .unwrap();
+    let asked = Cell::new(0);
+    let error = policy
+        .run(async || {
+            asked.set(asked.get() + 1);
+            Err::<(), _>(failed())
+        })
+        .await
+        .unwrap_err();
+    assert_eq!((asked.get(), error.reason()), (1, Some(GiveUp::Deadline)));
+}
+
+/// There is nobody whom it could be told.
+#[test]
+fn an_attempt_of_any_kind_has_no_timeout() {
+    let timed = settings().attempt_timeout(SECOND);
+    let error = RetryLayer::<Any<u32>, _>::any().settings(timed).build();
+    assert!(error.unwrap_err().to_string().contains("over HTTP"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_says_so_stops_it() {
     let abort = AbortHandle::new();
@@ -365,7 +393,7 @@ async fn who_says_so_stops_it() {
     // And what comes later does not begin.
     let error = run().await.unwrap_err();
     assert_eq!(error.reason(), Some(GiveUp::Aborted));
-    assert_eq!(asked.get(), 2);
+    assert_eq!((error.attempts(), asked.get()), (0, 2));
     // Nobody can any more: it goes its way.
     let gone = AbortHandle::new().aborted();
     let error = policy

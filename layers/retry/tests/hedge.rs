@@ -248,7 +248,12 @@ async fn who_was_told_to_come_later_sends_no_further_hedge() {
             .then(Step::ok(bad).after(70 * MS))
             .then(Step::ok(response(503, "")).after(200 * MS))
             .build();
-        let service = web().max_hedges(5).build().unwrap().layer(inner);
+        let service = web()
+            .hedge_always()
+            .max_hedges(5)
+            .build()
+            .unwrap()
+            .layer(inner);
         let (took, answered) = elapsed(service.oneshot(request)).await;
         assert_eq!(took, 250 * MS);
         // What it said is kept, for a retry further out.
@@ -351,7 +356,9 @@ async fn only_what_may_be_sent_twice_is_hedged() {
         (web(), get("/"), true),
         (web(), body(""), false),
         (web(), keyed(), true),
-        (web(), grpc("/service/method"), true),
+        // Nobody can tell whether the method is idempotent.
+        (web(), grpc("/service/method"), false),
+        (posts(), grpc("/service/method"), true),
         (web().hedge_always(), body(""), true),
         (posts(), body(""), true),
         (posts(), get("/"), false),

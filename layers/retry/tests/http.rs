@@ -11,6 +11,7 @@ use std::{
 use buttress_core::{
     BoxError, Refusal, RefusalKind,
     body::ResponseBody,
+    classify::GrpcCode,
     clock,
     deadline::Deadline,
     testing::{
@@ -304,6 +305,68 @@ async fn a_refusal_further_in_is_heeded() {
     }
 }
 
+/// An order that timed out was sent again where the timeout said so by an
+/// error, and not where it said so by a response.
+#[tokio::test(start_paused = true)]
+async fn a_grpc_error_is_no_better_than_its_code() {
+    let late = || -> BoxError { Refusal::new(RefusalKind::TimedOut).into() };
+    let reset = || -> BoxError { io::Error::from(io::ErrorKind::ConnectionReset).into() };
+    let down = || -> BoxError { io::Error::from(io::ErrorKind::ConnectionRefused).into() };
+    let layers = || {
+        [
+            builder(),
+            builder().grpc_codes([]),
+            builder().grpc_codes([GrpcCode::DeadlineExceeded]),
+        ]
+    };
+    for (error, expected) in [
+        (late as fn() -> BoxError, [1, 1, 2]),
+        (reset, [2, 1, 1]),
+        (down, [2, 2, 2]),
+    ] {
+        let sent = async |layer: RetryBuilder| {
+            let (inner, script) = Script::<Sent, Response<Body>, BoxError>::new()
+                .then(Step::err(error()))
+                .otherwise(|_| Step::ok(with(200, &[("grpc-status", "0")])))
+                .build();
+            let layer = layer.boxed_errors().build().unwrap();
+            let _ = layer
+                .layer(inner)
+                .oneshot(web::grpc("/shop.Orders/Create"))
+                .await;
+            script.call_count()
+        };
+        let mut counts = Vec::new();
+        for layer in layers() {
+            counts.push(sent(layer).await);
+        }
+        assert_eq!(counts, expected, "{}", error());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nested_retriers_see_each_other() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let sees = Arc::clone(&seen);
+    let inner = service_fn(move |request: Request<ReplayBody<ReplayBody<Body>>>| {
+        let told = request.headers().get("x-retry-attempt");
+        let told = told.map(|value| value.to_str().unwrap().to_owned());
+        sees.lock().unwrap().push(told.unwrap_or_default());
+        async { Ok::<_, Infallible>(web::response(503, "")) }
+    });
+    let layer = || {
+        let settings = plain().max_attempts(2);
+        RetryLayer::builder()
+            .settings(settings)
+            .attempt_header()
+            .build()
+            .unwrap()
+    };
+    let service = layer().layer(layer().layer(inner));
+    service.oneshot(web::get("/")).await.unwrap();
+    assert_eq!(*seen.lock().unwrap(), ["", "1", "1", "2"]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_closure_has_the_last_word() {
     let layer = builder()
@@ -595,7 +658,12 @@ async fn a_body_that_is_never_given_up_is_not_waited_for_for_ever() {
     let layer = builder().build().unwrap();
     let start = clock::now();
     let response = layer.layer(inner).oneshot(put(upload())).await.unwrap();
-    assert_eq!(response.status(), 502);
+    // What it was, for the answer itself is no more.
+    assert_eq!(response.status(), 503);
+    assert_eq!(
+        response.headers()["content-type"],
+        "application/problem+json"
+    );
     assert_eq!(clock::now() - start, 2 * SECOND);
     assert_eq!(held.lock().unwrap().len(), 1);
 }

@@ -71,6 +71,8 @@ impl<B: Body> Body for TimedBody<B> {
                 Poll::Ready(Some(Ok(frame))) if frame.is_data() && !body.is_end_stream() => {
                     watch.is_past()
                 }
+                // As in the head: what ends at the same moment ends by it.
+                Poll::Ready(Some(Err(_))) if watch.is_past() => true,
                 Poll::Ready(_) => {
                     *this.timer = None;
                     return polled.map_err(Error::Inner);

@@ -250,9 +250,10 @@ impl<I> HedgeBuilder<Http, OverHttp<I>> {
     }
 
     /// The methods of requests that are hedged; those with an
-    /// `Idempotency-Key` are in any case, and so are gRPC's. Default: GET,
-    /// HEAD, OPTIONS, TRACE, PUT and DELETE, the idempotent ones (RFC 9110
-    /// §9.2.2).
+    /// `Idempotency-Key` are in any case. gRPC is POST throughout, and nobody
+    /// can tell which of its methods are idempotent: say so by
+    /// [`hedge_if`](Self::hedge_if). Default: GET, HEAD, OPTIONS, TRACE, PUT
+    /// and DELETE, the idempotent ones (RFC 9110 §9.2.2).
     pub fn methods(self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.rules(|rules| {
             rules.methods = methods.into_iter().collect();

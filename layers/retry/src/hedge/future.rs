@@ -4,7 +4,7 @@
 use std::{
     fmt,
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -12,7 +12,10 @@ use std::{
 
 use buttress_core::{classify::Verdict, clock::Instant};
 use pin_project_lite::pin_project;
-use tokio::time::{Sleep, sleep};
+use tokio::{
+    task::unconstrained,
+    time::{Sleep, sleep},
+};
 use tower_service::Service;
 
 use super::{
@@ -208,7 +211,9 @@ where
                 }
                 Stage::Waiting => {
                     let sleep = timer.as_mut().as_pin_mut().expect("it waits for it");
-                    if sleep.poll(cx).is_pending() {
+                    // An attempt that uses up its task's budget whenever it is
+                    // polled would keep a constrained timer from being asked.
+                    if pin!(unconstrained(sleep)).poll(cx).is_pending() {
                         return false;
                     }
                     timer.set(None);

@@ -82,7 +82,7 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         self.shared.begin();
         let web = &self.mode.web;
-        let may = self.shared.max_hedges() > 0 && web.rules.may_repeat(Head::from(&request));
+        let may = self.shared.max_hedges() > 0 && web.rules.may_send_twice(Head::from(&request));
         let (parts, body) = request.into_parts();
         let max_body = if may { web.max_body } else { 0 };
         let mut replay = Replay::new(body, max_body, &web.memory);
