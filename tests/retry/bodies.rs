@@ -234,7 +234,8 @@ fn a_body_that_the_connection_keeps_is_given_up() {
         let (mut sender, body) = Channel::<Bytes>::new(1);
         sender.send_data(payload(1_500)).await.unwrap();
         let answer = caller.send(put(&upstream, body)).await.unwrap();
-        assert_eq!(answer.status, 502);
+        // Of the answer that is no more in hand.
+        assert_eq!(answer.status, 503);
         assert_eq!(caller.gave_up(), [GiveUp::Body]);
         assert_eq!(upstream.requests(), 1);
         drop(sender);
