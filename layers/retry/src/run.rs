@@ -289,7 +289,6 @@ async fn within<F: Future>(until: Option<Instant>, future: F) -> Option<F::Outpu
 }
 
 /// No attempt has succeeded.
-///
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryError<E> {
     last: Option<E>,
