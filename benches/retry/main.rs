@@ -1,6 +1,9 @@
 //! Retries where none is needed, beside tower's own and tower-resilience's.
 //!
-//! `cargo bench -p buttress-benches --bench retry`.
+//! `cargo bench -p buttress-benches -- retry`; with a longer name only the
+//! sections whose name begins so: retry-calls, retry-bodies, retry-counts.
+
+use std::env;
 
 use buttress_benches::{
     counts::Counts,
@@ -11,10 +14,23 @@ use buttress_benches::{
 
 #[expect(clippy::print_stdout, reason = "it is a program")]
 fn main() {
+    let only = env::args().skip(1).find(|arg| arg != "--bench");
+    let only = only.unwrap_or_default();
     let mut table = Table::default();
-    calls(&mut table);
-    bodies(&mut table);
-    allocations(&mut table);
+    let mut told = false;
+    for (name, section) in [
+        ("retry-calls", calls as fn(&mut Table)),
+        ("retry-bodies", bodies),
+        ("retry-counts", allocations),
+    ] {
+        if name.starts_with(&only) {
+            section(&mut table);
+            told = true;
+        }
+    }
+    if !told {
+        return;
+    }
     println!("{}", table.render());
     println!(
         "figure: ours over the peer's, or what the goal bounds; times: the thread's own, a call."

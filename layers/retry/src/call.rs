@@ -15,7 +15,7 @@ use buttress_core::{
     deadline::Deadline,
     respond::{SharedResponder, integer},
 };
-use http::{HeaderName, Request, Response, request::Parts};
+use http::{HeaderMap, HeaderName, Request, Response, request::Parts};
 use http_body::Body;
 
 use crate::{
@@ -165,18 +165,7 @@ where
     type Output = Result<Response<ResponseBody<R>>, E>;
 
     fn judge(&self, result: &Result<Response<R>, E>) -> Option<Judged> {
-        let outcome = match result {
-            Ok(response) => Outcome::Response {
-                status: response.status(),
-                headers: response.headers(),
-                extensions: response.extensions(),
-            },
-            Err(error) => Outcome::Error(I::error(error)),
-        };
-        let refusal = result.as_ref().err().and_then(I::refusal);
-        let head = Head::from(&self.parts);
-        let seen = self.shared.rules.judge(head, outcome, refusal.as_ref());
-        seen.map(Judged)
+        judge::<R, E, I>(&self.shared.rules, &self.parts, result)
     }
 
     fn check(&self, Judged(seen): Judged) -> Result<(), GiveUp> {
@@ -230,6 +219,33 @@ impl<B, R, E, I> fmt::Debug for HttpCall<B, R, E, I> {
     }
 }
 
+/// What there is to another attempt of an HTTP request.
+pub(crate) fn judge<R, E, I: Looks<E>>(
+    rules: &Rules,
+    parts: &Parts,
+    result: &Result<Response<R>, E>,
+) -> Option<Judged> {
+    let outcome = match result {
+        Ok(response) => Outcome::Response {
+            status: response.status(),
+            headers: response.headers(),
+            extensions: response.extensions(),
+        },
+        Err(error) => Outcome::Error(I::error(error)),
+    };
+    let refusal = result.as_ref().err().and_then(I::refusal);
+    let seen = rules.judge(Head::from(parts), outcome, refusal.as_ref());
+    seen.map(Judged)
+}
+
+/// Tells that a request is sent for the so-many-th time more, on top of what a
+/// layer further out has said.
+pub(crate) fn tell_repeats(headers: &mut HeaderMap, name: &HeaderName, repeats: u32) {
+    let outer = headers.get(name).and_then(|value| value.to_str().ok());
+    let outer: u64 = outer.and_then(|text| text.parse().ok()).unwrap_or(0);
+    headers.insert(name, integer(outer.saturating_add(repeats.into())));
+}
+
 /// Writes on an attempt's request what is known only as it is sent.
 pub(crate) fn stamp<B>(
     shared: &HttpShared,
@@ -242,14 +258,7 @@ pub(crate) fn stamp<B>(
     }
     // The first is no retry, and costs no header.
     if let (Some(name), 2..) = (&shared.attempt_header, attempt) {
-        // On top of what one further out has repeated.
-        let outer = request
-            .headers()
-            .get(name)
-            .and_then(|value| value.to_str().ok());
-        let outer: u64 = outer.and_then(|text| text.parse().ok()).unwrap_or(0);
-        let retry = integer(outer.saturating_add(u64::from(attempt - 1)));
-        request.headers_mut().insert(name.clone(), retry);
+        tell_repeats(request.headers_mut(), name, attempt - 1);
     }
 }
 

@@ -102,7 +102,9 @@ impl Settings {
     /// waited for any longer. An attempt under way is ended by the timeout
     /// layer further in, to which the nearer of this and the
     /// [attempt's own](Self::attempt_timeout) is handed down as a
-    /// [`Deadline`](buttress_core::deadline::Deadline).
+    /// [`Deadline`](buttress_core::deadline::Deadline): over HTTP an extension
+    /// of the request, whose first one allocates. `None`, and no attempt's
+    /// either, spares that.
     pub fn total_timeout(mut self, total: impl Into<Option<Duration>>) -> Self {
         self.total_timeout = total.into();
         self

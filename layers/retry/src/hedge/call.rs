@@ -2,13 +2,16 @@
 
 use std::{fmt, marker::PhantomData, sync::Arc};
 
-use buttress_core::{Head, clock, deadline::Deadline, respond::integer};
+use buttress_core::{clock, deadline::Deadline};
 use http::{HeaderName, Request, Response, request::Parts};
 use http_body::Body;
 
 use crate::{
-    Looks, Memory, NotReplayable, Outcome, ReplayBody, RetryIf, call::Judged, replay::Replay,
-    rules::Rules, session::Hint,
+    Looks, Memory, NotReplayable, ReplayBody, RetryIf,
+    call::{Judged, judge, tell_repeats},
+    replay::Replay,
+    rules::Rules,
+    session::Hint,
 };
 
 /// What a request's attempts are made of. Sealed: the layer's own kinds only.
@@ -110,18 +113,7 @@ where
     type Error = E;
 
     fn judge(&self, result: &Result<Response<R>, E>) -> Option<Bad> {
-        let outcome = match result {
-            Ok(response) => Outcome::Response {
-                status: response.status(),
-                headers: response.headers(),
-                extensions: response.extensions(),
-            },
-            Err(error) => Outcome::Error(I::error(error)),
-        };
-        let refusal = result.as_ref().err().and_then(I::refusal);
-        let head = Head::from(&self.parts);
-        let seen = self.web.rules.judge(head, outcome, refusal.as_ref());
-        seen.map(|seen| Bad::from(Judged(seen)))
+        judge::<R, E, I>(&self.web.rules, &self.parts, result).map(Bad::from)
     }
 
     fn check(&self) -> Result<(), Obstacle> {
@@ -140,12 +132,7 @@ where
         let body = self.replay.as_mut()?.attempt().ok()?;
         let mut request = Request::from_parts(self.parts.clone(), body);
         if let Some(name) = &self.web.attempt_header {
-            // What a retry further out has said, and so many more.
-            let outer = self.parts.headers.get(name);
-            let outer = outer.and_then(|value| value.to_str().ok()?.parse::<u32>().ok());
-            let attempt = outer.unwrap_or(0).saturating_add(number);
-            let attempt = integer(attempt.into());
-            request.headers_mut().insert(name.clone(), attempt);
+            tell_repeats(request.headers_mut(), name, number);
         }
         Some(request)
     }
