@@ -9,7 +9,7 @@ use std::{
 use buttress::{
     BoxError,
     circuit_breaker::{CircuitBreakerLayer, Settings},
-    retry::{ReplayBody, RetryLayer},
+    retry::{PeekLayer, ReplayBody, RetryLayer},
     timeout::TimeoutLayer,
 };
 use bytes::Bytes;
@@ -35,6 +35,8 @@ use crate::support::{LONG, MS, attempts, listen, run};
 enum Act {
     Refuse(Status),
     BeginAndEnd(Status),
+    /// Its head first, and the status in the trailers.
+    EndAfterHead(Status),
     Hang,
 }
 
@@ -74,7 +76,9 @@ impl Health for Told {
     ) -> Result<Response<HealthCheckResponse>, Status> {
         match self.act(&request) {
             None => Ok(Response::new(HealthCheckResponse::default())),
-            Some(Act::Refuse(status) | Act::BeginAndEnd(status)) => Err(status),
+            Some(Act::Refuse(status) | Act::BeginAndEnd(status) | Act::EndAfterHead(status)) => {
+                Err(status)
+            }
             Some(Act::Hang) => std::future::pending().await,
         }
     }
@@ -88,6 +92,7 @@ impl Health for Told {
             None => {}
             Some(Act::Refuse(status)) => return Err(status),
             Some(Act::BeginAndEnd(status)) => updates.push(Err(status)),
+            Some(Act::EndAfterHead(status)) => updates = vec![Err(status)],
             Some(Act::Hang) => std::future::pending().await,
         }
         Ok(Response::new(tokio_stream::iter(updates)))
@@ -163,7 +168,7 @@ fn service(
     let retry = RetryLayer::builder().settings(settings).build().unwrap();
     let limit = TimeoutLayer::builder().build().unwrap();
     let inner = breaker
-        .layer(limit.layer(channel))
+        .layer(limit.layer(PeekLayer::new().layer(channel)))
         .map_request(|request: http::Request<ReplayBody<Body>>| request.map(Body::new));
     let service = retry.layer(inner);
     BoxCloneSyncService::new(service.map_response(|response: http::Response<_>| {
@@ -217,6 +222,20 @@ fn a_stream_that_has_begun_is_not() {
         assert_eq!(status.code(), Code::Unavailable);
         tokio::time::sleep(30 * MS).await;
         assert_eq!(upstream.calls(), 1);
+    });
+}
+
+/// The head has come, and no message: the status is in the trailers.
+#[test]
+fn a_stream_that_fails_after_its_head_is_asked_again() {
+    run(async |_| {
+        let fails = || Act::EndAfterHead(Status::unavailable("not yet"));
+        let internal = Act::EndAfterHead(Status::internal("broken"));
+        let upstream = Upstream::start([fails(), fails(), internal]).await;
+        let mut client = upstream.client(attempts(3));
+        let mut updates = client.watch(request()).await.unwrap().into_inner();
+        let status = updates.message().await.unwrap_err();
+        assert_eq!((status.code(), upstream.calls()), (Code::Internal, 3));
     });
 }
 

@@ -12,6 +12,7 @@ use buttress_core::{
     classify::Verdict,
     clock::{self, Instant},
     health::{Health, HealthSource},
+    label,
     random::{Random, SharedRandom},
     sync::Mutex,
 };
@@ -138,13 +139,11 @@ impl BreakerBuilder {
 }
 
 pub(crate) fn check_name(name: &str) -> Result<(), ConfigError> {
-    let printable = name
-        .bytes()
-        .all(|byte| byte.is_ascii_graphic() || byte == b' ');
-    if name.is_empty() || name.len() > 128 || !printable {
-        return Err(Problem::Name.into());
+    if label::is_sound(name, 128) {
+        Ok(())
+    } else {
+        Err(Problem::Name.into())
     }
-    Ok(())
 }
 
 /// What became of a call that asked while a lock was held over the breaker:

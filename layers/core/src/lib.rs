@@ -8,6 +8,7 @@ pub mod deadline;
 pub mod health;
 pub mod key;
 pub mod keyed;
+pub mod label;
 pub mod random;
 pub mod refusal;
 pub mod request;

@@ -6,7 +6,7 @@ use buttress_core::{
     Any, Http, Responder, View,
     clock::{self, SharedWallClock, WallClock},
     key::{ExtractKey, Global, Key, SharedKey},
-    keyed,
+    keyed, label,
     respond::SharedResponder,
 };
 use http::{HeaderMap, StatusCode};
@@ -217,8 +217,7 @@ impl<V: View> Limit<V> {
     }
 
     fn build(self) -> Result<(Rule<V>, Table), ConfigError> {
-        let printable = self.name.bytes().all(|byte| matches!(byte, b' '..=b'~'));
-        if !printable || self.name.is_empty() || self.name.len() > 64 {
+        if !label::is_sound(&self.name, 64) {
             return Err(ConfigError::BadName(self.name));
         }
         let gcra = self.quota.check()?;

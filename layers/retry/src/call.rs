@@ -7,11 +7,13 @@ use std::{
     marker::PhantomData,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use buttress_core::{
     BoxError, Head, Inspect, Refusal, RefusalKind,
     body::ResponseBody,
+    classify::Verdict,
     deadline::Deadline,
     respond::{SharedResponder, integer},
 };
@@ -22,7 +24,7 @@ use crate::{
     Cause, Elapsed, Error, GiveUp, NotReplayable, ReplayBody,
     replay::Replay,
     rules::{self, Outcome, Rules},
-    session::Seen,
+    session::{Hint, Seen},
 };
 
 /// What a request's attempts are made of. Sealed: the layer's own kinds only.
@@ -39,6 +41,10 @@ pub trait Call: sealed::Sealed {
     /// What there is to another attempt; `None` where the result stands.
     #[doc(hidden)]
     fn judge(&self, result: &Result<Self::Response, Self::Error>) -> Option<Judged>;
+
+    /// What a result that stands is to a budget.
+    #[doc(hidden)]
+    fn verdict(&self, result: &Result<Self::Response, Self::Error>) -> Verdict;
 
     /// Whether the request may be sent again, and can be.
     #[doc(hidden)]
@@ -168,6 +174,10 @@ where
         judge::<R, E, I>(&self.shared.rules, &self.parts, result)
     }
 
+    fn verdict(&self, result: &Result<Response<R>, E>) -> Verdict {
+        verdict(&self.parts, result)
+    }
+
     fn check(&self, Judged(seen): Judged) -> Result<(), GiveUp> {
         let head = Head::from(&self.parts);
         if !seen.cause.was_never_begun() && !self.shared.rules.may_repeat(head) {
@@ -238,6 +248,24 @@ pub(crate) fn judge<R, E, I: Looks<E>>(
     seen.map(Judged)
 }
 
+/// What an HTTP answer that stands is to a budget.
+pub(crate) fn verdict<R, E>(parts: &Parts, result: &Result<Response<R>, E>) -> Verdict {
+    let response = result.as_ref().ok();
+    response.map_or(Verdict::Ignored, |response| {
+        let (status, headers) = (response.status(), response.headers());
+        rules::verdict(Head::from(parts), status, headers, response.extensions())
+    })
+}
+
+/// And any other one.
+#[inline]
+pub(crate) const fn any_verdict<R, E>(result: &Result<R, E>) -> Verdict {
+    match result {
+        Ok(_) => Verdict::Success,
+        Err(_) => Verdict::Ignored,
+    }
+}
+
 /// Tells that a request is sent for the so-many-th time more, on top of what a
 /// layer further out has said.
 pub(crate) fn tell_repeats(headers: &mut HeaderMap, name: &HeaderName, repeats: u32) {
@@ -262,22 +290,75 @@ pub(crate) fn stamp<B>(
     }
 }
 
+/// What a closure says of a result. A `bool` will do where no time is told.
+///
+/// ```
+/// use std::{io, time::Duration};
+///
+/// use buttress_retry::Again;
+///
+/// let busy = io::Error::from(io::ErrorKind::WouldBlock);
+/// assert_eq!(Again::of(&busy), Again::Yes);
+/// assert_eq!(Again::from(false), Again::No);
+/// assert_eq!(Again::After(Duration::from_secs(2)), Again::After(Duration::from_secs(2)));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// The result stands.
+    No,
+    /// Another attempt is worth it, after the backoff's wait.
+    Yes,
+    /// The same, and not before this long: what is waited is at least that, and
+    /// longer by the backoff where that has jitter.
+    After(Duration),
+}
+
+impl Again {
+    /// What is done where no closure is asked: every error is worth another
+    /// attempt, but for refusals of other layers that say that it is not, or
+    /// not yet.
+    pub fn of<E: Inspect>(error: &E) -> Self {
+        match of_any::<E, Plain>(error).map(|judged| judged.0.hint) {
+            None | Some(Hint::Never) => Self::No,
+            Some(Hint::None) => Self::Yes,
+            Some(Hint::After(wait) | Hint::At(wait)) => Self::After(wait),
+        }
+    }
+
+    pub(crate) fn judged(self) -> Option<Judged> {
+        let hint = match self {
+            Self::No => return None,
+            Self::Yes => Hint::None,
+            Self::After(wait) => Hint::After(wait),
+        };
+        let cause = Cause::Error;
+        Some(Judged(Seen { cause, hint }))
+    }
+}
+
+impl From<bool> for Again {
+    fn from(again: bool) -> Self {
+        if again { Self::Yes } else { Self::No }
+    }
+}
+
 /// Which results of a service of any kind are worth another attempt.
 ///
-/// Implemented for closures over request and result, which say so whatever the
-/// error is; and by [`AnyError`].
+/// Implemented for closures over request and result, which say so by a `bool`
+/// or by [`Again`], whatever the error is; and by [`AnyError`].
 pub trait RetryIf<Req, Res, E> {
     /// Whether it is.
     #[doc(hidden)]
     fn judge(&self, request: &Req, result: Result<&Res, &E>) -> Option<Judged>;
 }
 
-impl<F, Req, Res, E> RetryIf<Req, Res, E> for F
+impl<F, A, Req, Res, E> RetryIf<Req, Res, E> for F
 where
-    F: Fn(&Req, Result<&Res, &E>) -> bool,
+    F: Fn(&Req, Result<&Res, &E>) -> A,
+    A: Into<Again>,
 {
     fn judge(&self, request: &Req, result: Result<&Res, &E>) -> Option<Judged> {
-        self(request, result).then_some(Judged(Seen::new(Cause::Error)))
+        self(request, result).into().judged()
     }
 }
 
@@ -343,6 +424,11 @@ where
     #[inline]
     fn judge(&self, result: &Result<Res, E>) -> Option<Judged> {
         self.judge.judge(&self.request, result.as_ref())
+    }
+
+    #[inline]
+    fn verdict(&self, result: &Result<Res, E>) -> Verdict {
+        any_verdict(result)
     }
 
     fn check(&self, _: Judged) -> Result<(), GiveUp> {

@@ -12,8 +12,8 @@ use buttress_core::{
 use http::{HeaderName, Method, StatusCode};
 
 use crate::{
-    AnyError, Boxed, Budget, Cause, ConfigError, GiveUp, Memory, Opaque, Outcome, PolicyBuilder,
-    RetryLayer, RetryPolicy, Settings,
+    Again, AnyError, Boxed, Budget, Cause, ConfigError, GiveUp, Memory, Opaque, Outcome,
+    PolicyBuilder, RetryLayer, RetryPolicy, Settings,
     call::{HttpShared, Plain},
     layer::{Errors, Respond},
     rules::{Repeat, Rules},
@@ -82,7 +82,8 @@ impl<Req: 'static> RetryBuilder<Any<Req>, Errors> {
 }
 
 impl<V: View, M> RetryBuilder<V, M> {
-    /// The name in logs and metrics. Default: `default`.
+    /// The name in logs and metrics: 1 to 128 printable ASCII characters.
+    /// Default: `default`.
     pub fn name(self, name: impl Into<Arc<str>>) -> Self {
         self.with(|policy| policy.name(name))
     }
@@ -170,9 +171,9 @@ impl<I> RetryBuilder<Http, Web<I>> {
     }
 
     /// The codes that are worth another attempt where the request is gRPC and
-    /// the code stands in the response's head (trailers-only); a response with
-    /// a body has begun to be told to the caller, and stands. Default:
-    /// UNAVAILABLE.
+    /// the code stands in the response's head (trailers-only), or where a
+    /// [`PeekLayer`](crate::PeekLayer) found it; a response with a body has
+    /// begun to be told to the caller, and stands. Default: UNAVAILABLE.
     pub fn grpc_codes(mut self, codes: impl IntoIterator<Item = GrpcCode>) -> Self {
         self.mode.rules.codes = codes.into_iter().collect();
         self
@@ -288,10 +289,13 @@ impl<I> RetryBuilder<Http, Web<I>> {
 
 impl<Req: 'static, W> RetryBuilder<Any<Req>, Errors<W>> {
     /// A closure over request and result that says whether it is worth another
-    /// attempt.
-    pub fn retry_if<Res, E, F>(self, judge: F) -> RetryBuilder<Any<Req>, Errors<F>>
+    /// attempt, by a `bool`, or by [`Again`], which can tell when at the
+    /// soonest. It is asked of refusals of other layers too; [`Again::of`] is
+    /// what is done with them otherwise.
+    pub fn retry_if<Res, E, A, F>(self, judge: F) -> RetryBuilder<Any<Req>, Errors<F>>
     where
-        F: Fn(&Req, Result<&Res, &E>) -> bool,
+        F: Fn(&Req, Result<&Res, &E>) -> A,
+        A: Into<Again>,
     {
         self.mode(|_| Errors { judge })
     }

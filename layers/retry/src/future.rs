@@ -103,7 +103,8 @@ where
     #[inline(always)]
     fn after(&mut self, result: &Result<C::Response, C::Error>) -> Option<(Duration, Cause)> {
         let Some(judged) = self.call.judge(result) else {
-            self.shared.settled(&self.session, result.is_ok());
+            let verdict = || self.call.verdict(result);
+            self.shared.settled(&self.session, verdict);
             return None;
         };
         self.again(judged)

@@ -14,6 +14,7 @@ use buttress_core::{
     classify::Verdict,
     clock::{self, Instant},
     deadline::Deadline,
+    label,
     random::{Random, SharedRandom},
 };
 
@@ -77,16 +78,12 @@ impl Shared {
         nearer.map(Deadline::at)
     }
 
-    /// An attempt has ended that is worth no other: well, or with what is the
-    /// caller's own doing.
+    /// An attempt has ended that is worth no other. What it was is asked where
+    /// someone goes by it.
     #[inline]
-    pub(crate) fn settled(&self, session: &Session, well: bool) {
+    pub(crate) fn settled(&self, session: &Session, verdict: impl FnOnce() -> Verdict) {
         if let Some(budget) = &self.budget {
-            budget.outcome(if well {
-                Verdict::Success
-            } else {
-                Verdict::Ignored
-            });
+            budget.outcome(verdict());
         }
         self.metrics.attempt(Went::Success);
         self.ended(session);
@@ -230,6 +227,16 @@ impl fmt::Debug for RetryPolicy {
     }
 }
 
+pub(crate) fn check_name(name: &str) -> Result<(), ConfigError> {
+    if label::is_sound(name, 128) {
+        Ok(())
+    } else {
+        Err(ConfigError::new(
+            "the name must be 1 to 128 printable ASCII characters",
+        ))
+    }
+}
+
 /// Builds a [`RetryPolicy`].
 #[must_use = "nothing is retried before `build()`"]
 pub struct PolicyBuilder {
@@ -255,7 +262,8 @@ impl Default for PolicyBuilder {
 }
 
 impl PolicyBuilder {
-    /// The name in logs and metrics. Default: `default`.
+    /// The name in logs and metrics: 1 to 128 printable ASCII characters.
+    /// Default: `default`.
     pub fn name(mut self, name: impl Into<Arc<str>>) -> Self {
         self.name = name.into();
         self
@@ -308,8 +316,9 @@ impl PolicyBuilder {
     ///
     /// # Errors
     ///
-    /// [`ConfigError`] if the settings make no sense.
+    /// [`ConfigError`] if the name or the settings make no sense.
     pub fn build(self) -> Result<RetryPolicy, ConfigError> {
+        check_name(&self.name)?;
         self.settings.check()?;
         let shared = Shared {
             metrics: Metrics::new(&self.name),

@@ -4,14 +4,14 @@ use std::{collections::BTreeSet, error::Error, fmt, io, sync::Arc};
 
 use buttress_core::{
     Head, Refusal, RefusalKind,
-    classify::GrpcCode,
+    classify::{GrpcCode, Verdict},
     clock::SharedWallClock,
     retry_after::{self, Pushback},
 };
 use http::{Extensions, HeaderMap, HeaderName, Method, StatusCode};
 
 use crate::{
-    Cause,
+    Cause, peek,
     session::{Hint, Seen},
 };
 
@@ -152,9 +152,11 @@ impl Rules {
         let cause = match outcome {
             Outcome::Error(error) => return error.and_then(of_error),
             Outcome::Response {
-                status, headers, ..
+                status,
+                headers,
+                extensions,
             } if head.is_grpc() => {
-                let code = match GrpcCode::of(headers) {
+                let code = match GrpcCode::of(peek::fields(headers, extensions)) {
                     Some(code) => code,
                     None if status == StatusCode::OK => return None,
                     None => GrpcCode::from_http(status),
@@ -179,11 +181,16 @@ impl Rules {
 
     /// When the callee would like to be asked again.
     fn hint(&self, head: Head<'_>, outcome: Outcome<'_>) -> Hint {
-        let Outcome::Response { headers, .. } = outcome else {
+        let Outcome::Response {
+            headers,
+            extensions,
+            ..
+        } = outcome
+        else {
             return Hint::None;
         };
         if head.is_grpc() {
-            match retry_after::pushback(headers) {
+            match retry_after::pushback(peek::fields(headers, extensions)) {
                 Some(Pushback::After(wait)) => return Hint::At(wait),
                 Some(Pushback::Never) => return Hint::Never,
                 None => {}
@@ -193,6 +200,36 @@ impl Rules {
             Some(wait) => Hint::After(wait),
             None => Hint::None,
         }
+    }
+}
+
+/// What an answer that stands is to a budget: a success brings leave back, a
+/// server's error that is not retried (501, gRPC's INTERNAL) does not, and
+/// gRPC's word not to come again counts as a failure (gRFC A6).
+pub(crate) fn verdict(
+    head: Head<'_>,
+    status: StatusCode,
+    headers: &HeaderMap,
+    extensions: &Extensions,
+) -> Verdict {
+    if !head.is_grpc() {
+        return if status.is_server_error() {
+            Verdict::Ignored
+        } else {
+            Verdict::Success
+        };
+    }
+    let fields = peek::fields(headers, extensions);
+    let is_ok = match GrpcCode::of(fields) {
+        Some(code) => code == GrpcCode::Ok,
+        None => status == StatusCode::OK,
+    };
+    if is_ok {
+        Verdict::Success
+    } else if retry_after::pushback(fields) == Some(Pushback::Never) {
+        Verdict::Failure
+    } else {
+        Verdict::Ignored
     }
 }
 

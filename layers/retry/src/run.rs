@@ -11,6 +11,7 @@ use std::{
 
 use buttress_core::{
     Inspect, RefusalKind,
+    classify::Verdict,
     clock::{self, Instant},
     deadline::Deadline,
 };
@@ -20,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    Cause, GiveUp, RetryPolicy,
+    Again, Cause, GiveUp, RetryPolicy,
     call::{Judged, Plain, of_any},
     policy::Shared,
     session::{Seen, Session},
@@ -138,16 +139,16 @@ impl<E: Inspect> JudgeError<E> for AllErrors {
     }
 }
 
-impl<E, J: FnMut(&E) -> bool> JudgeError<E> for J {
+impl<E, A: Into<Again>, J: FnMut(&E) -> A> JudgeError<E> for J {
     fn judge(&mut self, error: &E) -> Option<Judged> {
-        self(error).then_some(Judged(Seen::new(Cause::Error)))
+        self(error).into().judged()
     }
 }
 
 impl<'a, J, S> Runner<'a, J, S> {
-    /// A closure says which errors are worth another attempt; they may be of
-    /// any type.
-    pub fn retry_if<E, K: FnMut(&E) -> bool>(self, judge: K) -> Runner<'a, K, S> {
+    /// A closure says which errors are worth another attempt, and [when at the
+    /// soonest](Again::After) if they tell; they may be of any type.
+    pub fn retry_if<E, A: Into<Again>, K: FnMut(&E) -> A>(self, judge: K) -> Runner<'a, K, S> {
         Runner {
             policy: self.policy,
             judge,
@@ -233,7 +234,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
             self.begun = true;
             let judged = match within(until.map(Deadline::instant), f()).await {
                 Some(Ok(value)) => {
-                    self.shared.settled(&self.session, true);
+                    self.shared.settled(&self.session, || Verdict::Success);
                     return Ok(value);
                 }
                 Some(Err(error)) => {
@@ -244,7 +245,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
                 None => Some(Judged(Seen::new(Cause::Refused(RefusalKind::TimedOut)))),
             };
             let Some(Judged(seen)) = judged else {
-                self.shared.settled(&self.session, false);
+                self.shared.settled(&self.session, || Verdict::Ignored);
                 return Err(None);
             };
             match self.shared.next(&mut self.session, seen, || Ok(())) {

@@ -92,7 +92,8 @@ impl Session {
         withdraw: impl FnOnce() -> bool,
     ) -> Result<Duration, GiveUp> {
         let left = self.deadline.map(|deadline| deadline - now);
-        if seen.cause == Cause::RefusedStream && !self.freed {
+        let may_retry = settings.max_attempts > 1;
+        if seen.cause == Cause::RefusedStream && may_retry && !self.freed {
             if left.is_some_and(|left| left.is_zero()) {
                 return Err(GiveUp::Deadline);
             }

@@ -32,12 +32,18 @@ const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 /// ```
 #[derive(Clone, Debug)]
 #[must_use = "it is plain data, to be given to a policy or a layer"]
+#[non_exhaustive]
 pub struct Settings {
-    pub(crate) max_attempts: u32,
-    pub(crate) backoff: Backoff,
-    pub(crate) total_timeout: Option<Duration>,
-    pub(crate) attempt_timeout: Option<Duration>,
-    pub(crate) max_retry_after: Duration,
+    /// See [`max_attempts`](Self::max_attempts()).
+    pub max_attempts: u32,
+    /// See [`backoff`](Self::backoff()).
+    pub backoff: Backoff,
+    /// See [`total_timeout`](Self::total_timeout()).
+    pub total_timeout: Option<Duration>,
+    /// See [`attempt_timeout`](Self::attempt_timeout()).
+    pub attempt_timeout: Option<Duration>,
+    /// See [`max_retry_after`](Self::max_retry_after()).
+    pub max_retry_after: Duration,
 }
 
 impl Settings {
@@ -76,7 +82,7 @@ impl Settings {
     }
 
     /// How many attempts there are, the first included; at least 1, which is
-    /// no retry at all. Default: 3.
+    /// no retry at all, not even of a stream that was refused. Default: 3.
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.max_attempts = attempts;
         self

@@ -18,8 +18,8 @@ use buttress_core::{
     testing::{ReadinessProbe, Script, Step, advance},
 };
 use buttress_retry::{
-    AbortHandle, Backoff, Cause, Error, Errors, GiveUp, RetryBuilder, RetryLayer, RetryPolicy,
-    Settings,
+    AbortHandle, Again, Backoff, Cause, Error, Errors, GiveUp, RetryBuilder, RetryLayer,
+    RetryPolicy, Settings,
 };
 use tokio_test::{assert_pending, task};
 use tower::{Layer, ServiceExt, limit::ConcurrencyLimit, service_fn};
@@ -418,4 +418,68 @@ fn a_run_can_be_spawned() {
     shared(policy);
     shared(builder().build().unwrap());
     shared(AbortHandle::new());
+}
+
+/// Refused for so long, as a peer's own error may say.
+#[derive(Clone, Copy, Debug)]
+struct Busy(Option<Duration>);
+
+#[tokio::test(start_paused = true)]
+async fn a_closure_says_when_at_the_soonest() {
+    for (told, waited) in [(Some(3 * SECOND), 3 * SECOND), (None, SECOND)] {
+        let again = |Busy(wait): &Busy| wait.map_or(Again::Yes, Again::After);
+        let layer = builder()
+            .retry_if(move |_, result: Result<&u32, &Busy>| result.err().map_or(Again::No, again))
+            .build()
+            .unwrap();
+        let (inner, script) = Script::<u32, u32, Busy>::new()
+            .then(Step::err(Busy(told)))
+            .otherwise(|n| Step::ok(*n))
+            .build();
+        let before = clock::now();
+        assert_eq!(layer.layer(inner).oneshot(7).await.unwrap(), 7);
+        assert_eq!(clock::now() - before, waited);
+        script.assert_finished();
+
+        let policy = RetryPolicy::builder().settings(settings()).build().unwrap();
+        let before = clock::now();
+        let mut answers = vec![Ok(7), Err(Busy(told))].into_iter().rev();
+        let answer = policy
+            .runner()
+            .retry_if(again)
+            .run(|| std::future::ready(answers.next().unwrap()))
+            .await;
+        assert_eq!(answer.unwrap(), 7);
+        assert_eq!(clock::now() - before, waited);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_closure_can_ask_what_would_be_done_without_it() {
+    let refusal = |kind, wait: Option<Duration>| Refusal::new(kind).with_retry_after(wait);
+    for (error, again) in [
+        (
+            refusal(RefusalKind::CircuitOpen, Some(SECOND)),
+            Again::After(SECOND),
+        ),
+        (refusal(RefusalKind::CircuitOpen, None), Again::No),
+        (refusal(RefusalKind::NeverFits, None), Again::No),
+        (refusal(RefusalKind::Overloaded, None), Again::Yes),
+    ] {
+        assert_eq!(Again::of(&error), again);
+    }
+    assert_eq!(Again::of(&failed()), Again::Yes);
+}
+
+#[test]
+fn a_name_is_fit_to_be_a_label() {
+    for name in ["", "caf\u{e9}", "a\nb", &"x".repeat(129)] {
+        let error = builder().name(name).build().unwrap_err().to_string();
+        assert!(error.contains("name"), "{name:?}: {error}");
+        let hedge = buttress_retry::HedgeLayer::builder()
+            .after(SECOND)
+            .name(name);
+        let error = hedge.build().unwrap_err().to_string();
+        assert!(error.contains("name"), "{name:?}: {error}");
+    }
 }

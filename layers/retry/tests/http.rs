@@ -20,8 +20,8 @@ use buttress_core::{
     },
 };
 use buttress_retry::{
-    Backoff, Budget, Cause, GiveUp, Outcome, ReplayBody, Retry, RetryBudget, RetryBuilder,
-    RetryLayer, Settings,
+    Backoff, Budget, Cause, GiveUp, HedgeLayer, Outcome, ReplayBody, Retry, RetryBudget,
+    RetryBuilder, RetryLayer, Settings, Throttle,
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
@@ -875,4 +875,51 @@ fn a_layer_and_its_service_are_clone_send_and_sync_whatever_the_body() {
         >| { Ok::<_, Infallible>(Response::new(ResponseBody::inner(Body::default()))) },
     ));
     check(&service);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_no_success_gives_a_throttle_nothing_back() {
+    let grpc = |fields: &[(&'static str, &'static str)]| {
+        let mut response = with(200, fields);
+        let grpc = HeaderValue::from_static("application/grpc");
+        response.headers_mut().insert("content-type", grpc);
+        response
+    };
+    let call = || {
+        let request = Request::post("/a.B/C").header("content-type", "application/grpc");
+        request.body(Body::default()).unwrap()
+    };
+    let forbidden = [("grpc-status", "13"), ("grpc-retry-pushback-ms", "-1")];
+    // After three failures of ten tokens, seven are left.
+    for (request, response, left) in [
+        (web::get("/"), with(200, &[]), 7_500),
+        (web::get("/"), with(404, &[]), 7_500),
+        (web::get("/"), with(501, &[]), 7_000),
+        (call(), grpc(&[]), 7_500),
+        (call(), grpc(&[("grpc-status", "0")]), 7_500),
+        (call(), grpc(&[("grpc-status", "13")]), 7_000),
+        (call(), grpc(&forbidden), 6_000),
+    ] {
+        let throttle = Arc::new(Throttle::new(10, 500).unwrap());
+        for _ in 0..3 {
+            throttle.outcome(buttress_core::classify::Verdict::Failure);
+        }
+        let retry = builder().budget(Arc::clone(&throttle)).build().unwrap();
+        let (inner, _script) = script([Step::ok(response)]);
+        let _ = status(retry.layer(inner), request).await;
+        assert_eq!(throttle.tokens_thousandths(), left);
+    }
+    // So for hedges.
+    let throttle = Arc::new(Throttle::new(10, 500).unwrap());
+    throttle.outcome(buttress_core::classify::Verdict::Failure);
+    let hedge = HedgeLayer::builder()
+        .after(SECOND)
+        .budget(Arc::clone(&throttle));
+    let (inner, _script) = script([answer(501), answer(200)]);
+    let service = hedge.build().unwrap().layer(inner);
+    for left in [9_000, 9_500] {
+        let answer = service.clone().oneshot(web::get("/")).await;
+        let _ = answer.unwrap();
+        assert_eq!(throttle.tokens_thousandths(), left);
+    }
 }

@@ -10,7 +10,8 @@ use std::{
 };
 
 use buttress_core::{
-    Head, Refusal, classify::HttpClassifier, clock, deadline::Deadline, respond::SharedResponder,
+    Head, Refusal, classify::HttpClassifier, clock, deadline::Deadline, label,
+    respond::SharedResponder,
 };
 use bytes::Bytes;
 use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Response};
@@ -95,10 +96,7 @@ impl Shared {
         streaming: HttpClassifier,
         responder: SharedResponder,
     ) -> Result<Self, ConfigError> {
-        let printable = name
-            .bytes()
-            .all(|byte| byte.is_ascii_graphic() || byte == b' ');
-        if name.is_empty() || name.len() > 128 || !printable {
+        if !label::is_sound(&name, 128) {
             return Err(Problem::Name.into());
         }
         let limit = AtomicU64::new(nanos(limit)?);

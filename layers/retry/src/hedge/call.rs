@@ -2,13 +2,13 @@
 
 use std::{fmt, marker::PhantomData, sync::Arc};
 
-use buttress_core::{clock, deadline::Deadline};
+use buttress_core::{classify::Verdict, clock, deadline::Deadline};
 use http::{HeaderName, Request, Response, request::Parts};
 use http_body::Body;
 
 use crate::{
     Looks, Memory, NotReplayable, ReplayBody, RetryIf,
-    call::{Judged, judge, tell_repeats},
+    call::{Judged, any_verdict, judge, tell_repeats, verdict},
     replay::Replay,
     rules::Rules,
     session::Hint,
@@ -26,6 +26,10 @@ pub trait Call: sealed::Sealed {
     /// What is wrong with an answer; `None` if it is good.
     #[doc(hidden)]
     fn judge(&self, result: &Result<Self::Response, Self::Error>) -> Option<Bad>;
+
+    /// What a good one is to a budget.
+    #[doc(hidden)]
+    fn verdict(&self, result: &Result<Self::Response, Self::Error>) -> Verdict;
 
     /// Whether there may be a further attempt now.
     #[doc(hidden)]
@@ -116,6 +120,10 @@ where
         judge::<R, E, I>(&self.web.rules, &self.parts, result).map(Bad::from)
     }
 
+    fn verdict(&self, result: &Result<Response<R>, E>) -> Verdict {
+        verdict(&self.parts, result)
+    }
+
     fn check(&self) -> Result<(), Obstacle> {
         let deadline = Deadline::of(&self.parts.extensions);
         if deadline.is_some_and(|deadline| deadline.is_past(clock::now())) {
@@ -182,6 +190,11 @@ where
     fn judge(&self, result: &Result<Res, E>) -> Option<Bad> {
         let judged = self.judge.judge(&self.request, result.as_ref());
         judged.map(Bad::from)
+    }
+
+    #[inline]
+    fn verdict(&self, result: &Result<Res, E>) -> Verdict {
+        any_verdict(result)
     }
 
     fn check(&self) -> Result<(), Obstacle> {

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     AnyError, Boxed, Budget, ConfigError, Memory, Opaque, Outcome, SharedBudget,
+    policy::check_name,
     rules::{Repeat, Rules},
 };
 
@@ -106,7 +107,8 @@ impl<V: View, M> HedgeBuilder<V, M> {
         }
     }
 
-    /// The name in logs and metrics. Default: `default`.
+    /// The name in logs and metrics: 1 to 128 printable ASCII characters.
+    /// Default: `default`.
     pub fn name(mut self, name: impl Into<Arc<str>>) -> Self {
         self.name = name.into();
         self
@@ -221,6 +223,7 @@ impl<V: View, M> HedgeBuilder<V, M> {
     ///
     /// [`ConfigError`] if there is no delay, or a setting is out of its range.
     pub fn build(self) -> Result<HedgeLayer<V, M>, ConfigError> {
+        check_name(&self.name)?;
         let delay = self.delay()?;
         check_max_hedges(self.max_hedges)?;
         Ok(HedgeLayer {

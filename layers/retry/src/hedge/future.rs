@@ -150,7 +150,7 @@ where
             Which::First => self.started,
         };
         self.shared.record(started);
-        self.shared.answered(Verdict::Success);
+        self.shared.answered(|| self.call.verdict(&result));
         if let Which::Hedge { .. } = which {
             self.shared.metrics.hedges(Went::Won, 1);
         }
@@ -181,7 +181,7 @@ where
             }
             return None;
         }
-        self.shared.answered(Verdict::Failure);
+        self.shared.answered(|| Verdict::Failure);
         match self.told.take() {
             Some(told) if !bad.told => Some(told),
             _ => Some(result),

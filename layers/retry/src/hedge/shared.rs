@@ -168,13 +168,13 @@ impl Shared {
         }
     }
 
-    /// A request was answered so.
+    /// A request was answered. How is asked where someone goes by it.
     #[inline]
-    pub(super) fn answered(&self, verdict: Verdict) {
+    pub(super) fn answered(&self, verdict: impl FnOnce() -> Verdict) {
         if let Some(budget) = &self.budget
             && !self.counted_outside
         {
-            budget.outcome(verdict);
+            budget.outcome(verdict());
         }
     }
 
