@@ -272,6 +272,27 @@ pub struct ReplayBody<B> {
     source: Source<B>,
 }
 
+impl<B: Body> ReplayBody<B> {
+    /// Of a request that will have no other attempt. One allocation, or none if
+    /// it is empty.
+    pub(crate) fn once(body: B) -> Self {
+        let size = body.size_hint();
+        let source = if body.is_end_stream() {
+            Source::Done
+        } else {
+            Source::Live {
+                live: Box::pin(body),
+                shared: None,
+            }
+        };
+        Self {
+            size,
+            sent: 0,
+            source,
+        }
+    }
+}
+
 /// Where an attempt's next frame comes from.
 enum Source<B> {
     /// The buffer, as far as it went when the attempt began, and then the live

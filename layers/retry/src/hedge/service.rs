@@ -83,14 +83,13 @@ where
         self.shared.begin();
         let web = &self.mode.web;
         let may = self.shared.max_hedges() > 0 && web.rules.may_send_twice(Head::from(&request));
-        let (parts, body) = request.into_parts();
-        let max_body = if may { web.max_body } else { 0 };
-        let mut replay = Replay::new(body, max_body, &web.memory);
-        let body = replay.attempt().expect("there was no attempt before");
         if !may {
-            let first = self.inner.call(Request::from_parts(parts, body));
+            let first = self.inner.call(request.map(ReplayBody::once));
             return ResponseFuture::alone(first);
         }
+        let (parts, body) = request.into_parts();
+        let mut replay = Replay::new(body, web.max_body, &web.memory);
+        let body = replay.attempt().expect("there was no attempt before");
         let started = self.shared.started();
         let first = Request::from_parts(parts.clone(), body);
         let first = self.inner.call(first);

@@ -828,6 +828,8 @@ fn what_the_hot_path_allocates() {
     };
     assert_eq!(allocations(|| drop(Box::new([1_u8; 7]))), 1);
     assert_eq!(allocations(|| round(Full::new(kilobyte.clone()), 1)), 2);
+    let once = || drop(ReplayBody::once(Full::new(kilobyte.clone())));
+    assert_eq!(allocations(once), 1);
     // A replay costs none.
     assert_eq!(allocations(|| round(Full::new(kilobyte.clone()), 5)), 2);
     // `Bytes` that own a vector alone make a count when they are first shared,
