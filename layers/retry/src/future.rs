@@ -28,8 +28,60 @@ pin_project! {
     /// it is awaited.
     pub struct ResponseFuture<C: Call, S: Service<C::Request>> {
         #[pin]
-        state: State<C::Request, S::Future>,
-        rest: Rest<C, S>,
+        state: State<C, S, S::Future, C::Request>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    #[project_replace = StateOwned]
+    enum State<C, S, F, R> {
+        First {
+            #[pin]
+            attempt: F,
+            rest: Rest<C, S>,
+        },
+        // In a box of its own, as most requests have no second attempt, and
+        // their futures are moved about.
+        Further {
+            further: Kept<Further<C, S, F, R>>,
+        },
+        // All that was kept for another attempt is dropped when there is none.
+        Done,
+    }
+}
+
+/// A box that is dropped out of line. Dropping a future that has none is then so
+/// little that it is inlined, and its answer stays in registers meanwhile: twice
+/// as fast where nothing failed.
+struct Kept<T>(Option<Pin<Box<T>>>);
+
+impl<T> Kept<T> {
+    fn new(kept: Pin<Box<T>>) -> Self {
+        Self(Some(kept))
+    }
+
+    fn get(&self) -> &T {
+        self.0.as_deref().expect("it is there until it is dropped")
+    }
+
+    fn get_pin(&mut self) -> Pin<&mut T> {
+        let kept = self.0.as_mut().expect("it is there until it is dropped");
+        kept.as_mut()
+    }
+}
+
+impl<T> Drop for Kept<T> {
+    #[inline]
+    fn drop(&mut self) {
+        #[cold]
+        #[inline(never)]
+        fn cold<T>(kept: Pin<Box<T>>) {
+            drop(kept);
+        }
+        if let Some(kept) = self.0.take() {
+            cold(kept);
+        }
     }
 }
 
@@ -42,26 +94,53 @@ struct Rest<C, S> {
 }
 
 pin_project! {
-    #[project = StateProj]
-    enum State<R, F> {
-        Calling {
-            #[pin]
-            attempt: F,
-        },
-        // Boxed, as a timer is large, and most futures never have one but are
-        // moved about.
+    // From the end of the first attempt on.
+    struct Further<C, S, F, R> {
+        rest: Rest<C, S>,
+        // Why the last attempt was not enough.
+        cause: Cause,
+        #[pin]
+        step: Step<F, R>,
+    }
+}
+
+pin_project! {
+    #[project = StepProj]
+    enum Step<F, R> {
         Waiting {
-            wait: Pin<Box<Sleep>>,
-            cause: Cause,
+            #[pin]
+            wait: Sleep,
         },
         // For what the attempt before has not yet given up, and for the
         // service.
         Preparing {
             // Until when; made once there is something to wait for.
-            limit: Option<Pin<Box<Sleep>>>,
+            #[pin]
+            limit: Option<Sleep>,
             request: Option<R>,
-            cause: Cause,
         },
+        Calling {
+            #[pin]
+            attempt: F,
+        },
+    }
+}
+
+impl<F, R> Step<F, R> {
+    /// To the next attempt.
+    fn after(wait: Duration) -> Self {
+        if wait.is_zero() {
+            Self::preparing()
+        } else {
+            Self::Waiting { wait: sleep(wait) }
+        }
+    }
+
+    const fn preparing() -> Self {
+        Self::Preparing {
+            limit: None,
+            request: None,
+        }
     }
 }
 
@@ -82,14 +161,14 @@ where
         shared: Arc<Shared>,
         session: Session,
     ) -> Self {
+        let rest = Rest {
+            call,
+            service,
+            shared,
+            session,
+        };
         Self {
-            state: State::Calling { attempt },
-            rest: Rest {
-                call,
-                service,
-                shared,
-                session,
-            },
+            state: State::First { attempt, rest },
         }
     }
 }
@@ -131,7 +210,7 @@ where
     /// The next attempt, as soon as there is all that it takes.
     fn poll_prepare(
         &mut self,
-        limit: &mut Option<Pin<Box<Sleep>>>,
+        mut limit: Pin<&mut Option<Sleep>>,
         request: &mut Option<C::Request>,
         cause: Cause,
         cx: &mut Context<'_>,
@@ -141,7 +220,7 @@ where
             match self.call.poll_repeat(cx) {
                 Poll::Ready(Some(next)) => {
                     *request = Some(next);
-                    *limit = None;
+                    limit.set(None);
                 }
                 Poll::Ready(None) => return Poll::Ready(Err(self.gave_up(cause, GiveUp::Body))),
                 Poll::Pending => {
@@ -163,10 +242,13 @@ where
         let Some(latest) = latest else {
             return Poll::Pending;
         };
-        let limit = limit.get_or_insert_with(|| Box::pin(sleep(latest - clock::now())));
+        if limit.is_none() {
+            limit.set(Some(sleep(latest - clock::now())));
+        }
+        let limit = limit.as_pin_mut().expect("it was set");
         // A service that uses up its task's budget whenever it is asked would
         // keep a constrained timer from ever being.
-        ready!(pin!(unconstrained(limit.as_mut())).poll(cx));
+        ready!(pin!(unconstrained(limit)).poll(cx));
         let now = clock::now();
         let is_past = self.session.deadline().is_some_and(|end| end <= now);
         let reason = if request.is_some() || is_past {
@@ -204,75 +286,84 @@ where
 
     // What is nearly always all of it, so that it is inlined.
     #[inline(always)]
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
-        let this = self.as_mut().project();
-        if let StateProj::Calling { attempt } = this.state.project() {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
+        let mut state = self.project().state;
+        if let StateProj::First { attempt, rest } = state.as_mut().project() {
             let result = ready!(attempt.poll(cx));
-            let Some((wait, cause)) = this.rest.after(&result) else {
+            let Some((wait, cause)) = rest.after(&result) else {
+                state.set(State::Done);
                 return Poll::Ready(C::output(result));
             };
             // Before the wait: what is given up on holds a connection.
             drop(result);
-            self.as_mut().wait(wait, cause);
+            state.as_mut().go_on(wait, cause);
         }
-        self.poll_further(cx)
+        state.poll_further(cx)
     }
 }
 
-impl<C, S> ResponseFuture<C, S>
+impl<C, S> State<C, S, S::Future, C::Request>
 where
     C: Call,
     S: Service<C::Request, Response = C::Response, Error = C::Error>,
 {
     #[cold]
-    fn wait(self: Pin<&mut Self>, wait: Duration, cause: Cause) {
-        self.project().state.set(if wait.is_zero() {
-            State::preparing(cause)
-        } else {
-            let wait = Box::pin(sleep(wait));
-            State::Waiting { wait, cause }
+    #[inline(never)]
+    fn go_on(mut self: Pin<&mut Self>, wait: Duration, cause: Cause) {
+        let StateOwned::First { rest, .. } = self.as_mut().project_replace(Self::Done) else {
+            unreachable!("the first attempt has ended");
+        };
+        let further = Box::pin(Further {
+            rest,
+            cause,
+            step: Step::after(wait),
+        });
+        self.set(Self::Further {
+            further: Kept::new(further),
         });
     }
 
-    /// After the first attempt.
     #[cold]
     #[inline(never)]
     fn poll_further(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
+        let StateProj::Further { further } = self.as_mut().project() else {
+            panic!("polled after completion");
+        };
+        let output = ready!(further.get_pin().poll_attempts(cx));
+        self.set(Self::Done);
+        Poll::Ready(output)
+    }
+}
+
+impl<C, S> Further<C, S, S::Future, C::Request>
+where
+    C: Call,
+    S: Service<C::Request, Response = C::Response, Error = C::Error>,
+{
+    fn poll_attempts(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
         loop {
             let mut this = self.as_mut().project();
-            match this.state.as_mut().project() {
-                StateProj::Calling { attempt } => {
+            match this.step.as_mut().project() {
+                StepProj::Waiting { wait } => {
+                    ready!(wait.poll(cx));
+                    this.step.set(Step::preparing());
+                }
+                StepProj::Preparing { limit, request } => {
+                    match ready!(this.rest.poll_prepare(limit, request, *this.cause, cx)) {
+                        Ok(attempt) => this.step.set(Step::Calling { attempt }),
+                        Err(output) => return Poll::Ready(output),
+                    }
+                }
+                StepProj::Calling { attempt } => {
                     let result = ready!(attempt.poll(cx));
                     let Some((wait, cause)) = this.rest.after(&result) else {
                         return Poll::Ready(C::output(result));
                     };
                     drop(result);
-                    self.as_mut().wait(wait, cause);
+                    *this.cause = cause;
+                    this.step.set(Step::after(wait));
                 }
-                StateProj::Waiting { wait, cause } => {
-                    let cause = *cause;
-                    ready!(wait.as_mut().poll(cx));
-                    this.state.set(State::preparing(cause));
-                }
-                StateProj::Preparing {
-                    limit,
-                    request,
-                    cause,
-                } => match ready!(this.rest.poll_prepare(limit, request, *cause, cx)) {
-                    Ok(attempt) => this.state.set(State::Calling { attempt }),
-                    Err(output) => return Poll::Ready(output),
-                },
             }
-        }
-    }
-}
-
-impl<R, F> State<R, F> {
-    const fn preparing(cause: Cause) -> Self {
-        Self::Preparing {
-            limit: None,
-            request: None,
-            cause,
         }
     }
 }
@@ -284,9 +375,13 @@ where
 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match &self.state {
-            State::Calling { .. } => "calling",
-            State::Waiting { .. } => "waiting",
-            State::Preparing { .. } => "preparing",
+            State::First { .. } => "calling",
+            State::Further { further } => match &further.get().step {
+                Step::Waiting { .. } => "waiting",
+                Step::Preparing { .. } => "preparing",
+                Step::Calling { .. } => "calling",
+            },
+            State::Done => "done",
         };
         f.debug_struct("ResponseFuture")
             .field("state", &state)
