@@ -6,10 +6,18 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
 use tokio::time::Instant;
+use tonic::transport::{Channel, Server, server::TcpIncoming};
+use tonic_health::{
+    ServingStatus,
+    pb::{
+        HealthCheckRequest, health_check_response::ServingStatus as Status,
+        health_client::HealthClient,
+    },
+};
 
 use crate::{
     retries::{Act, FAST, Scripted, proxy, state},
-    support::{Proxy, Upstream, fetch, reply},
+    support::{Proxy, Upstream, fetch, reply, soon},
 };
 
 /// Calls with these fields; not gRPC but for its `content-type`.
@@ -232,4 +240,40 @@ async fn an_upstream_that_gives_up_on_its_own_has_run_out_of_time() {
         ended(&grpc(&proxy, "120m").await, "4");
     }
     assert_eq!(state(&proxy, upstream.address).await, "closed");
+}
+
+/// tonic on both sides: its server ends a call at what it is told.
+#[tokio::test]
+async fn a_stream_goes_on_after_its_head_for_as_long_as_its_client_waits() {
+    let (reporter, service) = tonic_health::server::health_reporter();
+    let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = incoming.local_addr().unwrap();
+    let server = Server::builder().add_service(service);
+    let server = tokio::spawn(server.serve_with_incoming(incoming));
+    let retry = "{ attempt_timeout: 200ms }";
+    let proxy = Proxy::start(&format!(
+        "routes: [{{ name: orders, path: /, upstream: ['h2c://{address}'], timeout: 300ms, retry: {retry} }}]"
+    ))
+    .await;
+    let channel = Channel::from_shared(format!("http://{}", proxy.listen));
+    let mut client = HealthClient::new(channel.unwrap().connect().await.unwrap());
+    for timeout in [None, Some(20 * SECOND)] {
+        reporter
+            .set_service_status("", ServingStatus::Serving)
+            .await;
+        let mut watch = tonic::Request::new(HealthCheckRequest::default());
+        if let Some(timeout) = timeout {
+            watch.set_timeout(timeout);
+        }
+        let mut statuses = client.watch(watch).await.unwrap().into_inner();
+        let first = soon("a status", statuses.message()).await.unwrap().unwrap();
+        assert_eq!(first.status(), Status::Serving);
+        tokio::time::sleep(4 * SECOND / 5).await;
+        reporter
+            .set_service_status("", ServingStatus::NotServing)
+            .await;
+        let second = soon("another", statuses.message()).await.unwrap().unwrap();
+        assert_eq!(second.status(), Status::NotServing);
+    }
+    server.abort();
 }
