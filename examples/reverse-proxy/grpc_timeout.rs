@@ -5,8 +5,8 @@
 //! that knows what to tell a breaker of it.
 //!
 //! Upstreams are told what is left of the client's time, and not of the
-//! route's: that is for a response's head, and would cut off every stream that
-//! goes on for longer.
+//! route's: that is for a response's head, and who takes it for the whole
+//! call's, as it is meant, would cut off every stream that goes on for longer.
 
 use std::{convert::Infallible, future::ready};
 

@@ -242,7 +242,7 @@ async fn an_upstream_that_gives_up_on_its_own_has_run_out_of_time() {
     assert_eq!(state(&proxy, upstream.address).await, "closed");
 }
 
-/// tonic on both sides: its server ends a call at what it is told.
+/// tonic on both sides.
 #[tokio::test]
 async fn a_stream_goes_on_after_its_head_for_as_long_as_its_client_waits() {
     let (reporter, service) = tonic_health::server::health_reporter();
