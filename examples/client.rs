@@ -3,8 +3,12 @@
 //! up; and a callee that fails again and again is left alone.
 //!
 //! ```text
-//! cargo run --example client
+//! deadline and retry ─▶ circuit breaker ─▶ attempt's timeout ─▶ hyper-util
 //! ```
+//!
+//! Run it by `cargo run --example client`. The features of `buttress` that it
+//! takes: `retry`, `circuit-breaker`, `timeout`, and `hyper`, so that the retry
+//! knows what a connection's errors mean.
 
 #![expect(clippy::print_stdout, reason = "it is there to be read")]
 
@@ -31,8 +35,8 @@ use tower::{ServiceBuilder, ServiceExt};
 async fn main() -> Result<(), BoxError> {
     let url = format!("http://{}", callee().await?);
 
-    // Four attempts in three seconds, of a quarter of a second each, and no
-    // more than one request in five is repeated (ten a second in any case).
+    // Four attempts of a quarter of a second, waits between them that are random
+    // and up to 50, 100 and 200 ms, and three seconds for it all: the deadline.
     let retry = RetryLayer::builder()
         .settings(
             Settings::standard()
@@ -41,17 +45,22 @@ async fn main() -> Result<(), BoxError> {
                 .total_timeout(Duration::from_secs(3))
                 .attempt_timeout(Duration::from_millis(250)),
         )
+        // 20 retries for every 100 requests, and 10 a second in any case.
         .budget(RetryBudget::new(20, 10)?)
         .on_retry(|attempt, delay, cause| {
             println!("          attempt {attempt}: {cause}; again in {delay:.0?}");
         })
         .build()?;
-    // Three failed attempts in a row, and nothing is sent for ten seconds.
+    // Each attempt counts: after three failures in a row nothing is sent for ten
+    // seconds. (Where there are several callees, each gets its own by `per`.)
     let breaker = CircuitBreakerLayer::builder()
         .settings(circuit_breaker::Settings::aggressive())
         .build()?;
-    // Has no limit of its own: it ends an attempt when the retry says so.
+    // Ends an attempt that hangs, inside the breaker, which so sees it fail. It
+    // needs no limit of its own: the retry says until when.
     let timeout = TimeoutLayer::builder().build()?;
+    // Outermost first. What they refuse is a response, 503 or 504; an error is
+    // always hyper-util's own.
     let client = ServiceBuilder::new()
         .retry_requests(retry)
         .circuit_breaker(breaker)
@@ -61,9 +70,11 @@ async fn main() -> Result<(), BoxError> {
     let start = Instant::now();
     for (method, path) in [
         ("PUT", "/flaky"),
-        // Nobody knows what became of the first: it goes once.
+        // It may have been acted upon: a POST goes once.
         ("POST", "/busy"),
+        // Its second failure is the third in a row: the breaker opens.
         ("GET", "/broken"),
+        // And this one is not even sent.
         ("GET", "/flaky"),
     ] {
         let body = Full::new(Bytes::from_static(b"sent again with each attempt"));
@@ -72,7 +83,8 @@ async fn main() -> Result<(), BoxError> {
             .uri(format!("{url}{path}"));
         let response = client.clone().oneshot(request.body(body)?).await?;
         let (head, body) = response.into_parts();
-        // To its end: only then it was a success, and its connection is free.
+        // To its end: only then is it a success to the breaker, and the
+        // connection free for the next.
         let bytes = body.collect().await?.to_bytes().len();
         let (after, status) = (start.elapsed(), head.status);
         println!("{after:>7.0?}  {method} {path}: {status}, {bytes} bytes");
@@ -83,7 +95,7 @@ async fn main() -> Result<(), BoxError> {
     Ok(())
 }
 
-/// A callee that fails once, hangs once, and is well then; and one that is not.
+/// The callee: `/flaky` fails once, hangs once, and is well then.
 async fn callee() -> std::io::Result<std::net::SocketAddr> {
     static ASKED: AtomicU32 = AtomicU32::new(0);
     let flaky = async |body: Bytes| match ASKED.fetch_add(1, Relaxed) {

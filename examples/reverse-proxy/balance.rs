@@ -72,6 +72,17 @@ impl Balance {
             .expect("there is an endpoint"))
     }
 
+    /// Why none of them takes a request now, if none does.
+    pub(crate) fn refusal(&self) -> Option<CircuitOpen> {
+        let around = self.breaker.as_ref().is_none_or(Breaker::would_pass);
+        if around && self.endpoints.iter().any(|it| it.passes()) {
+            return None;
+        }
+        // In earnest, so that it counts as a refusal. If one lets it pass after
+        // all, its place is free again at once.
+        self.pick(&Tried::default()).err()
+    }
+
     /// The one that is due for a probe, and the lighter one of two.
     fn candidates(
         &self,

@@ -18,10 +18,11 @@ use std::{
 use buttress::{
     BoxError, Head, Refusal, RefusalKind,
     body::{BodyEnd, BodyGuard, GuardedBody},
-    classify::{Classify, Expect, HttpClassifier, Verdict},
+    classify::{Classify, Expect, GrpcCode, HttpClassifier, Verdict},
     clock,
     deadline::Deadline,
     key::{ClientIp, PeerAddr},
+    timeout::Elapsed,
 };
 use bytes::Bytes;
 use http::{
@@ -43,6 +44,7 @@ use crate::{
     access::{Facts, Line},
     balance::{Balance, Tried},
     body::{Cut, Hold, Outgoing, Sending, Source},
+    grpc_timeout::{ClientWaits, GrpcTimeout},
     headers,
     settings::{Limits, Protocol},
     upstream::{Age, Connection, Endpoint, InFlight},
@@ -60,6 +62,7 @@ pub(crate) struct Rules {
     pub(crate) balance: Balance,
     pub(crate) limits: Arc<Limits>,
     pub(crate) client_ip: ClientIp,
+    pub(crate) grpc_timeout: GrpcTimeout,
     /// The prefix to take off the path; empty for none.
     pub(crate) strip: String,
     /// How long there is until the response's head. A retry around may grant
@@ -102,8 +105,13 @@ impl Rules {
     {
         self.screen(&request)?;
         let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();
+        let now = clock::now();
         let granted = Deadline::of(request.extensions())
-            .map_or(Duration::MAX, |deadline| deadline.remaining(clock::now()));
+            .map_or(Duration::MAX, |deadline| deadline.remaining(now))
+            .min(self.timeout);
+        let client_waits = request.extensions().get::<ClientWaits>().copied();
+        // Then it is the client's own time that may run out.
+        let is_impatient = client_waits.is_some_and(|it| it.0.remaining(now) <= granted);
         let mut tried = facts.begin();
         let mut in_flight = self.balance.pick(&tried).map_err(|open| {
             facts.failed(open.to_string());
@@ -118,8 +126,24 @@ impl Rules {
 
         // In here, and not in a layer around all this: a timeout that dropped
         // us would look to the breaker like a client that went away.
-        let exchange = self.exchange(&mut in_flight, &mut tried, head, source, upgrade, &facts);
-        let exchanged = match tokio::time::timeout(self.timeout.min(granted), exchange).await {
+        let request = (head, source, upgrade);
+        let exchange = self.exchange(&mut in_flight, &mut tried, request, client_waits, &facts);
+        let exchanged = tokio::time::timeout(granted, exchange).await;
+        let is_past = || client_waits.is_some_and(|it| it.0.is_past(clock::now()));
+        let is_client_gone = match &exchanged {
+            // Who was told the deadline may be the first to give up at it.
+            Ok(Ok(answer)) => was_cancelled(&answer.response) && is_past(),
+            Ok(Err(_)) => is_past(),
+            Err(_) => is_impatient,
+        };
+        let exchanged = match exchanged {
+            _ if is_client_gone => {
+                // It is about to go, as anyone may at any time: that says
+                // nothing of the endpoint. Else a few requests without patience
+                // could open a breaker.
+                drop(in_flight.permit.take());
+                Err(Failed::by_client())
+            }
             Ok(exchanged) => exchanged,
             Err(_) if source.is_some_and(Source::waits_for_client) => Err(Failed::by_client()),
             Err(_) => Err(RefusalKind::TimedOut.into()),
@@ -192,9 +216,8 @@ impl Rules {
         &self,
         in_flight: &mut InFlight,
         tried: &mut Tried,
-        mut head: Parts,
-        source: Option<&Source>,
-        upgrade: Option<(HeaderValue, OnUpgrade)>,
+        (mut head, source, upgrade): Asked<'_>,
+        client_waits: Option<ClientWaits>,
         facts: &Facts,
     ) -> Result<Answer, Failed> {
         let repeatable = matches!(
@@ -228,9 +251,12 @@ impl Rules {
             let hold = (waits && endpoint.protocol == Protocol::Http1)
                 .then(|| hold_back(&mut head, &mut outgoing));
 
-            facts.attempts.fetch_add(1, Ordering::Relaxed);
             let spare = (reused && repeatable).then(|| head.clone());
-            let request = Request::from_parts(head, outgoing);
+            let mut request = Request::from_parts(head, outgoing);
+            if let Some(client_waits) = client_waits {
+                request = self.grpc_timeout.tell(request, client_waits).await?;
+            }
+            facts.attempts.fetch_add(1, Ordering::Relaxed);
             let mut failed = match connection.send(request).await {
                 Ok(response) => break (response, connection, hold),
                 Err(failed) => failed,
@@ -354,6 +380,10 @@ impl Rules {
         })
     }
 }
+
+/// A request: its head, its body if it has one, and what it would become and
+/// how, if that is a tunnel.
+type Asked<'a> = (Parts, Option<&'a Source>, Option<(HeaderValue, OnUpgrade)>);
 
 /// What a request is for, wherever it is sent.
 struct Target {
@@ -487,6 +517,12 @@ fn is_stale(error: &hyper::Error) -> bool {
     false
 }
 
+/// What tonic's servers answer when the time is up that `grpc-timeout` told
+/// them.
+fn was_cancelled(response: &Response<Incoming>) -> bool {
+    GrpcCode::of(response.headers()) == Some(GrpcCode::Cancelled)
+}
+
 /// Who says no is a bad gateway; who says nothing has run out of time.
 fn unreachable(error: &io::Error) -> RefusalKind {
     match error.kind() {
@@ -528,15 +564,15 @@ impl Failed {
 
     /// No breaker lets it pass. The client is told when to come again; a retry
     /// is not, since it would wait for that here.
-    fn refused(refusal: Refusal) -> Self {
+    pub(crate) fn refused(refusal: Refusal) -> Self {
         Self {
             cause: Some(Refusal::new(refusal.kind()).into()),
             refusal,
         }
     }
 
-    /// Time ran out while the client's own body was waited for. Another
-    /// attempt would wait for the same.
+    /// Time ran out while the client's own body was waited for, or it was the
+    /// client's own. Another attempt would fare no better.
     fn by_client() -> Self {
         Self {
             refusal: RefusalKind::TimedOut.into(),
@@ -569,6 +605,13 @@ impl From<Refusal> for Failed {
 impl From<RefusalKind> for Failed {
     fn from(kind: RefusalKind) -> Self {
         Refusal::from(kind).into()
+    }
+}
+
+/// The time that a client gave ran out.
+impl From<Elapsed> for Failed {
+    fn from(_: Elapsed) -> Self {
+        Self::by_client()
     }
 }
 

@@ -20,6 +20,7 @@ mod body;
 mod cli;
 mod demo;
 mod forward;
+mod grpc_timeout;
 mod headers;
 mod proxy;
 mod serve;

@@ -1,6 +1,6 @@
 //! From a request to its route, and the stack of layers that each route has.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::poll_fn, net::SocketAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
@@ -14,14 +14,15 @@ use buttress::{
 use http::{HeaderValue, Request, Response, Version, header::CONNECTION};
 use hyper::body::Incoming;
 use tower::{
-    ServiceBuilder, ServiceExt,
+    ServiceBuilder, ServiceExt, service_fn,
     util::{BoxCloneSyncService, Either, MapResponse},
 };
 
 use crate::{
-    access::{Line, Meters},
+    access::{self, Facts, Line, Meters},
     balance::Balance,
-    forward::{self, Forward, Rules},
+    forward::{self, Failed, Forward, Rules},
+    grpc_timeout::GrpcTimeout,
     headers,
     serve::Busy,
     settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Retry, Settings},
@@ -64,11 +65,20 @@ impl Proxy {
             .trust(networks)
             .expect("checked in the settings");
         let mut breakers = Vec::new();
-        let memory = Memory::default();
+        let (memory, grpc_timeout) = (Memory::default(), GrpcTimeout::new());
         let mut routes: Vec<_> = settings
             .routes
             .iter()
-            .map(|route| Route::new(route, &limits, &client_ip, &memory, &mut breakers))
+            .map(|route| {
+                Route::new(
+                    route,
+                    &limits,
+                    &client_ip,
+                    &grpc_timeout,
+                    &memory,
+                    &mut breakers,
+                )
+            })
             .collect();
         // A host's own routes go first, and then the longest prefix.
         routes.sort_by_key(|route| {
@@ -199,6 +209,7 @@ impl Route {
         route: &settings::Route,
         limits: &Arc<Limits>,
         client_ip: &ClientIp,
+        grpc_timeout: &GrpcTimeout,
         memory: &Memory,
         breakers: &mut Vec<Breaker>,
     ) -> Self {
@@ -213,6 +224,7 @@ impl Route {
             balance: balance.clone(),
             limits: Arc::clone(limits),
             client_ip: client_ip.clone(),
+            grpc_timeout: grpc_timeout.clone(),
             strip: strip.to_owned(),
             timeout: route.timeout.0,
             judge: judge.unwrap_or_default(),
@@ -230,6 +242,19 @@ impl Route {
             ),
             None => Either::Right(MapResponse::new(forward, bare)),
         };
+        let name: Arc<str> = route.name.0.as_str().into();
+        let around = (grpc_timeout.clone(), balance.clone(), Arc::clone(&name));
+        let attempts = service_fn(move |request| {
+            let attempts = attempts.clone();
+            let (grpc_timeout, balance, name) = around.clone();
+            async move {
+                let request = grpc_timeout.adopt(request).await?;
+                let facts = request.extensions().get::<Arc<Facts>>().cloned();
+                let facts = facts.unwrap_or_default();
+                let answer = attempts.oneshot(request);
+                while_there_is_an_endpoint(answer, &facts, &balance, &name).await
+            }
+        });
         let inside = ServiceBuilder::new()
             .layer(RefuseErrorsLayer::new().catch_all())
             .map_err(Refusal::from)
@@ -247,11 +272,37 @@ impl Route {
             host: route.host.as_ref().map(|host| host.0.clone()),
             prefix: route.path.0.clone(),
             balance,
-            name: route.name.0.as_str().into(),
+            name,
             meters: Meters::new(&route.name.0),
             service: BoxCloneSyncService::new(service),
         }
     }
+}
+
+/// Ends the wait for another attempt where every breaker would refuse it: the
+/// client hears so at once.
+async fn while_there_is_an_endpoint<T>(
+    attempts: impl Future<Output = Result<T, Failed>>,
+    facts: &Facts,
+    balance: &Balance,
+    route: &Arc<str>,
+) -> Result<T, Failed> {
+    let mut attempts = pin!(attempts);
+    poll_fn(|cx| {
+        let polled = attempts.as_mut().poll(cx);
+        // A retry decides in the same poll in which an attempt has ended. If
+        // there is no answer by then, it waits for another attempt.
+        if polled.is_pending()
+            && let Some(count) = facts.between_attempts()
+            && let Some(open) = balance.refusal()
+        {
+            access::retry_ended(route, count);
+            facts.failed(open.to_string());
+            return Poll::Ready(Err(Failed::refused(open.into())));
+        }
+        polled
+    })
+    .await
 }
 
 /// As the layer would hand it on that is not there.

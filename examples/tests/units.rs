@@ -15,6 +15,8 @@ mod body;
 mod demo;
 #[path = "../reverse-proxy/forward.rs"]
 mod forward;
+#[path = "../reverse-proxy/grpc_timeout.rs"]
+mod grpc_timeout;
 #[path = "../reverse-proxy/headers.rs"]
 mod headers;
 #[path = "../reverse-proxy/proxy.rs"]

@@ -3,6 +3,7 @@
 
 mod answers;
 mod breakers;
+mod deadlines;
 mod forwarding;
 mod life;
 mod retries;

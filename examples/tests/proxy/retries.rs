@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response};
+use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
@@ -27,12 +27,12 @@ use crate::support::{
 };
 
 /// Waits so short that a test is not slow, and a budget that is never used up.
-const FAST: &str =
+pub(crate) const FAST: &str =
     "backoff: fixed, initial_delay: 10ms, budget: { percent: 1000, min_per_second: 1000000 }";
 
 /// What an upstream does with a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Act {
+pub(crate) enum Act {
     Says(u16),
     /// 503, and not before so many seconds.
     Later(u64),
@@ -44,30 +44,32 @@ enum Act {
     Dies,
     /// Says nothing.
     Hangs,
+    /// This gRPC status, and no body.
+    Grpc(u8),
 }
 
 /// What an upstream has seen of a request.
 #[derive(Debug)]
-struct Seen {
+pub(crate) struct Seen {
     method: Method,
-    headers: HeaderMap,
+    pub(crate) headers: HeaderMap,
     body: Bytes,
     trailers: Option<HeaderMap>,
-    at: Instant,
+    pub(crate) at: Instant,
 }
 
 /// An upstream that goes by a script, stays with its last line, and keeps what
 /// it was sent.
-struct Scripted {
-    address: SocketAddr,
+pub(crate) struct Scripted {
+    pub(crate) address: SocketAddr,
     hits: Arc<AtomicUsize>,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    pub(crate) seen: Arc<Mutex<Vec<Seen>>>,
     /// Bytes of bodies that have come so far.
     bytes: Arc<AtomicUsize>,
 }
 
 impl Scripted {
-    async fn start(script: &'static [Act]) -> Self {
+    pub(crate) async fn start(script: &'static [Act]) -> Self {
         let hits: Arc<AtomicUsize> = Arc::default();
         let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
         let bytes: Arc<AtomicUsize> = Arc::default();
@@ -95,7 +97,7 @@ impl Scripted {
         }
     }
 
-    fn hits(&self) -> usize {
+    pub(crate) fn hits(&self) -> usize {
         self.hits.load(SeqCst)
     }
 
@@ -147,12 +149,18 @@ async fn perform(
         }
         Act::Dies => return Err(io::ErrorKind::ConnectionReset.into()),
         Act::Hangs => pending().await,
+        Act::Grpc(code) => {
+            answer = reply("");
+            let headers = answer.headers_mut();
+            headers.insert("content-type", HeaderValue::from_static("application/grpc"));
+            headers.insert("grpc-status", u16::from(code).into());
+        }
     }
     Ok(answer)
 }
 
 /// A route `orders` to these upstreams with these retries, and more keys.
-async fn proxy(upstreams: &[SocketAddr], retry: &str, more: &str) -> Proxy {
+pub(crate) async fn proxy(upstreams: &[SocketAddr], retry: &str, more: &str) -> Proxy {
     let urls: Vec<_> = upstreams.iter().map(|it| format!("http://{it}")).collect();
     let more = if more.is_empty() {
         String::new()
@@ -183,8 +191,8 @@ async fn attempts(proxy: &Proxy) -> f64 {
     proxy.metric("retry_attempts_total", &labels).await
 }
 
-async fn state(proxy: &Proxy, upstream: &Scripted) -> String {
-    let name = format!("orders@{}", upstream.address);
+pub(crate) async fn state(proxy: &Proxy, upstream: SocketAddr) -> String {
+    let name = format!("orders@{upstream}");
     let breakers = json(&fetch(proxy.admin, get("/breakers")).await);
     let found = breakers.as_array().unwrap().iter();
     let found = found.clone().find(|it| it["name"] == *name).unwrap();
@@ -500,7 +508,7 @@ async fn a_hang_is_a_failure_that_the_breaker_sees() {
         "{took:?}"
     );
     assert_eq!(upstream.hits(), 3);
-    assert_eq!(state(&proxy, &upstream).await, "open");
+    assert_eq!(state(&proxy, upstream.address).await, "open");
     problem(&proxy.get("/").await, 503, "circuit_open");
     assert_eq!(upstream.hits(), 3);
     eventually("nothing is in flight", || async {
@@ -598,6 +606,188 @@ async fn an_open_breaker_is_passed_over_and_the_last_one_ends_it() {
     assert_eq!(line["attempts"], 2);
     let refused = ["name=\"orders\"", "reason=\"pushback\""];
     assert_eq!(proxy.metric("retry_give_ups_total", &refused).await, 1.0);
+}
+
+/// No attempt, and no wait for one, where every breaker has opened meanwhile.
+#[tokio::test]
+async fn nobody_waits_for_a_refusal() {
+    // By whatever opens it: an answer, a reset, a hang, no connection at all.
+    let scripts: [&'static [Act]; 4] = [&[Act::Says(500)], &[Act::Dies], &[Act::Hangs], &[]];
+    for script in scripts {
+        for per in ["upstream", "route"] {
+            let (upstream, sent) = match script {
+                [] => (nobody().await, 0),
+                script => (Scripted::start(script).await.address, 1),
+            };
+            let retry = "backoff: fixed, initial_delay: 8s, attempt_timeout: 200ms";
+            let breaker = format!(
+                "circuit_breaker: {{ failure_threshold: 1, reset_timeout: 40s, per: {per} }}"
+            );
+            let proxy = proxy(&[upstream], retry, &breaker).await;
+            let start = Instant::now();
+            let answer = proxy.get("/end").await;
+            let took = start.elapsed();
+            assert!(took < Duration::from_secs(3), "{script:?} {per}: {took:?}");
+            problem(&answer, 503, "circuit_open");
+            assert!((38..=40).contains(&number(answer.headers(), "retry-after")));
+            let line = proxy.access("/end").await;
+            assert_eq!(line["attempts"], sent, "{line}");
+            assert!(line["error"].is_string(), "{line}");
+            assert_eq!(proxy.in_flight().await, 0.0);
+
+            // It is one request of one attempt, whoever ended it.
+            let count = |name| proxy.metric(name, &["name=\"orders"]);
+            assert_eq!(count("retry_attempts_total").await, 1.0);
+            assert_eq!(count("retry_attempts_count{").await, 1.0);
+            assert_eq!(count("retry_attempts_count_sum").await, 1.0);
+            assert_eq!(count("retry_give_ups_total").await, 1.0);
+            assert_eq!(count("circuit_breaker_rejections_total").await, 1.0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_would_not_go_again_is_handed_on_whatever_the_breakers_say() {
+    let breaker = "circuit_breaker: { failure_threshold: 1 }";
+    for (method, retry) in [
+        ("POST", "initial_delay: 8s"),
+        ("PUT", "initial_delay: 8s, max_attempts: 1"),
+        ("PUT", "initial_delay: 8s, max_body: 1B"),
+        ("PUT", "initial_delay: 8s, statuses: [502]"),
+    ] {
+        let upstream = Scripted::start(&[Act::Says(500)]).await;
+        let proxy = proxy(&[upstream.address], retry, breaker).await;
+        let answer = send(&proxy, method, "/", "a body").await;
+        assert_eq!(answer.status(), 500, "{method} {retry}");
+        assert_eq!(answer.body(), "an answer");
+        assert_eq!(state(&proxy, upstream.address).await, "open");
+        assert_eq!(upstream.hits(), 1);
+    }
+}
+
+#[tokio::test]
+async fn with_another_endpoint_left_it_waits_and_goes_there() {
+    let (bad, good) = (
+        Scripted::start(&[Act::Says(500)]).await,
+        Scripted::start(&[Act::Says(200)]).await,
+    );
+    let wait = Duration::from_millis(400);
+    let retry = "backoff: fixed, initial_delay: 400ms";
+    let breaker = "circuit_breaker: { failure_threshold: 1, reset_timeout: 40s }";
+    let proxy = proxy(&[bad.address, good.address], retry, breaker).await;
+    let mut slowest = Duration::ZERO;
+    // Until it was the bad one's turn.
+    while bad.hits() == 0 {
+        let start = Instant::now();
+        assert_eq!(proxy.get("/").await.status(), 200);
+        slowest = start.elapsed();
+    }
+    assert!(slowest >= wait, "{slowest:?}");
+    assert!(slowest < wait + Duration::from_secs(3), "{slowest:?}");
+    assert_eq!(
+        (state(&proxy, bad.address).await, bad.hits()),
+        ("open".into(), 1)
+    );
+    assert_eq!(state(&proxy, good.address).await, "closed");
+}
+
+/// What there is between the attempts, by the keys `backoff`, `initial_delay`
+/// and `max_delay`.
+#[tokio::test]
+async fn the_waits_are_those_of_the_settings() {
+    // In milliseconds: the least and the most of each.
+    let exactly = |waits: [u64; 3]| waits.map(|wait| (wait, wait));
+    let mut cases = Vec::new();
+    for (backoff, waits) in [
+        ("backoff: fixed", exactly([300, 300, 300])),
+        ("backoff: linear", exactly([300, 600, 900])),
+        ("backoff: exponential", exactly([300, 600, 1200])),
+        (
+            "backoff: exponential, max_delay: 400ms",
+            exactly([300, 400, 400]),
+        ),
+        (
+            "backoff: exponential-jitter",
+            [(0, 300), (0, 600), (0, 1200)],
+        ),
+        ("max_delay: 300ms", [(0, 300); 3]),
+        (
+            "backoff: decorrelated-jitter, max_delay: 1200ms",
+            [(300, 900), (300, 1200), (300, 1200)],
+        ),
+        (
+            "backoff: decorrelated-jitter, max_delay: 350ms",
+            [(300, 350); 3],
+        ),
+    ] {
+        let upstream = Scripted::start(&[Act::Bare]).await;
+        let budget = "budget: { percent: 1000, min_per_second: 1000 }";
+        let retry = format!("{backoff}, initial_delay: 300ms, max_attempts: 4, {budget}");
+        let proxy = proxy(&[upstream.address], &retry, "").await;
+        cases.push((backoff, waits, upstream, proxy));
+    }
+    let mut clients = JoinSet::new();
+    for (.., proxy) in &cases {
+        clients.spawn(fetch(proxy.listen, get("/")));
+    }
+    while let Some(answer) = clients.join_next().await {
+        assert_eq!(answer.unwrap().status(), 503);
+    }
+    for (backoff, waits, upstream, _) in cases {
+        let gaps = upstream.gaps();
+        assert_eq!(gaps.len(), 3, "{backoff}");
+        for (gap, (least, most)) in gaps.iter().zip(waits) {
+            // What a request takes is not part of a wait, and may differ; a
+            // busy machine may be late, by less than makes another backoff.
+            let early = Duration::from_millis(least.saturating_sub(10));
+            let late = Duration::from_millis(most + 250);
+            assert!((early..=late).contains(gap), "{backoff}: {gaps:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_preset_says_how_often_and_a_key_says_otherwise() {
+    for (retry, hits) in [
+        ("preset: quick", 2),
+        ("preset: quick, max_attempts: 3", 3),
+        ("initial_delay: 1ms", 3),
+        ("preset: patient, initial_delay: 1ms, max_delay: 1ms", 5),
+        ("preset: aggressive, initial_delay: 1ms, max_delay: 1ms", 10),
+    ] {
+        let upstream = Scripted::start(&[Act::Says(503)]).await;
+        let retry = format!("{retry}, budget: {{ percent: 1000, min_per_second: 1000 }}");
+        let proxy = proxy(&[upstream.address], &retry, "").await;
+        assert_eq!(proxy.get("/").await.status(), 503);
+        assert_eq!(upstream.hits(), hits, "{retry}");
+    }
+}
+
+#[tokio::test]
+async fn the_budget_is_a_part_of_the_requests_and_a_few_a_second() {
+    let upstream = Scripted::start(&[Act::Says(503)]).await;
+    let retry = "max_attempts: 2, initial_delay: 1ms, budget: { percent: 50, min_per_second: 0 }";
+    let proxy = proxy(&[upstream.address], retry, "").await;
+    for _ in 0..10 {
+        assert_eq!(proxy.get("/").await.status(), 503);
+    }
+    assert_eq!(upstream.hits(), 10 + 5);
+    let refused = ["name=\"orders\"", "reason=\"budget\""];
+    assert_eq!(proxy.metric("retry_give_ups_total", &refused).await, 5.0);
+
+    let upstream = Scripted::start(&[Act::Says(503)]).await;
+    let retry = "max_attempts: 2, initial_delay: 1ms, budget: { percent: 0, min_per_second: 2 }";
+    let proxy = self::proxy(&[upstream.address], retry, "").await;
+    let start = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(proxy.get("/").await.status(), 503);
+    }
+    let seconds = start.elapsed().as_secs() as usize + 2;
+    let retries = upstream.hits() - 10;
+    assert!(
+        (2..=2 * seconds).contains(&retries),
+        "{retries} in {seconds} s"
+    );
 }
 
 #[tokio::test]
