@@ -50,6 +50,13 @@ pub trait Call: sealed::Sealed {
     #[doc(hidden)]
     fn check(&self, judged: Judged) -> Result<(), GiveUp>;
 
+    /// The answer to be given at once in place of a wait of so long.
+    #[doc(hidden)]
+    fn instead(&self, wait: Duration) -> Option<Self::Output> {
+        let _ = wait;
+        None
+    }
+
     /// The next attempt's request, as soon as the one before has given up what
     /// it needs of it; `None` if that was lost meanwhile.
     #[doc(hidden)]
@@ -130,9 +137,12 @@ impl<E> Looks<E> for Opaque {
     }
 }
 
+pub(crate) type RefuseIf = Box<dyn Fn(Head<'_>, Duration) -> Option<Refusal> + Send + Sync>;
+
 /// What all requests of a layer over HTTP have in common.
 pub(crate) struct HttpShared {
     pub(crate) rules: Rules,
+    pub(crate) refuse_if: Option<RefuseIf>,
     pub(crate) responder: SharedResponder,
     pub(crate) attempt_header: Option<HeaderName>,
 }
@@ -190,6 +200,12 @@ where
         }
     }
 
+    fn instead(&self, wait: Duration) -> Option<Self::Output> {
+        let refuse_if = self.shared.refuse_if.as_ref()?;
+        let refusal = refuse_if(Head::from(&self.parts), wait)?;
+        Some(self.refused(&refusal))
+    }
+
     fn poll_repeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Self::Request>> {
         let body = ready!(self.replay.poll_attempt(cx)).ok();
         Poll::Ready(body.map(|body| Request::from_parts(self.parts.clone(), body)))
@@ -215,8 +231,14 @@ where
             (GiveUp::Body, _) => failed(),
             _ => Refusal::new(RefusalKind::TimedOut),
         };
+        self.refused(&refusal)
+    }
+}
+
+impl<B, R, E, I> HttpCall<B, R, E, I> {
+    fn refused(&self, refusal: &Refusal) -> Result<Response<ResponseBody<R>>, E> {
         let head = Head::from(&self.parts);
-        let response = self.shared.responder.respond(&refusal, head);
+        let response = self.shared.responder.respond(refusal, head);
         Ok(response.map(ResponseBody::refusal))
     }
 }

@@ -3,7 +3,7 @@
 use std::{fmt, marker::PhantomData, sync::Arc, time::Duration};
 
 use buttress_core::{
-    Any, Head, Http, Responder, View,
+    Any, Head, Http, Refusal, Responder, View,
     classify::GrpcCode,
     clock::{SharedWallClock, WallClock},
     random::Random,
@@ -14,7 +14,7 @@ use http::{HeaderName, Method, StatusCode};
 use crate::{
     Again, AnyError, Boxed, Budget, Cause, ConfigError, GiveUp, Memory, Opaque, Outcome,
     PolicyBuilder, RetryLayer, RetryPolicy, Settings,
-    call::{HttpShared, Plain},
+    call::{HttpShared, Plain, RefuseIf},
     layer::{Errors, Respond},
     rules::{Repeat, Rules},
 };
@@ -36,6 +36,7 @@ pub struct RetryBuilder<V: View = Http, M = Web> {
 /// What a layer over HTTP is asked for.
 pub struct Web<I = Plain> {
     rules: Rules,
+    refuse_if: Option<RefuseIf>,
     responder: SharedResponder,
     attempt_header: Option<HeaderName>,
     max_body: usize,
@@ -58,6 +59,7 @@ impl RetryBuilder {
             policy: RetryPolicy::builder(),
             mode: Web {
                 rules: Rules::default(),
+                refuse_if: None,
                 responder: SharedResponder::default(),
                 attempt_header: None,
                 max_body: MAX_BODY,
@@ -218,6 +220,20 @@ impl<I> RetryBuilder<Http, Web<I>> {
         self
     }
 
+    /// A closure that is shown a request whose attempt has failed, and how long
+    /// there is to wait for the next one: the refusal that it returns is
+    /// answered at once, and the attempt's own answer dropped. For who knows
+    /// already that there will be nobody to ask: all breakers are open, say.
+    /// Asked when nothing else is in the way of the attempt, before the budget
+    /// is charged, outside every lock. Default: none.
+    pub fn refuse_if(
+        mut self,
+        refuse_if: impl Fn(Head<'_>, Duration) -> Option<Refusal> + Send + Sync + 'static,
+    ) -> Self {
+        self.mode.refuse_if = Some(Box::new(refuse_if));
+        self
+    }
+
     /// Makes the answer where the service was not ready again before the
     /// deadline: a 504, or gRPC's DEADLINE_EXCEEDED. Default:
     /// [`ProblemResponder`](buttress_core::ProblemResponder).
@@ -248,6 +264,7 @@ impl<I> RetryBuilder<Http, Web<I>> {
     fn inspect<J>(self) -> RetryBuilder<Http, Web<J>> {
         self.mode(|web| Web {
             rules: web.rules,
+            refuse_if: web.refuse_if,
             responder: web.responder,
             attempt_header: web.attempt_header,
             max_body: web.max_body,
@@ -264,6 +281,7 @@ impl<I> RetryBuilder<Http, Web<I>> {
     pub fn build(self) -> Result<RetryLayer<Http, Respond<I>>, ConfigError> {
         let Web {
             rules,
+            refuse_if,
             responder,
             attempt_header,
             max_body,
@@ -275,6 +293,7 @@ impl<I> RetryBuilder<Http, Web<I>> {
             mode: Respond {
                 shared: Arc::new(HttpShared {
                     rules,
+                    refuse_if,
                     responder,
                     attempt_header,
                 }),

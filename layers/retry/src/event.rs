@@ -71,6 +71,8 @@ pub enum GiveUp {
     Unsafe,
     /// Its body cannot be sent again: too large, broken off, or in use.
     Body,
+    /// [`refuse_if`](crate::RetryBuilder::refuse_if) had an answer instead.
+    Refused,
     /// Someone said to stop.
     Aborted,
 }
@@ -86,6 +88,7 @@ impl GiveUp {
             Self::Pushback => "pushback",
             Self::Unsafe => "unsafe",
             Self::Body => "body",
+            Self::Refused => "refused",
             Self::Aborted => "aborted",
         }
     }
@@ -100,6 +103,7 @@ impl fmt::Display for GiveUp {
             Self::Pushback => "the callee asked not to be called again so soon",
             Self::Unsafe => "the request may not be repeated",
             Self::Body => "the body cannot be sent again",
+            Self::Refused => "refused instead",
             Self::Aborted => "aborted",
         })
     }

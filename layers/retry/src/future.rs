@@ -93,6 +93,16 @@ struct Rest<C, S> {
     session: Session,
 }
 
+/// What comes after an attempt.
+enum Next<T> {
+    /// Its result is the answer.
+    Stands,
+    /// This is.
+    Instead(T),
+    /// Another attempt, after so long.
+    Attempt(Duration, Cause),
+}
+
 pin_project! {
     // From the end of the first attempt on.
     struct Further<C, S, F, R> {
@@ -178,26 +188,35 @@ where
     C: Call,
     S: Service<C::Request, Response = C::Response, Error = C::Error>,
 {
-    /// After an attempt: how long until the next, or `None`.
     #[inline(always)]
-    fn after(&mut self, result: &Result<C::Response, C::Error>) -> Option<(Duration, Cause)> {
+    fn after(&mut self, result: &Result<C::Response, C::Error>) -> Next<C::Output> {
         let Some(judged) = self.call.judge(result) else {
             let verdict = || self.call.verdict(result);
             self.shared.settled(&self.session, verdict);
-            return None;
+            return Next::Stands;
         };
         self.again(judged)
     }
 
     #[cold]
     #[inline(never)]
-    fn again(&mut self, judged: Judged) -> Option<(Duration, Cause)> {
+    fn again(&mut self, judged: Judged) -> Next<C::Output> {
+        let mut instead = None;
         let obstacle = || self.call.check(judged);
-        let wait = self
+        let leave = |wait| {
+            instead = self.call.instead(wait);
+            match instead {
+                Some(_) => Err(GiveUp::Refused),
+                None => Ok(()),
+            }
+        };
+        let next = self
             .shared
-            .next(&mut self.session, judged.0, obstacle)
-            .ok()?;
-        Some((wait, judged.0.cause))
+            .next(&mut self.session, judged.0, obstacle, leave);
+        match next {
+            Ok(wait) => Next::Attempt(wait, judged.0.cause),
+            Err(_) => instead.map_or(Next::Stands, Next::Instead),
+        }
     }
 
     /// There is no answer in hand, and no further attempt.
@@ -290,13 +309,21 @@ where
         let mut state = self.project().state;
         if let StateProj::First { attempt, rest } = state.as_mut().project() {
             let result = ready!(attempt.poll(cx));
-            let Some((wait, cause)) = rest.after(&result) else {
-                state.set(State::Done);
-                return Poll::Ready(C::output(result));
-            };
-            // Before the wait: what is given up on holds a connection.
-            drop(result);
-            state.as_mut().go_on(wait, cause);
+            match rest.after(&result) {
+                Next::Stands => {
+                    state.set(State::Done);
+                    return Poll::Ready(C::output(result));
+                }
+                Next::Instead(output) => {
+                    state.set(State::Done);
+                    return Poll::Ready(output);
+                }
+                Next::Attempt(wait, cause) => {
+                    // Before the wait: what is given up on holds a connection.
+                    drop(result);
+                    state.as_mut().go_on(wait, cause);
+                }
+            }
         }
         state.poll_further(cx)
     }
@@ -356,12 +383,15 @@ where
                 }
                 StepProj::Calling { attempt } => {
                     let result = ready!(attempt.poll(cx));
-                    let Some((wait, cause)) = this.rest.after(&result) else {
-                        return Poll::Ready(C::output(result));
-                    };
-                    drop(result);
-                    *this.cause = cause;
-                    this.step.set(Step::after(wait));
+                    match this.rest.after(&result) {
+                        Next::Stands => return Poll::Ready(C::output(result)),
+                        Next::Instead(output) => return Poll::Ready(output),
+                        Next::Attempt(wait, cause) => {
+                            drop(result);
+                            *this.cause = cause;
+                            this.step.set(Step::after(wait));
+                        }
+                    }
                 }
             }
         }

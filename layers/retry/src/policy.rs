@@ -96,13 +96,14 @@ impl Shared {
     }
 
     /// An attempt has ended that is worth another: after how long there is
-    /// one, unless `obstacle` or a rule is in the way.
+    /// one, unless `obstacle`, a rule, or in the end `leave` is in the way.
     #[cold]
     pub(crate) fn next(
         &self,
         session: &mut Session,
         seen: Seen,
         obstacle: impl FnOnce() -> Result<(), GiveUp>,
+        leave: impl FnOnce(Duration) -> Result<(), GiveUp>,
     ) -> Result<Duration, GiveUp> {
         if let Some(budget) = &self.budget {
             budget.outcome(Verdict::Failure);
@@ -111,8 +112,12 @@ impl Shared {
         let attempt = session.attempts();
         let next = obstacle().and_then(|()| {
             let settings = self.settings();
-            let withdraw = || self.budget.as_ref().is_none_or(Budget::withdraw);
-            session.next(&settings, seen, clock::now(), &self.random, withdraw)
+            let leave = |wait| {
+                leave(wait)?;
+                let withdrawn = self.budget.as_ref().is_none_or(Budget::withdraw);
+                withdrawn.then_some(()).ok_or(GiveUp::Budget)
+            };
+            session.next(&settings, seen, clock::now(), &self.random, leave)
         });
         let Seen { cause, .. } = seen;
         match next {

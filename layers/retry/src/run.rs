@@ -248,7 +248,10 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
                 self.shared.settled(&self.session, || Verdict::Ignored);
                 return Err(None);
             };
-            match self.shared.next(&mut self.session, seen, || Ok(())) {
+            match self
+                .shared
+                .next(&mut self.session, seen, || Ok(()), |_| Ok(()))
+            {
                 Ok(wait) => {
                     sleep(wait).await;
                     // The timer may be late.

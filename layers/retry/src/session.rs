@@ -81,15 +81,15 @@ impl Session {
     }
 
     /// Whether there is another attempt after one that went like this, and
-    /// after how long. `withdraw` is asked last, when nothing else is in the
-    /// way.
+    /// after how long. `leave` is asked last, when nothing else is in the way,
+    /// with that.
     pub(crate) fn next(
         &mut self,
         settings: &Settings,
         seen: Seen,
         now: Instant,
         random: &SharedRandom,
-        withdraw: impl FnOnce() -> bool,
+        leave: impl FnOnce(Duration) -> Result<(), GiveUp>,
     ) -> Result<Duration, GiveUp> {
         let left = self.deadline.map(|deadline| deadline - now);
         let may_retry = settings.max_attempts > 1;
@@ -112,9 +112,7 @@ impl Session {
             Some(left) if wait >= left => least,
             _ => wait,
         };
-        if !withdraw() {
-            return Err(GiveUp::Budget);
-        }
+        leave(wait)?;
         Ok(wait)
     }
 

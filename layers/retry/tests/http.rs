@@ -923,3 +923,48 @@ async fn what_is_no_success_gives_a_throttle_nothing_back() {
         assert_eq!(throttle.tokens_thousandths(), left);
     }
 }
+
+/// Nobody will be there to ask: the answer comes before the wait, the attempt's
+/// own is dropped, and no budget is charged for what is not sent.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_can_take_the_place_of_a_wait() {
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let (waits, reasons) = (Arc::clone(&told), Arc::new(Mutex::new(Vec::new())));
+    let heard = Arc::clone(&reasons);
+    let budget = Arc::new(RetryBudget::new(100, 0).unwrap());
+    let layer = builder()
+        .budget(Arc::clone(&budget))
+        .on_give_up(move |attempts, _, reason| heard.lock().unwrap().push((attempts, reason)))
+        .refuse_if(move |head, wait| {
+            waits.lock().unwrap().push(wait);
+            let open = Refusal::new(RefusalKind::CircuitOpen).with_retry_after(SECOND * 9);
+            (head.uri.path() == "/closed").then_some(open)
+        })
+        .build()
+        .unwrap();
+
+    let (inner, script) = script([answer(500)]);
+    let before = clock::now();
+    let response = layer.layer(inner).oneshot(web::get("/closed")).await;
+    let response = response.unwrap();
+    assert_eq!(response.status(), 503);
+    assert_eq!(response.headers()["retry-after"], "9");
+    assert_eq!(clock::now(), before);
+    assert_eq!(script.call_count(), 1);
+    assert_eq!(*told.lock().unwrap(), [SECOND]);
+    assert_eq!(*reasons.lock().unwrap(), [(1, GiveUp::Refused)]);
+    assert!(budget.withdraw(), "it was not charged");
+
+    // Elsewhere, and where nothing is worth another attempt or may be repeated,
+    // all is as ever.
+    for (request, first, last, calls, asked) in [
+        (web::get("/open"), 500, 200, 2, 2),
+        (web::get("/closed"), 404, 404, 1, 2),
+        (web::post("/closed", ""), 500, 500, 1, 2),
+    ] {
+        let (inner, script) = self::script([answer(first)]);
+        assert_eq!(status(layer.layer(inner), request).await.as_u16(), last);
+        assert_eq!(script.call_count(), calls);
+        assert_eq!(told.lock().unwrap().len(), asked);
+    }
+}

@@ -25,8 +25,9 @@ fn error(hint: Hint) -> Seen {
     }
 }
 
-fn always() -> bool {
-    true
+#[expect(clippy::unnecessary_wraps, reason = "as leave is given")]
+fn always(_: Duration) -> Result<(), GiveUp> {
+    Ok(())
 }
 
 fn highest() -> SharedRandom {
@@ -119,7 +120,7 @@ fn a_refused_stream_is_repeated_once_for_free() {
     let settings = fixed(SECOND).max_attempts(2);
     let mut session = session(&settings);
     let refused = Seen::new(Cause::RefusedStream);
-    let never = || -> bool { panic!("it is free") };
+    let never = |_| -> Result<(), GiveUp> { panic!("it is free") };
     assert_eq!(
         session.next(&settings, refused, START, &highest(), never),
         Ok(Duration::ZERO)
@@ -153,12 +154,12 @@ fn the_budget_is_asked_last() {
     let mut one = session(&settings);
     let seen = error(Hint::None);
     assert_eq!(
-        one.next(&settings, seen, START, &highest(), || false),
+        one.next(&settings, seen, START, &highest(), |_| Err(GiveUp::Budget)),
         Err(GiveUp::Budget)
     );
     // What was refused was not begun.
     assert_eq!(one.attempts(), 1);
-    let never = || -> bool { panic!("it would have been in vain") };
+    let never = |_| -> Result<(), GiveUp> { panic!("it would have been in vain") };
     assert_eq!(
         one.next(&settings, seen, START + SECOND, &highest(), never),
         Err(GiveUp::Deadline)
