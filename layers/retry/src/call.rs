@@ -202,6 +202,9 @@ where
         let refusal = match (reason, cause) {
             // What it was that is no more in hand.
             (GiveUp::Body, Cause::Status(status)) => failed().with_status(status),
+            (GiveUp::Body, Cause::Refused(kind) | Cause::Unsent(kind)) => {
+                failed().with_status(kind.status())
+            }
             (GiveUp::Body, _) => failed(),
             _ => Refusal::new(RefusalKind::TimedOut),
         };

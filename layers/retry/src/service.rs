@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use buttress_core::{Any, Http, View, body::ResponseBody, deadline::Deadline};
+use buttress_core::{Any, Http, View, body::ResponseBody, deadline::Deadline, refusal::Tell};
 use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
@@ -89,6 +89,10 @@ where
         // What holds for all attempts, so that none is copied without it.
         if let Some(whole) = session.deadline() {
             Deadline::at(whole).attach(&mut parts.extensions);
+        }
+        // Without a deadline it would be the first extension, which allocates.
+        if deadline.is_some() {
+            Tell::attach(&mut parts.extensions);
         }
         let mode = &self.mode.shared;
         let mut replay = Replay::new(body, self.mode.max_body, &self.mode.memory);

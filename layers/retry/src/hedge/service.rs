@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use buttress_core::{Any, Head, Http, View};
+use buttress_core::{Any, Head, Http, View, deadline::Deadline, refusal::Tell};
 use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
@@ -83,13 +83,17 @@ where
         self.shared.begin();
         let web = &self.mode.web;
         let may = self.shared.max_hedges() > 0 && web.rules.may_send_twice(Head::from(&request));
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         let max_body = if may { web.max_body } else { 0 };
         let mut replay = Replay::new(body, max_body, &web.memory);
         let body = replay.attempt().expect("there was no attempt before");
         if !may {
             let first = self.inner.call(Request::from_parts(parts, body));
             return ResponseFuture::alone(first);
+        }
+        // Without a deadline it may be the first extension, which allocates.
+        if Deadline::of(&parts.extensions).is_some() {
+            Tell::attach(&mut parts.extensions);
         }
         let started = self.shared.started();
         let first = Request::from_parts(parts.clone(), body);
