@@ -55,12 +55,14 @@ fn callee() -> (Callee, Came) {
     (Callee::new(service), came)
 }
 
-/// What a retry told: of attempts to come, and of the end.
+/// What a retry tells: of an attempt to come, or of the end.
+type Word = Result<(Duration, Cause), (u32, GiveUp)>;
+
 #[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<Result<(Duration, Cause), (u32, GiveUp)>>>>);
+struct Told(Arc<Mutex<Vec<Word>>>);
 
 impl Told {
-    fn take(&self) -> Vec<Result<(Duration, Cause), (u32, GiveUp)>> {
+    fn take(&self) -> Vec<Word> {
         std::mem::take(&mut *self.0.lock().unwrap())
     }
 }
