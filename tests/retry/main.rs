@@ -8,6 +8,8 @@ mod cancel;
 mod connect;
 mod http2;
 mod outage;
+#[cfg(all(feature = "rate-limit", feature = "testing"))]
+mod refused;
 mod servers;
 mod support;
 mod time;

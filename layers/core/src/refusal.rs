@@ -5,10 +5,14 @@
 //! implements [`std::error::Error`], so that a service without HTTP (or a
 //! client) finds it again with [`Refusal::find`], however the layers between
 //! wrapped it.
+//!
+//! A response says less: a status, and whole seconds. A layer further out that
+//! wants to know more (a retry) attaches [`Tell`] to the request, and finds the
+//! refusal in the extensions of the response, with [`Refusal::of`].
 
 use std::{borrow::Cow, fmt, time::Duration};
 
-use http::StatusCode;
+use http::{Extensions, StatusCode};
 
 /// Why a request was refused.
 ///
@@ -55,6 +59,18 @@ pub enum RefusalKind {
     NotImplemented,
     /// A fault of ours.
     Internal,
+}
+
+impl RefusalKind {
+    /// Whether who refuses so has sent nothing of the request to the callee,
+    /// in any case.
+    #[must_use]
+    pub const fn is_before_sending(self) -> bool {
+        matches!(
+            self,
+            Self::RateLimited | Self::CircuitOpen | Self::Overloaded
+        )
+    }
 }
 
 /// One row for each kind: everything that a client can see of it. The prose
@@ -160,6 +176,7 @@ kinds! {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Refusal {
     kind: RefusalKind,
+    unsent: bool,
     // `retry_after` taken apart, so that the kind fits in beside it: its
     // nanoseconds are `NO_RETRY`, and its seconds 0, where there is none.
     retry_nanos: u32,
@@ -188,6 +205,7 @@ impl Refusal {
     pub const fn new(kind: RefusalKind) -> Self {
         Self {
             kind,
+            unsent: false,
             retry_nanos: NO_RETRY,
             retry_secs: 0,
             origin: None,
@@ -202,6 +220,15 @@ impl Refusal {
             Some(wait) => (wait.as_secs(), wait.subsec_nanos()),
             None => (0, NO_RETRY),
         };
+        self
+    }
+
+    /// Says that nothing of the request was sent to the callee: no connection
+    /// could be made, say. So any request may be sent again, whatever its
+    /// method. Some kinds [say so](RefusalKind::is_before_sending) themselves.
+    #[must_use]
+    pub const fn before_sending(mut self) -> Self {
+        self.unsent = true;
         self
     }
 
@@ -254,6 +281,13 @@ impl Refusal {
             .find_map(|error| error.downcast_ref())
     }
 
+    /// The refusal that a response was made of, where someone further out
+    /// wanted to be [told](Tell). Give the response's extensions.
+    #[must_use]
+    pub fn of(extensions: &Extensions) -> Option<&Self> {
+        extensions.get()
+    }
+
     fn extra(&mut self) -> &mut Extra {
         self.extra.get_or_insert_default()
     }
@@ -272,6 +306,14 @@ impl Refusal {
             NO_RETRY => None,
             nanos => Some(Duration::new(self.retry_secs, nanos)),
         }
+    }
+
+    /// Whether nothing of the request was sent to the callee: by its
+    /// [kind](RefusalKind::is_before_sending), or because it
+    /// [was said](Self::before_sending).
+    #[must_use]
+    pub const fn was_never_sent(&self) -> bool {
+        self.unsent || self.kind.is_before_sending()
     }
 
     /// [`retry_after`](Self::retry_after) in whole seconds as `Retry-After`
@@ -338,6 +380,9 @@ impl fmt::Debug for Refusal {
         if let Some(origin) = self.origin() {
             debug.field("origin", &origin);
         }
+        if self.was_never_sent() {
+            debug.field("was_never_sent", &true);
+        }
         debug
             .field("retry_after", &self.retry_after())
             .field("detail", &self.detail())
@@ -360,6 +405,55 @@ impl std::error::Error for Refusal {}
 impl From<RefusalKind> for Refusal {
     fn from(kind: RefusalKind) -> Self {
         Self::new(kind)
+    }
+}
+
+/// Asks whoever refuses a request over HTTP to tell why, as errors do: put
+/// into the request's extensions by a layer further out, it has the [`Refusal`]
+/// attached to the response's. Nothing of either is sent.
+///
+/// [`SharedResponder`](crate::respond::SharedResponder) does as it asks, whoever
+/// wrote the responder, and with it all layers that refuse; a response that has
+/// not been refused, or not here, has none. Not asked, it costs nothing.
+///
+/// ```
+/// use std::time::Duration;
+/// use buttress_core::{
+///     Head, Refusal, RefusalKind,
+///     refusal::Tell,
+///     respond::SharedResponder,
+/// };
+/// use http::Request;
+///
+/// let responder = SharedResponder::default();
+/// let refusal =
+///     Refusal::new(RefusalKind::RateLimited).with_retry_after(Duration::from_millis(1200));
+///
+/// let mut request = Request::new(());
+/// let response = responder.respond(&refusal, Head::from(&request));
+/// assert_eq!(Refusal::of(response.extensions()), None);
+///
+/// Tell::attach(request.extensions_mut());
+/// let response = responder.respond(&refusal, Head::from(&request));
+/// assert_eq!(response.headers()["retry-after"], "2");
+/// assert_eq!(Refusal::of(response.extensions()), Some(&refusal));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tell(());
+
+impl Tell {
+    /// Asks it of those that the request comes to.
+    ///
+    /// The first extension of a request allocates, this one itself does not:
+    /// attach it where there are others.
+    pub fn attach(extensions: &mut Extensions) {
+        extensions.insert(Self(()));
+    }
+
+    /// Whether it was asked.
+    #[must_use]
+    pub fn is_in(extensions: &Extensions) -> bool {
+        extensions.get::<Self>().is_some()
     }
 }
 
@@ -445,6 +539,27 @@ mod tests {
             let response = ProblemResponder.respond(&refusal, Head::from(&request));
             assert!(!format!("{response:?}").contains("billing"));
         }
+    }
+
+    #[test]
+    fn it_says_whether_anything_was_sent() {
+        for &kind in RefusalKind::ALL {
+            let refusal = Refusal::new(kind);
+            let by_kind = matches!(
+                kind,
+                RefusalKind::RateLimited | RefusalKind::CircuitOpen | RefusalKind::Overloaded
+            );
+            assert_eq!(refusal.was_never_sent(), by_kind, "{kind:?}");
+            let said = format!("{refusal:?}").contains("was_never_sent: true");
+            assert_eq!(said, by_kind);
+            assert!(refusal.before_sending().was_never_sent());
+        }
+        // The document stays the one that costs no allocation.
+        assert!(
+            Refusal::new(RefusalKind::BadGateway)
+                .before_sending()
+                .is_plain()
+        );
     }
 
     /// An error that was caused by another, or by itself.

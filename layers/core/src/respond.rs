@@ -27,12 +27,12 @@ use std::{
 
 use bytes::Bytes;
 use http::{
-    HeaderName, HeaderValue, Method, Request, Response, StatusCode,
+    Extensions, HeaderName, HeaderValue, Method, Request, Response, StatusCode,
     header::{CONTENT_TYPE, RETRY_AFTER},
     request::Parts,
 };
 
-use crate::{Head, Refusal, RefusalKind};
+use crate::{Head, Refusal, RefusalKind, refusal::Tell};
 
 /// `grpc-status`.
 pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -44,7 +44,9 @@ pub const GRPC_RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-
 /// Turns a refusal into a response.
 ///
 /// Called where the request is refused, outside every lock. The layer adds its
-/// own headers (`X-RateLimit-*`, say) to what the responder made.
+/// own headers (`X-RateLimit-*`, say) to what the responder made, and the
+/// refusal itself for those who want to be [told](Tell): a layer asks its
+/// responder through [`SharedResponder`], which does that.
 pub trait Responder: Send + Sync + 'static {
     /// The response for `refusal` of `request`.
     fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes>;
@@ -99,22 +101,30 @@ pub struct KeptHead(Kept);
 
 #[derive(Clone, Debug)]
 enum Kept {
-    Http,
-    Grpc,
-    GrpcWeb,
+    // With whether the refusal is to be told.
+    Protocol(Protocol, bool),
     Whole(Box<Parts>),
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Protocol {
+    Http,
+    Grpc,
+    GrpcWeb,
+}
+
 impl KeptHead {
-    /// Only whether the request was gRPC. No allocation; the head that comes
-    /// of it has no other header.
+    /// Only whether the request was gRPC, and whether someone wants to be
+    /// [told](Tell). No allocation; the head that comes of it has no other
+    /// header and no other extension.
     #[must_use]
     pub fn protocol(request: Head<'_>) -> Self {
-        Self(match grpc_type(request) {
-            Some(GRPC_WEB) => Kept::GrpcWeb,
-            Some(_) => Kept::Grpc,
-            None => Kept::Http,
-        })
+        let protocol = match grpc_type(request) {
+            Some(GRPC_WEB) => Protocol::GrpcWeb,
+            Some(_) => Protocol::Grpc,
+            None => Protocol::Http,
+        };
+        Self(Kept::Protocol(protocol, Tell::is_in(request.extensions)))
     }
 
     /// A copy of the whole head: several allocations.
@@ -136,13 +146,25 @@ impl KeptHead {
         static HTTP: LazyLock<Request<()>> = LazyLock::new(Request::default);
         static GRPC: LazyLock<Request<()>> = LazyLock::new(|| grpc_request(self::GRPC));
         static WEB: LazyLock<Request<()>> = LazyLock::new(|| grpc_request(GRPC_WEB));
+        static TELL: LazyLock<Extensions> = LazyLock::new(|| {
+            let mut extensions = Extensions::new();
+            Tell::attach(&mut extensions);
+            extensions
+        });
 
-        match &self.0 {
-            Kept::Http => Head::from(&*HTTP),
-            Kept::Grpc => Head::from(&*GRPC),
-            Kept::GrpcWeb => Head::from(&*WEB),
-            Kept::Whole(parts) => Head::from(&**parts),
+        let (protocol, tell) = match &self.0 {
+            Kept::Protocol(protocol, tell) => (protocol, *tell),
+            Kept::Whole(parts) => return Head::from(&**parts),
+        };
+        let mut head = Head::from(match protocol {
+            Protocol::Http => &*HTTP,
+            Protocol::Grpc => &*GRPC,
+            Protocol::GrpcWeb => &*WEB,
+        });
+        if tell {
+            head.extensions = &TELL;
         }
+        head
     }
 }
 
@@ -280,6 +302,20 @@ pub fn integer(number: u64) -> HeaderValue {
     }
 }
 
+/// What `responder` answers, with the refusal itself for those who want to be
+/// told.
+pub(crate) fn respond(
+    responder: &(impl Responder + ?Sized),
+    refusal: &Refusal,
+    request: Head<'_>,
+) -> Response<Bytes> {
+    let mut response = responder.respond(refusal, request);
+    if Tell::is_in(request.extensions) {
+        response.extensions_mut().insert(refusal.clone());
+    }
+    response
+}
+
 /// A [`Responder`] shared by the clones of a layer.
 #[derive(Clone)]
 pub struct SharedResponder(Arc<dyn Responder>);
@@ -290,10 +326,11 @@ impl SharedResponder {
         Self(Arc::new(responder))
     }
 
-    /// The response for `refusal` of `request`.
+    /// The response for `refusal` of `request`, with the refusal in its
+    /// extensions where the request [asks](Tell) for it.
     #[must_use]
     pub fn respond(&self, refusal: &Refusal, request: Head<'_>) -> Response<Bytes> {
-        self.0.respond(refusal, request)
+        respond(&*self.0, refusal, request)
     }
 
     /// What to keep of a request that may yet be refused after it was given
@@ -397,6 +434,67 @@ mod tests {
         assert_eq!((head.method, head.uri), (request.method(), request.uri()));
         assert_eq!(head.headers, request.headers());
         assert_eq!(head.extensions.get(), Some(&7_u8));
+    }
+
+    #[test]
+    fn who_wants_to_be_told_finds_the_refusal() {
+        let refusal = Refusal::new(RefusalKind::CircuitOpen)
+            .with_retry_after(Duration::from_millis(1500))
+            .with_origin("billing");
+        let closure = |_: &Refusal, _: Head<'_>| {
+            let mut response = Response::new(Bytes::new());
+            response.extensions_mut().insert(7_u8);
+            response
+        };
+        for responder in [SharedResponder::default(), SharedResponder::new(closure)] {
+            for content_type in ["text/plain", "application/grpc", "application/grpc-web"] {
+                let mut request = Request::builder()
+                    .header("content-type", content_type)
+                    .body(())
+                    .unwrap();
+                // At once, and of what was kept.
+                let answers = |request: &Request<()>| {
+                    let kept = responder.keep(Head::from(request));
+                    let now = responder.respond(&refusal, Head::from(request));
+                    [now, responder.respond(&refusal, kept.head())]
+                };
+                let untold = answers(&request);
+                Tell::attach(request.extensions_mut());
+                for (told, untold) in answers(&request).iter().zip(&untold) {
+                    assert_eq!(Refusal::of(told.extensions()), Some(&refusal));
+                    assert_eq!(Refusal::of(untold.extensions()), None);
+                    // What is sent is the same.
+                    assert_eq!(told.status(), untold.status());
+                    assert_eq!(told.headers(), untold.headers());
+                    assert_eq!(told.body(), untold.body());
+                    assert_eq!(
+                        told.extensions().get::<u8>(),
+                        untold.extensions().get::<u8>()
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn of_a_little_head_is_kept_that_someone_wants_to_be_told() {
+        assert!(size_of::<KeptHead>() <= 16);
+        let mut request = Request::builder()
+            .header("content-type", "application/grpc-web+proto")
+            .extension(7_u8)
+            .body(())
+            .unwrap();
+        for tell in [false, true] {
+            if tell {
+                Tell::attach(request.extensions_mut());
+            }
+            let kept = KeptHead::protocol(Head::from(&request)).clone();
+            assert_eq!(Tell::is_in(kept.head().extensions), tell);
+            assert_eq!(kept.head().extensions.get::<u8>(), None);
+            assert!(kept.head().is_grpc());
+            let whole = KeptHead::whole(Head::from(&request));
+            assert_eq!(Tell::is_in(whole.head().extensions), tell);
+        }
     }
 
     #[test]

@@ -56,8 +56,9 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::{
-    BoxError, Head, ProblemResponder, Refusal, RefusalKind, Responder, body::ResponseBody,
-    respond::KeptHead,
+    BoxError, Head, ProblemResponder, Refusal, RefusalKind, Responder,
+    body::ResponseBody,
+    respond::{KeptHead, respond},
 };
 
 /// The refusal that an error stands for, if it does: the first one in its
@@ -263,7 +264,7 @@ where
         if let Some(refusal) = &self.failed {
             return ResponseFuture {
                 state: State::Refused {
-                    response: Some(self.responder.respond(refusal, head)),
+                    response: Some(respond(&self.responder, refusal, head)),
                 },
                 mode: PhantomData,
             };
@@ -328,7 +329,7 @@ impl<F, M, R: Responder + Clone> ResponseFuture<F, M, R> {
                 responder,
             } => match ready!(inner.poll(cx)) {
                 Ok(response) => return Poll::Ready(Ok(response.map(ResponseBody::inner))),
-                Err(error) => responder.respond(&refuse(error.into())?, kept.head()),
+                Err(error) => respond(responder, &refuse(error.into())?, kept.head()),
             },
             StateProj::Refused { response } => response.take().expect("polled after completion"),
         };

@@ -15,6 +15,7 @@ use buttress_core::{
     body::ResponseBody,
     classify::Verdict,
     deadline::Deadline,
+    refusal::Tell,
     respond::{SharedResponder, integer},
 };
 use http::{HeaderMap, HeaderName, Request, Response, request::Parts};
@@ -228,6 +229,9 @@ where
         let refusal = match (reason, cause) {
             // What it was that is no more in hand.
             (GiveUp::Body, Cause::Status(status)) => failed().with_status(status),
+            (GiveUp::Body, Cause::Refused(kind) | Cause::Unsent(kind)) => {
+                failed().with_status(kind.status())
+            }
             (GiveUp::Body, _) => failed(),
             _ => Refusal::new(RefusalKind::TimedOut),
         };
@@ -305,6 +309,8 @@ pub(crate) fn stamp<B>(
 ) {
     if let Some(deadline) = deadline {
         deadline.attach(request.extensions_mut());
+        // Without a deadline it would be the first extension, which allocates.
+        Tell::attach(request.extensions_mut());
     }
     // The first is no retry, and costs no header.
     if let (Some(name), 2..) = (&shared.attempt_header, attempt) {

@@ -140,7 +140,7 @@ impl<I> RetryBuilder<Http, Web<I>> {
     /// OPTIONS, TRACE, PUT and DELETE, the idempotent ones (RFC 9110 §9.2.2).
     ///
     /// What the callee has surely not begun (no connection, a refused stream,
-    /// a layer further in that refused with an error) may always be sent again.
+    /// a breaker or limiter further in that refused it) may always be sent again.
     pub fn methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.mode.rules.methods = methods.into_iter().collect();
         self.mode.rules.repeat = Repeat::ByMethod;

@@ -21,6 +21,9 @@ pub enum Cause {
     RefusedStream,
     /// A layer further in refused it.
     Refused(RefusalKind),
+    /// The same, and it said that nothing of it was sent, which the kind alone
+    /// does not say.
+    Unsent(RefusalKind),
     /// Another error, or what a closure said.
     Error,
 }
@@ -31,11 +34,8 @@ impl Cause {
     #[must_use]
     pub const fn was_never_begun(self) -> bool {
         match self {
-            Self::Connect | Self::RefusedStream => true,
-            Self::Refused(kind) => matches!(
-                kind,
-                RefusalKind::CircuitOpen | RefusalKind::RateLimited | RefusalKind::Overloaded
-            ),
+            Self::Connect | Self::RefusedStream | Self::Unsent(_) => true,
+            Self::Refused(kind) => kind.is_before_sending(),
             _ => false,
         }
     }
@@ -50,6 +50,7 @@ impl fmt::Display for Cause {
             Self::Reset => f.write_str("the connection broke off"),
             Self::RefusedStream => f.write_str("the stream was refused"),
             Self::Refused(kind) => write!(f, "refused: {}", kind.reason()),
+            Self::Unsent(kind) => write!(f, "refused before sending: {}", kind.reason()),
             Self::Error => f.write_str("an error"),
         }
     }

@@ -27,11 +27,45 @@ pub enum Outcome<'a> {
         status: StatusCode,
         /// Its header fields.
         headers: &'a HeaderMap,
-        /// What layers further in attached.
+        /// What layers further in attached: the [`Refusal`] that it was made
+        /// of, for one ([`Refusal::of`]).
         extensions: &'a Extensions,
     },
     /// An error, or `None` where its type cannot be looked at.
     Error(Option<&'a (dyn Error + 'static)>),
+}
+
+impl<'a> Outcome<'a> {
+    /// What a layer further in has refused it with. Who has made a good answer
+    /// of that since has the last word.
+    fn refusal(self, head: Head<'_>) -> Option<&'a Refusal> {
+        match self {
+            Self::Error(error) => error.and_then(Refusal::find),
+            Self::Response {
+                status,
+                headers,
+                extensions,
+            } => {
+                let refusal = Refusal::of(extensions)?;
+                let is_bad = if head.is_grpc() {
+                    grpc_code(status, headers).is_some_and(|code| code != GrpcCode::Ok)
+                } else {
+                    status.is_client_error() || status.is_server_error()
+                };
+                is_bad.then_some(refusal)
+            }
+        }
+    }
+}
+
+/// The code of a response that has one in its head; `None` where there is a
+/// body to come.
+fn grpc_code(status: StatusCode, headers: &HeaderMap) -> Option<GrpcCode> {
+    match GrpcCode::of(headers) {
+        Some(code) => Some(code),
+        None if status == StatusCode::OK => None,
+        None => Some(GrpcCode::from_http(status)),
+    }
 }
 
 /// Which requests may be sent twice though the callee may have acted on the
@@ -126,12 +160,14 @@ impl Rules {
         match self.asked.as_ref().and_then(|asked| asked(head, outcome)) {
             None => seen,
             Some(false) => None,
-            Some(true) => Some(seen.unwrap_or_else(|| Seen {
-                cause: match outcome {
-                    Outcome::Response { status, .. } => Cause::Status(status),
-                    Outcome::Error(_) => Cause::Error,
-                },
-                hint: self.hint(head, outcome),
+            Some(true) => Some(seen.unwrap_or_else(|| {
+                let cause = match (refusal.or_else(|| outcome.refusal(head)), outcome) {
+                    (Some(refusal), _) => return self.refused(head, outcome, refusal),
+                    (None, Outcome::Response { status, .. }) => Cause::Status(status),
+                    (None, Outcome::Error(_)) => Cause::Error,
+                };
+                let hint = self.hint(head, outcome);
+                Seen { cause, hint }
             })),
         }
     }
@@ -149,34 +185,46 @@ impl Rules {
     }
 
     fn see(&self, head: Head<'_>, outcome: Outcome<'_>) -> Option<Seen> {
-        let cause = match outcome {
+        let (status, headers) = match outcome {
             Outcome::Error(error) => return error.and_then(of_error),
             Outcome::Response {
                 status,
                 headers,
                 extensions,
-            } if head.is_grpc() => {
-                let code = match GrpcCode::of(peek::fields(headers, extensions)) {
-                    Some(code) => code,
-                    None if status == StatusCode::OK => return None,
-                    None => GrpcCode::from_http(status),
-                };
-                if !self.codes.contains(&code) {
-                    return None;
-                }
-                Cause::Grpc(code)
-            }
-            Outcome::Response { status, .. } => {
-                if !self.statuses.contains(&status.as_u16()) {
-                    return None;
-                }
-                Cause::Status(status)
-            }
+            } if head.is_grpc() => (status, peek::fields(headers, extensions)),
+            Outcome::Response {
+                status, headers, ..
+            } => (status, headers),
         };
-        Some(Seen {
-            cause,
-            hint: self.hint(head, outcome),
-        })
+        let is_listed = || self.statuses.contains(&status.as_u16());
+        if let Some(refusal) = outcome.refusal(head)
+            && passes(refusal.kind())
+            // Of what may have begun, the status counts too.
+            && (head.is_grpc() || refusal.was_never_sent() || is_listed())
+        {
+            return Some(self.refused(head, outcome, refusal));
+        }
+        let cause = if head.is_grpc() {
+            let code = grpc_code(status, headers)?;
+            self.codes.contains(&code).then_some(Cause::Grpc(code))?
+        } else {
+            is_listed().then_some(Cause::Status(status))?
+        };
+        let hint = self.hint(head, outcome);
+        Some(Seen { cause, hint })
+    }
+
+    /// Of a refusal. Its own word of when counts, and the header, which is
+    /// rounded, only where it has none.
+    fn refused(&self, head: Head<'_>, outcome: Outcome<'_>, refusal: &Refusal) -> Seen {
+        let seen = told_by(refusal);
+        match seen.hint {
+            Hint::None => Seen {
+                hint: self.hint(head, outcome),
+                ..seen
+            },
+            _ => seen,
+        }
     }
 
     /// When the callee would like to be asked again.
@@ -220,11 +268,7 @@ pub(crate) fn verdict(
         };
     }
     let fields = peek::fields(headers, extensions);
-    let is_ok = match GrpcCode::of(fields) {
-        Some(code) => code == GrpcCode::Ok,
-        None => status == StatusCode::OK,
-    };
-    if is_ok {
+    if grpc_code(status, fields).is_none_or(|code| code == GrpcCode::Ok) {
         Verdict::Success
     } else if retry_after::pushback(fields) == Some(Pushback::Never) {
         Verdict::Failure
@@ -251,8 +295,12 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Option<Seen> {
 }
 
 pub(crate) fn of_refusal(refusal: &Refusal) -> Option<Seen> {
-    let kind = refusal.kind();
-    let passes = matches!(
+    passes(refusal.kind()).then(|| told_by(refusal))
+}
+
+/// Whether what is refused so may be let through another time.
+const fn passes(kind: RefusalKind) -> bool {
+    matches!(
         kind,
         RefusalKind::RateLimited
             | RefusalKind::CircuitOpen
@@ -262,17 +310,23 @@ pub(crate) fn of_refusal(refusal: &Refusal) -> Option<Seen> {
             | RefusalKind::Draining
             | RefusalKind::BadGateway
             | RefusalKind::Unavailable
-    );
+    )
+}
+
+fn told_by(refusal: &Refusal) -> Seen {
+    let kind = refusal.kind();
+    let cause = if refusal.was_never_sent() && !kind.is_before_sending() {
+        Cause::Unsent(kind)
+    } else {
+        Cause::Refused(kind)
+    };
     let hint = match refusal.retry_after() {
         Some(wait) => Hint::After(wait),
         // Open until someone says otherwise.
         None if kind == RefusalKind::CircuitOpen => Hint::Never,
         None => Hint::None,
     };
-    passes.then_some(Seen {
-        cause: Cause::Refused(kind),
-        hint,
-    })
+    Seen { cause, hint }
 }
 
 fn of_transport(error: &(dyn Error + 'static)) -> Option<Cause> {

@@ -186,6 +186,28 @@ async fn a_closure_sees_the_head_of_a_request_that_is_gone() {
 }
 
 #[tokio::test]
+async fn who_wants_to_be_told_finds_the_refusal() {
+    let asking = || {
+        let mut request = request("text/plain");
+        crate::refusal::Tell::attach(request.extensions_mut());
+        request
+    };
+    let shed = || failing(tower::load_shed::error::Overloaded::new);
+    let (layer, overloaded) = (RefuseErrorsLayer::new(), RefusalKind::Overloaded.into());
+    let response = layer.layer(shed()).oneshot(request("text/plain")).await;
+    assert_eq!(Refusal::of(response.unwrap().extensions()), None);
+    let response = layer.layer(shed()).oneshot(asking()).await.unwrap();
+    assert_eq!(Refusal::of(response.extensions()), Some(&overloaded));
+
+    // And of a service that could not get ready.
+    let (inner, mut handle) = mock::pair::<Request<()>, Answer>();
+    handle.send_error("down");
+    let response = layer.catch_all().layer(inner).oneshot(asking()).await;
+    let internal = RefusalKind::Internal.into();
+    assert_eq!(Refusal::of(response.unwrap().extensions()), Some(&internal));
+}
+
+#[tokio::test]
 async fn an_error_of_readiness_passes_on_or_is_answered_from_call() {
     let (inner, mut handle) = mock::pair::<Request<()>, Answer>();
     handle.send_error("down");

@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use buttress_core::{Any, Head, Http, View};
+use buttress_core::{Any, Head, Http, View, deadline::Deadline, refusal::Tell};
 use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
@@ -87,9 +87,13 @@ where
             let first = self.inner.call(request.map(ReplayBody::once));
             return ResponseFuture::alone(first);
         }
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         let mut replay = Replay::new(body, web.max_body, &web.memory);
         let body = replay.attempt().expect("there was no attempt before");
+        // Without a deadline it may be the first extension, which allocates.
+        if Deadline::of(&parts.extensions).is_some() {
+            Tell::attach(&mut parts.extensions);
+        }
         let started = self.shared.started();
         let first = Request::from_parts(parts.clone(), body);
         let first = self.inner.call(first);
