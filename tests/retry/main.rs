@@ -6,6 +6,7 @@ mod bodies;
 mod builder;
 mod cancel;
 mod connect;
+mod hedge;
 mod http2;
 mod outage;
 mod servers;
