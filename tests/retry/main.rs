@@ -8,6 +8,8 @@ mod cancel;
 mod connect;
 mod hedge;
 mod http2;
+#[cfg(feature = "tower")]
+mod nested;
 mod outage;
 mod servers;
 mod support;
