@@ -9,7 +9,7 @@ use std::{
 use buttress::{
     BoxError,
     circuit_breaker::{CircuitBreakerLayer, Settings},
-    retry::{ReplayBody, RetryLayer},
+    retry::{HedgeLayer, ReplayBody, RetryLayer},
     timeout::TimeoutLayer,
 };
 use bytes::Bytes;
@@ -28,7 +28,7 @@ use tonic_health::pb::{
 };
 use tower::{Layer, ServiceExt, util::BoxCloneSyncService};
 
-use crate::support::{LONG, MS, attempts, listen, run};
+use crate::support::{Bed, LONG, MS, attempts, listen, run, until};
 
 /// What a call comes to, and whether after a first message.
 #[derive(Clone, Debug)]
@@ -43,6 +43,8 @@ enum Act {
 struct Told {
     acts: Arc<Mutex<VecDeque<Act>>>,
     calls: Arc<Mutex<Vec<Call>>>,
+    /// Counts those that hang.
+    hangs: Bed,
 }
 
 /// What was asked, and how much time it had.
@@ -62,6 +64,11 @@ impl Told {
         self.calls.lock().unwrap().push(Call { asked, left });
         self.acts.lock().unwrap().pop_front()
     }
+
+    async fn hang(&self) -> ! {
+        let _hangs = self.hangs.socket();
+        std::future::pending().await
+    }
 }
 
 #[tonic::async_trait]
@@ -75,7 +82,7 @@ impl Health for Told {
         match self.act(&request) {
             None => Ok(Response::new(HealthCheckResponse::default())),
             Some(Act::Refuse(status) | Act::BeginAndEnd(status)) => Err(status),
-            Some(Act::Hang) => std::future::pending().await,
+            Some(Act::Hang) => self.hang().await,
         }
     }
 
@@ -88,7 +95,7 @@ impl Health for Told {
             None => {}
             Some(Act::Refuse(status)) => return Err(status),
             Some(Act::BeginAndEnd(status)) => updates.push(Err(status)),
-            Some(Act::Hang) => std::future::pending().await,
+            Some(Act::Hang) => self.hang().await,
         }
         Ok(Response::new(tokio_stream::iter(updates)))
     }
@@ -109,6 +116,7 @@ impl Upstream {
         let told = Told {
             acts: Arc::new(Mutex::new(acts.into_iter().collect())),
             calls: Arc::default(),
+            hangs: Bed::default(),
         };
         let service = HealthServer::new(told.clone());
         let (stop, stopped) = oneshot::channel::<()>();
@@ -130,6 +138,11 @@ impl Upstream {
 
     fn calls(&self) -> usize {
         self.told.calls.lock().unwrap().len()
+    }
+
+    /// Calls that hang, and have not been given up.
+    fn hanging(&self) -> usize {
+        self.told.hangs.sockets()
     }
 
     fn client(&self, settings: buttress::retry::Settings) -> HealthClient<Service> {
@@ -165,8 +178,23 @@ fn service(
     let inner = breaker
         .layer(limit.layer(channel))
         .map_request(|request: http::Request<ReplayBody<Body>>| request.map(Body::new));
-    let service = retry.layer(inner);
-    BoxCloneSyncService::new(service.map_response(|response: http::Response<_>| {
+    boxed(retry.layer(inner))
+}
+
+fn boxed<S, R>(service: S) -> Service
+where
+    S: tower::Service<
+            http::Request<Body>,
+            Response = http::Response<R>,
+            Error = transport::Error,
+            Future: Send,
+        > + Clone
+        + Send
+        + Sync
+        + 'static,
+    R: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+{
+    BoxCloneSyncService::new(service.map_response(|response: http::Response<R>| {
         response.map(|body| BodyExt::map_err(body, Into::into).boxed_unsync())
     }))
 }
@@ -279,5 +307,56 @@ fn no_connection() {
         let mut client = HealthClient::new(service(address, attempts(3), &breaker()));
         let status = client.check(request()).await.unwrap_err();
         assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    });
+}
+
+/// As often as its closure says that it is harmless: the server sees that the
+/// first is given up.
+#[test]
+fn a_call_that_hangs_is_hedged() {
+    run(async |_| {
+        let upstream = Upstream::start([Act::Hang, unavailable(), Act::Hang]).await;
+        let channel = Endpoint::from_shared(format!("http://{}", upstream.address))
+            .unwrap()
+            .connect_timeout(LONG)
+            .connect_lazy();
+        let retry = RetryLayer::builder().settings(attempts(3)).build().unwrap();
+        let hedge = HedgeLayer::builder()
+            .after(30 * MS)
+            .max_hedges(2)
+            .hedge_if(|head| head.uri.path().ends_with("/Check"))
+            .build()
+            .unwrap();
+        let limit = TimeoutLayer::builder().build().unwrap();
+        let inner = limit.layer(channel).map_request(
+            |request: http::Request<ReplayBody<ReplayBody<Body>>>| request.map(Body::new),
+        );
+        let mut client = HealthClient::new(boxed(retry.layer(hedge.layer(inner))));
+        // The second is not available.
+        tokio::select! {
+            answer = client.check(request()) => panic!("{answer:?}"),
+            () = until("the third hangs", || upstream.hanging() == 2) => {}
+        }
+        assert_eq!(upstream.calls(), 3);
+        until("both are given up", || upstream.hanging() == 0).await;
+
+        upstream.told.acts.lock().unwrap().push_back(Act::Hang);
+        client.check(request()).await.unwrap();
+        assert_eq!(upstream.calls(), 5);
+        until("the first is given up", || upstream.hanging() == 0).await;
+        let calls = upstream.told.calls.lock().unwrap().clone();
+        assert!(calls.iter().all(|call| call.asked == "inventory"));
+
+        // Of this nothing is said.
+        upstream.told.acts.lock().unwrap().push_back(Act::Hang);
+        tokio::select! {
+            answer = client.watch(request()) => panic!("{answer:?}"),
+            () = async {
+                until("it hangs", || upstream.hanging() == 1).await;
+                tokio::time::sleep(100 * MS).await;
+            } => {}
+        }
+        assert_eq!(upstream.calls(), 6);
+        until("it is given up", || upstream.hanging() == 0).await;
     });
 }
