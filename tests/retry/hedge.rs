@@ -16,22 +16,25 @@ use buttress::{
 };
 use bytes::Bytes;
 use h2::Reason;
-use http::{HeaderValue, Request};
+use http::{HeaderValue, Request, Uri};
 use http_body_util::{BodyExt, Empty, Full, channel::Channel};
 use hyper::body::Body;
-use hyper_util::client::legacy;
+use hyper_util::{
+    client::legacy::{self, Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use tokio::{
     task::JoinSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
-use tower::Layer;
+use tower::{Layer, ServiceExt, service_fn};
 
 use crate::{
     bodies::{boxed, put, streaming, trailers},
     http2,
     support::{
-        Act, Answer, Bed, HELLO, LONG, MS, Service, Transport, UNAVAILABLE, Upstream, attempts,
-        boxed_service, exchange, http1, http2, payload, run, until,
+        Act, Answer, Bed, BoxBody, HELLO, LONG, MS, Service, Transport, UNAVAILABLE, Upstream,
+        attempts, boxed_service, exchange, http1, http2, payload, run, until,
     },
 };
 
@@ -119,6 +122,45 @@ fn a_hedge_that_is_overtaken_is_closed() {
         until("the hedge is closed", || upstream.request(1).gone).await;
         until("the first is kept", || bed.sockets() == 1).await;
         assert_eq!(upstream.requests(), 2);
+    });
+}
+
+/// A client of which the first connection never comes about.
+fn connects_second(http2_only: bool) -> Service<BoxBody> {
+    let connects = Arc::new(AtomicUsize::new(0));
+    let connector = service_fn(move |uri: Uri| {
+        let first = connects.fetch_add(1, Ordering::SeqCst) == 0;
+        Box::pin(async move {
+            if first {
+                std::future::pending::<()>().await;
+            }
+            HttpConnector::new().oneshot(uri).await
+        })
+    });
+    let http = Client::builder(TokioExecutor::new())
+        .http2_only(http2_only)
+        .build(connector);
+    let layer = HedgeLayer::builder().after(DELAY).build().unwrap();
+    boxed_service(layer.layer(http))
+}
+
+/// But where the first holds a body of which it has read nothing, and over
+/// HTTP/2, where hyper-util makes one connection at a time for both: that is
+/// for a limit to connecting.
+#[test]
+fn a_first_that_never_connects_is_overtaken() {
+    run(async |bed| {
+        let upstream = bed.upstream([]).await;
+        let empty = || put(&upstream, boxed(Empty::new()));
+        let answer = exchange(connects_second(false), empty()).await.unwrap();
+        assert_eq!((answer.status, upstream.connections()), (200, 1));
+
+        let request = put(&upstream, boxed(Full::new(payload(LEN))));
+        for (http2_only, request) in [(false, request), (true, empty())] {
+            let waits = exchange(connects_second(http2_only), request);
+            assert!(timeout(10 * DELAY, waits).await.is_err());
+            assert_eq!(upstream.requests(), 1, "HTTP/2: {http2_only}");
+        }
     });
 }
 
