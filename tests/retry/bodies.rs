@@ -22,18 +22,20 @@ use crate::support::{
 const LEN: usize = 60_000;
 const ANSWERED_503: Cause = Cause::Status(StatusCode::SERVICE_UNAVAILABLE);
 
-fn put<B>(upstream: &Upstream, body: B) -> Request<B> {
+pub(crate) fn put<B>(upstream: &Upstream, body: B) -> Request<B> {
     Request::put(upstream.url()).body(body).unwrap()
 }
 
-fn trailers() -> HeaderMap {
+pub(crate) fn trailers() -> HeaderMap {
     let mut trailers = HeaderMap::new();
     trailers.insert("x-checksum", HeaderValue::from_static("42"));
     trailers
 }
 
 /// In chunks of all lengths, with trailers, and of no known length.
-fn streaming(data: &Bytes) -> impl Body<Data = Bytes, Error = Infallible> + Send + 'static {
+pub(crate) fn streaming(
+    data: &Bytes,
+) -> impl Body<Data = Bytes, Error = Infallible> + Send + 'static {
     let mut rest = data.clone();
     let mut frames = Vec::new();
     for len in (1..).map(|n| n * 97 % 5_000 + 1) {
@@ -47,7 +49,7 @@ fn streaming(data: &Bytes) -> impl Body<Data = Bytes, Error = Infallible> + Send
     StreamBody::new(tokio_stream::iter(frames))
 }
 
-fn boxed<B>(body: B) -> BoxBody
+pub(crate) fn boxed<B>(body: B) -> BoxBody
 where
     B: Body<Data = Bytes, Error = Infallible> + Send + 'static,
 {

@@ -24,7 +24,7 @@ use crate::support::{Bed, Caller, MS, accept, attempts, http2, listen, payload, 
 
 /// What there is to a stream.
 #[derive(Clone, Copy, Debug)]
-enum Act {
+pub(crate) enum Act {
     /// Reads it all and answers 200.
     Take,
     /// The same, and lets the connection end with it.
@@ -43,21 +43,21 @@ enum Act {
 }
 
 #[derive(Clone, Debug, Default)]
-struct Seen {
-    body: Vec<u8>,
-    trailers: Option<HeaderMap>,
+pub(crate) struct Seen {
+    pub(crate) body: Vec<u8>,
+    pub(crate) trailers: Option<HeaderMap>,
     /// How it ended, if it did not by itself.
-    reset: Option<Reason>,
+    pub(crate) reset: Option<Reason>,
 }
 
-struct Upstream {
+pub(crate) struct Upstream {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
     _stop: oneshot::Sender<()>,
 }
 
 impl Upstream {
-    async fn start(bed: &Bed, acts: impl IntoIterator<Item = Act>) -> Self {
+    pub(crate) async fn start(bed: &Bed, acts: impl IntoIterator<Item = Act>) -> Self {
         Self::start_at(listen().await, bed, acts)
     }
 
@@ -80,7 +80,7 @@ impl Upstream {
         }
     }
 
-    fn request<B>(&self, method: &str, body: B) -> Request<B> {
+    pub(crate) fn request<B>(&self, method: &str, body: B) -> Request<B> {
         Request::builder()
             .method(method)
             .uri(format!("http://{}/", self.address))
@@ -88,11 +88,11 @@ impl Upstream {
             .unwrap()
     }
 
-    fn seen(&self) -> Vec<Seen> {
+    pub(crate) fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
 
-    fn requests(&self) -> usize {
+    pub(crate) fn requests(&self) -> usize {
         self.seen.lock().unwrap().len()
     }
 }

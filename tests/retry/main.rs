@@ -6,7 +6,10 @@ mod bodies;
 mod builder;
 mod cancel;
 mod connect;
+mod hedge;
 mod http2;
+#[cfg(feature = "tower")]
+mod nested;
 mod outage;
 #[cfg(all(feature = "rate-limit", feature = "testing"))]
 mod refused;

@@ -191,6 +191,10 @@ pub(crate) enum Act {
     Reset(usize),
     /// Reads it all and says nothing, until the caller goes.
     Hang,
+    /// Reads it all and sends it back after so long.
+    Slow(Duration),
+    /// Reads it all, and does that when so many requests have come whole.
+    Once(usize, &'static Act),
 }
 
 /// One request, as far as it came.
@@ -201,6 +205,8 @@ pub(crate) struct Seen {
     pub(crate) trailers: String,
     /// It came to its end.
     pub(crate) whole: bool,
+    /// The caller closed the connection, of which no answer had come.
+    pub(crate) gone: bool,
 }
 
 impl Seen {
@@ -222,6 +228,12 @@ struct State {
 impl State {
     fn seen<T>(&self, request: usize, change: impl FnOnce(&mut Seen) -> T) -> T {
         change(&mut self.seen.lock().unwrap()[request])
+    }
+
+    /// How many requests have come to their end.
+    fn whole(&self) -> usize {
+        let seen = self.seen.lock().unwrap();
+        seen.iter().filter(|seen| seen.whole).count()
     }
 }
 
@@ -245,6 +257,11 @@ impl Upstream {
     /// Requests whose head came.
     pub(crate) fn requests(&self) -> usize {
         self.state.seen.lock().unwrap().len()
+    }
+
+    /// Those that came to their end.
+    pub(crate) fn whole(&self) -> usize {
+        self.state.whole()
     }
 
     pub(crate) fn seen(&self) -> Vec<Seen> {
@@ -279,10 +296,20 @@ async fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
             seen.len() - 1
         };
         let next = state.acts.lock().unwrap().pop_front();
-        let act = next.unwrap_or_else(|| *state.otherwise.lock().unwrap());
+        let mut act = next.unwrap_or_else(|| *state.otherwise.lock().unwrap());
+        if let Act::Once(requests, then) = act {
+            read_body(&mut stream, state, request, usize::MAX).await?;
+            while state.whole() < requests {
+                sleep(MS).await;
+            }
+            act = *then;
+        }
         match act {
-            Act::Echo => {
+            Act::Echo | Act::Slow(_) => {
                 read_body(&mut stream, state, request, usize::MAX).await?;
+                if let Act::Slow(span) = act {
+                    sleep(span).await;
+                }
                 let body = state.seen(request, |seen| seen.body.clone());
                 let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
                 stream.write_all(head.as_bytes()).await?;
@@ -313,9 +340,11 @@ async fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
             }
             Act::Hang => {
                 read_body(&mut stream, state, request, usize::MAX).await?;
-                stream.read_to_end(&mut Vec::new()).await?;
-                return Ok(());
+                let closed = stream.read_to_end(&mut Vec::new()).await;
+                state.seen(request, |seen| seen.gone = true);
+                return closed.map(drop);
             }
+            Act::Once(..) => unreachable!("it is not said twice"),
         }
     }
 }
@@ -348,6 +377,9 @@ async fn read_body(
     request: usize,
     mut most: usize,
 ) -> io::Result<()> {
+    if state.seen(request, |seen| seen.whole) {
+        return Ok(());
+    }
     let (length, chunked) = state.seen(request, |seen| {
         let length = seen.header("content-length").map(str::parse::<usize>);
         (
@@ -427,7 +459,42 @@ where
 }
 
 pub(crate) type BoxBody = UnsyncBoxBody<Bytes, BoxError>;
-type Service<B> = BoxCloneSyncService<Request<B>, Response<BoxBody>, legacy::Error>;
+pub(crate) type Service<B> = BoxCloneSyncService<Request<B>, Response<BoxBody>, legacy::Error>;
+
+/// One type for a stack of any, of which all can be cloned and sent.
+pub(crate) fn boxed_service<S, B, R>(service: S) -> Service<B>
+where
+    S: tower::Service<Request<B>, Response = Response<R>, Error = legacy::Error>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+    B: 'static,
+    R: Body<Data = Bytes> + Send + 'static,
+    R::Error: Into<BoxError>,
+{
+    BoxCloneSyncService::new(service.map_response(|response: Response<R>| {
+        response.map(|body| BodyExt::map_err(body, Into::into).boxed_unsync())
+    }))
+}
+
+/// The answer to a request, whole.
+pub(crate) async fn exchange<B>(
+    service: Service<B>,
+    request: Request<B>,
+) -> Result<Answer, legacy::Error> {
+    let exchange = async {
+        let (head, body) = service.oneshot(request).await?.into_parts();
+        let body = body.collect().await;
+        Ok(Answer {
+            status: head.status.as_u16(),
+            headers: head.headers,
+            body: body.map(Collected::to_bytes),
+        })
+    };
+    timeout(LONG, exchange).await.expect("an answer in time")
+}
 
 /// A whole stack, and what is heard of it.
 #[derive(Clone)]
@@ -475,11 +542,8 @@ where
             .unwrap();
         let limit = TimeoutLayer::builder().build().unwrap();
         let service = retry.layer(breaker.layer(limit.layer(http)));
-        let service = service.map_response(|response: Response<_>| {
-            response.map(|body| BodyExt::map_err(body, Into::into).boxed_unsync())
-        });
         Self {
-            service: BoxCloneSyncService::new(service),
+            service: boxed_service(service),
             breaker: breaker.breaker().clone(),
             failures,
             causes,
@@ -489,16 +553,7 @@ where
 
     /// The answer, whole.
     pub(crate) async fn send(&self, request: Request<B>) -> Result<Answer, legacy::Error> {
-        let exchange = async {
-            let (head, body) = self.service.clone().oneshot(request).await?.into_parts();
-            let body = body.collect().await;
-            Ok(Answer {
-                status: head.status.as_u16(),
-                headers: head.headers,
-                body: body.map(Collected::to_bytes),
-            })
-        };
-        timeout(LONG, exchange).await.expect("an answer in time")
+        exchange(self.service.clone(), request).await
     }
 
     /// How many the breaker has counted.

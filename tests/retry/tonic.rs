@@ -9,7 +9,7 @@ use std::{
 use buttress::{
     BoxError,
     circuit_breaker::{CircuitBreakerLayer, Settings},
-    retry::{PeekLayer, ReplayBody, RetryLayer},
+    retry::{HedgeLayer, PeekLayer, ReplayBody, RetryLayer},
     timeout::TimeoutLayer,
 };
 use bytes::Bytes;
@@ -28,7 +28,7 @@ use tonic_health::pb::{
 };
 use tower::{Layer, ServiceExt, util::BoxCloneSyncService};
 
-use crate::support::{LONG, MS, attempts, listen, run};
+use crate::support::{Bed, LONG, MS, attempts, listen, run, until};
 
 /// What a call comes to, and whether after a first message.
 #[derive(Clone, Debug)]
@@ -45,6 +45,8 @@ enum Act {
 struct Told {
     acts: Arc<Mutex<VecDeque<Act>>>,
     calls: Arc<Mutex<Vec<Call>>>,
+    /// Counts those that hang.
+    hangs: Bed,
 }
 
 /// What was asked, and how much time it had.
@@ -64,6 +66,11 @@ impl Told {
         self.calls.lock().unwrap().push(Call { asked, left });
         self.acts.lock().unwrap().pop_front()
     }
+
+    async fn hang(&self) -> ! {
+        let _hangs = self.hangs.socket();
+        std::future::pending().await
+    }
 }
 
 #[tonic::async_trait]
@@ -79,7 +86,7 @@ impl Health for Told {
             Some(Act::Refuse(status) | Act::BeginAndEnd(status) | Act::EndAfterHead(status)) => {
                 Err(status)
             }
-            Some(Act::Hang) => std::future::pending().await,
+            Some(Act::Hang) => self.hang().await,
         }
     }
 
@@ -93,7 +100,7 @@ impl Health for Told {
             Some(Act::Refuse(status)) => return Err(status),
             Some(Act::BeginAndEnd(status)) => updates.push(Err(status)),
             Some(Act::EndAfterHead(status)) => updates = vec![Err(status)],
-            Some(Act::Hang) => std::future::pending().await,
+            Some(Act::Hang) => self.hang().await,
         }
         Ok(Response::new(tokio_stream::iter(updates)))
     }
@@ -114,6 +121,7 @@ impl Upstream {
         let told = Told {
             acts: Arc::new(Mutex::new(acts.into_iter().collect())),
             calls: Arc::default(),
+            hangs: Bed::default(),
         };
         let service = HealthServer::new(told.clone());
         let (stop, stopped) = oneshot::channel::<()>();
@@ -135,6 +143,11 @@ impl Upstream {
 
     fn calls(&self) -> usize {
         self.told.calls.lock().unwrap().len()
+    }
+
+    /// Calls that hang, and have not been given up.
+    fn hanging(&self) -> usize {
+        self.told.hangs.sockets()
     }
 
     fn client(&self, settings: buttress::retry::Settings) -> HealthClient<Service> {
@@ -170,8 +183,23 @@ fn service(
     let inner = breaker
         .layer(limit.layer(PeekLayer::new().layer(channel)))
         .map_request(|request: http::Request<ReplayBody<Body>>| request.map(Body::new));
-    let service = retry.layer(inner);
-    BoxCloneSyncService::new(service.map_response(|response: http::Response<_>| {
+    boxed(retry.layer(inner))
+}
+
+fn boxed<S, R>(service: S) -> Service
+where
+    S: tower::Service<
+            http::Request<Body>,
+            Response = http::Response<R>,
+            Error = transport::Error,
+            Future: Send,
+        > + Clone
+        + Send
+        + Sync
+        + 'static,
+    R: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+{
+    BoxCloneSyncService::new(service.map_response(|response: http::Response<R>| {
         response.map(|body| BodyExt::map_err(body, Into::into).boxed_unsync())
     }))
 }
@@ -298,5 +326,56 @@ fn no_connection() {
         let mut client = HealthClient::new(service(address, attempts(3), &breaker()));
         let status = client.check(request()).await.unwrap_err();
         assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    });
+}
+
+/// As often as its closure says that it is harmless: the server sees that the
+/// first is given up.
+#[test]
+fn a_call_that_hangs_is_hedged() {
+    run(async |_| {
+        let upstream = Upstream::start([Act::Hang, unavailable(), Act::Hang]).await;
+        let channel = Endpoint::from_shared(format!("http://{}", upstream.address))
+            .unwrap()
+            .connect_timeout(LONG)
+            .connect_lazy();
+        let retry = RetryLayer::builder().settings(attempts(3)).build().unwrap();
+        let hedge = HedgeLayer::builder()
+            .after(30 * MS)
+            .max_hedges(2)
+            .hedge_if(|head| head.uri.path().ends_with("/Check"))
+            .build()
+            .unwrap();
+        let limit = TimeoutLayer::builder().build().unwrap();
+        let inner = limit.layer(channel).map_request(
+            |request: http::Request<ReplayBody<ReplayBody<Body>>>| request.map(Body::new),
+        );
+        let mut client = HealthClient::new(boxed(retry.layer(hedge.layer(inner))));
+        // The second is not available.
+        tokio::select! {
+            answer = client.check(request()) => panic!("{answer:?}"),
+            () = until("the third hangs", || upstream.hanging() == 2) => {}
+        }
+        assert_eq!(upstream.calls(), 3);
+        until("both are given up", || upstream.hanging() == 0).await;
+
+        upstream.told.acts.lock().unwrap().push_back(Act::Hang);
+        client.check(request()).await.unwrap();
+        assert_eq!(upstream.calls(), 5);
+        until("the first is given up", || upstream.hanging() == 0).await;
+        let calls = upstream.told.calls.lock().unwrap().clone();
+        assert!(calls.iter().all(|call| call.asked == "inventory"));
+
+        // Of this nothing is said.
+        upstream.told.acts.lock().unwrap().push_back(Act::Hang);
+        tokio::select! {
+            answer = client.watch(request()) => panic!("{answer:?}"),
+            () = async {
+                until("it hangs", || upstream.hanging() == 1).await;
+                tokio::time::sleep(100 * MS).await;
+            } => {}
+        }
+        assert_eq!(upstream.calls(), 6);
+        until("it is given up", || upstream.hanging() == 0).await;
     });
 }

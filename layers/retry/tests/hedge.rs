@@ -225,6 +225,46 @@ async fn of_two_bad_answers_the_last_is_handed_on() {
     script.assert_finished();
 }
 
+/// A clone that is not ready, a body that is not through or has failed, a
+/// deadline that is past: leave for what cannot be sent would be wasted.
+#[tokio::test(start_paused = true)]
+async fn the_budget_is_asked_when_there_is_nothing_else_in_the_way() {
+    let budget = Noted::new(9);
+    let (inner, script) = script()
+        .ready_after(30 * MS)
+        .then(Step::ok("first").after(70 * MS))
+        .build();
+    let layer = any().budget(Arc::clone(&budget)).build().unwrap();
+    let mut service = layer.layer(inner);
+    let answer = service.ready().await.unwrap().call(1);
+    assert_eq!(answer.await, Ok("first"));
+    script.assert_finished();
+    let web = || HedgeLayer::builder().after(50 * MS).hedge_always();
+    for body in [
+        ScriptedBody::new().data("held").hang(),
+        ScriptedBody::new().data("broken").fail("no more"),
+    ] {
+        let layer = web().budget(Arc::clone(&budget)).build().unwrap();
+        let service = layer.layer(service_fn(
+            async |request: Request<ReplayBody<ScriptedBody>>| {
+                let read = tokio::time::timeout(1000 * MS, request.into_body().collect()).await;
+                tokio::time::sleep(1000 * MS).await;
+                Ok::<_, Infallible>(Response::new(read.is_ok()))
+            },
+        ));
+        let answered = service.oneshot(Request::post("/").body(body).unwrap());
+        assert_eq!(answered.await.unwrap().status(), 200);
+    }
+    let (inner, script) = WebScript::new()
+        .then(Step::ok(response(200, "")).after(100 * MS))
+        .build();
+    let layer = self::web().budget(Arc::clone(&budget)).build().unwrap();
+    let answered = layer.layer(inner).oneshot(late(get("/"))).await;
+    assert_eq!(answered.unwrap().status(), 200);
+    script.assert_finished();
+    assert_eq!(budget.seen(), [4, 0, 4, 0]);
+}
+
 fn told(status: u16, field: &'static str, value: &'static str) -> Response<Whole> {
     let mut response = response(status, "");
     let value = http::HeaderValue::from_static(value);
@@ -259,6 +299,35 @@ async fn who_was_told_to_come_later_sends_no_further_hedge() {
         // What it said is kept, for a retry further out.
         assert!(answered.unwrap().headers().contains_key(name));
         assert_eq!(script.arrivals(), [Duration::ZERO, 50 * MS]);
+        script.assert_finished();
+    }
+}
+
+/// Of two that were told something the later is handed on: it knows better.
+#[tokio::test(start_paused = true)]
+async fn the_last_to_be_told_something_is_handed_on() {
+    for (first, second, expected) in [
+        ((70, Some("5")), (90, None), Some("5")),
+        ((70, Some("5")), (90, Some("7")), Some("7")),
+        ((200, Some("5")), (90, Some("7")), Some("5")),
+        ((200, None), (90, Some("7")), Some("7")),
+        ((200, Some("5")), (90, None), Some("5")),
+    ] {
+        let step = |(after, later): (u32, _)| {
+            let bad = match later {
+                Some(later) => told(503, "retry-after", later),
+                None => response(503, ""),
+            };
+            Step::ok(bad).after(after * MS)
+        };
+        let (inner, script) = WebScript::new()
+            .then(step(first))
+            .then(step(second))
+            .build();
+        let service = web().build().unwrap().layer(inner);
+        let answered = service.oneshot(get("/")).await.unwrap();
+        let later = answered.headers().get("retry-after");
+        assert_eq!(later.map(|later| later.to_str().unwrap()), expected);
         script.assert_finished();
     }
 }
@@ -521,6 +590,48 @@ async fn a_body_that_is_being_read_puts_the_hedge_off() {
         assert_eq!(took, until * MS);
         assert_eq!(hedges.load(Relaxed), u32::from(hedge.is_some()));
         assert_eq!(read.lock().unwrap().len(), 1 + usize::from(hedge.is_some()));
+    }
+}
+
+/// Looked at at once, and after 1, 2 and 3 ms.
+#[tokio::test(start_paused = true)]
+async fn without_delay_a_body_is_looked_at_each_millisecond() {
+    for (reads, hedge) in [(0, Some(0)), (2, Some(3)), (5, None)] {
+        let (inner, read) = echo([1000 * MS, 10 * MS]);
+        let layer = HedgeLayer::builder().after(Duration::ZERO).hedge_always();
+        let service = layer.build().unwrap().layer(inner);
+        let body = ScriptedBody::new().data("now").wait(reads * MS);
+        let request = Request::post("/").body(body).unwrap();
+        let (took, _) = elapsed(service.oneshot(request)).await;
+        let until = hedge.map_or(reads + 1000, |hedge| hedge + 10);
+        let took = took.as_millis();
+        assert!(
+            took.abs_diff(until.into()) <= 1,
+            "{took} ms of a body of {reads} ms"
+        );
+        let attempts = 1 + usize::from(hedge.is_some());
+        assert_eq!(*read.lock().unwrap(), vec!["now"; attempts]);
+    }
+}
+
+/// A request that is sent once costs no memory while it streams.
+#[tokio::test(start_paused = true)]
+async fn what_is_not_hedged_is_not_remembered() {
+    let memory = buttress_retry::Memory::new(1000);
+    let layer = HedgeLayer::builder().after(50 * MS).memory(memory.clone());
+    let layer = layer.build().unwrap();
+    for (method, max_hedges, used) in [("PUT", 1, 5), ("POST", 1, 0), ("PUT", 0, 0)] {
+        layer.policy().set_max_hedges(max_hedges).unwrap();
+        let (inner, read) = echo([1000 * MS]);
+        let body = ScriptedBody::new().data("hello").wait(100 * MS);
+        let request = Request::builder().method(method).body(body).unwrap();
+        let answer = tokio::spawn(layer.layer(inner).oneshot(request));
+        advance(20 * MS).await;
+        assert_eq!(memory.used(), used, "{method} {max_hedges}");
+        answer.abort();
+        settle().await;
+        assert_eq!(memory.used(), 0);
+        assert!(read.lock().unwrap().is_empty());
     }
 }
 

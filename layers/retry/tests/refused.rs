@@ -380,7 +380,7 @@ async fn a_closure_can_look_at_it_and_has_the_last_word() {
     }
 }
 
-/// What a retry itself answers, where it has nothing in hand, is told too.
+/// What a retry itself answers, where it has nothing in hand, is told who asks.
 #[tokio::test(start_paused = true)]
 async fn a_retry_tells_of_its_own_refusal() {
     let held = Arc::new(Mutex::new(Vec::new()));
@@ -392,7 +392,8 @@ async fn a_retry_tells_of_its_own_refusal() {
         async { Ok::<_, Infallible>(late.map(Full::new)) }
     });
     let layer = builder().build().unwrap();
-    let request = Request::put("/").body(Full::from("some")).unwrap();
+    let mut request = Request::put("/").body(Full::from("some")).unwrap();
+    Tell::attach(request.extensions_mut());
     let response = layer.layer(inner).oneshot(request).await.unwrap();
     // What the one was that is no more in hand.
     assert_eq!(response.status(), StatusCode::GATEWAY_TIMEOUT);
