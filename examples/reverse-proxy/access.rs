@@ -22,13 +22,10 @@ use metrics::{Counter, Histogram, Unit};
 
 use crate::{balance::Tried, forward::Tunnel, serve::Busy, upstream::Endpoint};
 
-/// Names of the proxy's own metrics, and of those of the retry's that it must
-/// count itself.
+/// Names of the proxy's own metrics.
 mod names {
     pub(super) const REQUESTS: &str = "proxy_requests_total";
     pub(super) const DURATION: &str = "proxy_request_duration_seconds";
-    pub(super) const RETRY_COUNT: &str = "retry_attempts_count";
-    pub(super) const RETRY_GIVE_UPS: &str = "retry_give_ups_total";
 }
 
 /// The status of a request that its client gave up before there was one, as
@@ -43,7 +40,8 @@ pub(crate) struct Facts {
     /// The `traceparent` that was made for it: one for all attempts.
     pub(crate) traceparent: OnceLock<HeaderValue>,
     last: Mutex<Last>,
-    progress: Mutex<Progress>,
+    /// Where it has been in vain.
+    tried: Mutex<Tried>,
     /// What an upgrade leaves to be done once the 101 is on its way.
     tunnel: Mutex<Option<Tunnel>>,
 }
@@ -56,16 +54,6 @@ struct Last {
     error: Option<String>,
 }
 
-/// How far the attempts have come.
-#[derive(Debug, Default)]
-struct Progress {
-    begun: u32,
-    /// None is under way.
-    is_between: bool,
-    /// Where it has been in vain.
-    tried: Tried,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -74,25 +62,14 @@ impl Facts {
     /// Another attempt begins: where it has been so far.
     pub(crate) fn begin(&self) -> Tried {
         lock(&self.last).error = None;
-        let mut progress = lock(&self.progress);
-        progress.begun += 1;
-        progress.is_between = false;
-        mem::take(&mut progress.tried)
+        mem::take(&mut *lock(&self.tried))
     }
 
     /// The attempt has ended here.
     pub(crate) fn ended(&self, mut tried: Tried, endpoint: &Arc<Endpoint>) {
         lock(&self.last).upstream = Some(Arc::clone(&endpoint.url));
         tried.ended(endpoint);
-        let mut progress = lock(&self.progress);
-        progress.is_between = true;
-        progress.tried = tried;
-    }
-
-    /// How many attempts there were, if the last has ended.
-    pub(crate) fn between_attempts(&self) -> Option<u32> {
-        let progress = lock(&self.progress);
-        progress.is_between.then_some(progress.begun)
+        *lock(&self.tried) = tried;
     }
 
     /// What went wrong: only the first word on an attempt counts.
@@ -182,14 +159,6 @@ impl Drop for Line {
             "request",
         );
     }
-}
-
-/// Counts a request whose retry was ended from outside, after so many attempts:
-/// it counts none that it has not ended itself.
-pub(crate) fn retry_ended(route: &Arc<str>, attempts: u32) {
-    let name = || Arc::clone(route);
-    metrics::histogram!(names::RETRY_COUNT, "name" => name()).record(attempts);
-    metrics::counter!(names::RETRY_GIVE_UPS, "name" => name(), "reason" => "pushback").increment(1);
 }
 
 /// A route's metrics, looked up once and not for each request.

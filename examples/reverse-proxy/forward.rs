@@ -536,19 +536,15 @@ fn unreachable(error: &io::Error) -> RefusalKind {
 #[derive(Debug)]
 pub(crate) struct Failed {
     refusal: Refusal,
-    /// What the retry sees in place of the refusal: that says 502 of a
-    /// connection that was refused and of one that broke off, and only after
-    /// the first may any request go again.
+    /// What the retry sees in place of the refusal, where that does not say it
+    /// all.
     cause: Option<BoxError>,
 }
 
 impl Failed {
     /// Nothing of the request has left.
     fn unsent(kind: RefusalKind) -> Self {
-        Self {
-            refusal: kind.into(),
-            cause: Some(io::Error::from(io::ErrorKind::ConnectionRefused).into()),
-        }
+        Refusal::from(kind).before_sending().into()
     }
 
     /// The exchange broke off, and nobody knows how far it had come; but for

@@ -1,6 +1,6 @@
 //! From a request to its route, and the stack of layers that each route has.
 
-use std::{future::poll_fn, net::SocketAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
@@ -19,9 +19,9 @@ use tower::{
 };
 
 use crate::{
-    access::{self, Facts, Line, Meters},
+    access::{Facts, Line, Meters},
     balance::Balance,
-    forward::{self, Failed, Forward, Rules},
+    forward::{self, Forward, Rules},
     grpc_timeout::GrpcTimeout,
     headers,
     serve::Busy,
@@ -237,23 +237,15 @@ impl Route {
         let attempts = match &route.retry {
             Some(rule) => Either::Left(
                 ServiceBuilder::new()
-                    .layer(retry(&route.name, rule, route.timeout.0, memory))
+                    .layer(retry(route, rule, &balance, memory))
                     .service(forward),
             ),
             None => Either::Right(MapResponse::new(forward, bare)),
         };
-        let name: Arc<str> = route.name.0.as_str().into();
-        let around = (grpc_timeout.clone(), balance.clone(), Arc::clone(&name));
+        let adopts = grpc_timeout.clone();
         let attempts = service_fn(move |request| {
-            let attempts = attempts.clone();
-            let (grpc_timeout, balance, name) = around.clone();
-            async move {
-                let request = grpc_timeout.adopt(request).await?;
-                let facts = request.extensions().get::<Arc<Facts>>().cloned();
-                let facts = facts.unwrap_or_default();
-                let answer = attempts.oneshot(request);
-                while_there_is_an_endpoint(answer, &facts, &balance, &name).await
-            }
+            let (attempts, adopts) = (attempts.clone(), adopts.clone());
+            async move { attempts.oneshot(adopts.adopt(request).await?).await }
         });
         let inside = ServiceBuilder::new()
             .layer(RefuseErrorsLayer::new().catch_all())
@@ -272,37 +264,11 @@ impl Route {
             host: route.host.as_ref().map(|host| host.0.clone()),
             prefix: route.path.0.clone(),
             balance,
-            name,
+            name: route.name.0.as_str().into(),
             meters: Meters::new(&route.name.0),
             service: BoxCloneSyncService::new(service),
         }
     }
-}
-
-/// Ends the wait for another attempt where every breaker would refuse it: the
-/// client hears so at once.
-async fn while_there_is_an_endpoint<T>(
-    attempts: impl Future<Output = Result<T, Failed>>,
-    facts: &Facts,
-    balance: &Balance,
-    route: &Arc<str>,
-) -> Result<T, Failed> {
-    let mut attempts = pin!(attempts);
-    poll_fn(|cx| {
-        let polled = attempts.as_mut().poll(cx);
-        // A retry decides in the same poll in which an attempt has ended. If
-        // there is no answer by then, it waits for another attempt.
-        if polled.is_pending()
-            && let Some(count) = facts.between_attempts()
-            && let Some(open) = balance.refusal()
-        {
-            access::retry_ended(route, count);
-            facts.failed(open.to_string());
-            return Poll::Ready(Err(Failed::refused(open.into())));
-        }
-        polled
-    })
-    .await
 }
 
 /// As the layer would hand it on that is not there.
@@ -342,15 +308,25 @@ fn balance(route: &settings::Route, breakers: &mut Vec<Breaker>) -> Balance {
     Balance::new(endpoints, around)
 }
 
-fn retry(name: &settings::Name, rule: &Retry, timeout: Duration, memory: &Memory) -> RetryLayer {
+fn retry(route: &settings::Route, rule: &Retry, balance: &Balance, memory: &Memory) -> RetryLayer {
+    let balance = balance.clone();
     RetryLayer::builder()
-        .name(name.0.clone())
-        .settings(rule.settings(timeout))
+        .name(route.name.0.clone())
+        .settings(rule.settings(route.timeout.0))
         .budget(rule.budget.build())
         .methods(rule.methods())
         .statuses(rule.statuses())
         .max_body(rule.max_body.in_memory())
         .memory(memory.clone())
+        // Where every breaker would refuse the next attempt, the client hears
+        // so at once.
+        .refuse_if(move |head, _| {
+            let open = balance.refusal()?;
+            if let Some(facts) = head.extensions.get::<Arc<Facts>>() {
+                facts.failed(open.to_string());
+            }
+            Some(open.into())
+        })
         .build()
         .expect("checked in the settings")
 }

@@ -604,7 +604,7 @@ async fn an_open_breaker_is_passed_over_and_the_last_one_ends_it() {
     assert_eq!((shut.hits(), flaky.hits()), (0, 4));
     let line = proxy.access("/end").await;
     assert_eq!(line["attempts"], 2);
-    let refused = ["name=\"orders\"", "reason=\"pushback\""];
+    let refused = ["name=\"orders\"", "reason=\"refused\""];
     assert_eq!(proxy.metric("retry_give_ups_total", &refused).await, 1.0);
 }
 

@@ -79,6 +79,19 @@ pub enum GiveUp {
 }
 
 impl GiveUp {
+    /// All of them, in the order of their numbers.
+    #[cfg(feature = "metrics")]
+    pub(crate) const ALL: [Self; Self::Aborted as usize + 1] = [
+        Self::Attempts,
+        Self::Deadline,
+        Self::Budget,
+        Self::Pushback,
+        Self::Unsafe,
+        Self::Body,
+        Self::Refused,
+        Self::Aborted,
+    ];
+
     /// In a word for programs: the label of a metric.
     #[must_use]
     pub const fn as_str(self) -> &'static str {

@@ -26,7 +26,13 @@
 //!   answer with nothing else under way is handed on at once: to repeat is the
 //!   retry's business. (gRFC A6 sends the next hedge at once instead.)
 //! - **When not.** After a `Retry-After` or gRPC pushback of any kind there is
-//!   no further hedge.
+//!   no further hedge. Nor while the attempts under way hold a body that is
+//!   still unread: an attempt that hangs in connecting is not overtaken by one
+//!   with a body, nor over HTTP/2 by any where a pool makes one connection for
+//!   both. A hedge is no substitute for a connect timeout.
+//!
+//! Where a retry stands inside of the hedge instead, each has a budget of its
+//! own: the retry would count every hedge as a request.
 //!
 //! Inside of the retry, outside of the circuit breaker, so that it sees each
 //! attempt, and of what chooses the endpoint, so that a hedge may go to

@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | `retry_attempts_total` | counter | `name`, `result`: `success`, `failure` | attempts that have ended, the first ones too; `failure` where another would have been worth it |
 //! | `retry_attempts_count` | histogram | `name` | attempts of a request, when it has ended |
-//! | `retry_give_ups_total` | counter | `name`, `reason`: `attempts`, `deadline`, `budget`, `pushback`, `unsafe`, `body`, `aborted` | requests that ended though another attempt would have been worth it |
+//! | `retry_give_ups_total` | counter | `name`, `reason`: `attempts`, `deadline`, `budget`, `pushback`, `unsafe`, `body`, `refused`, `aborted` | requests that ended though another attempt would have been worth it |
 //!
 //! An attempt that is given up on with its request is in none of them. They go
 //! to the recorder that is installed when the policy or the layer is built.
@@ -34,22 +34,12 @@ mod on {
     const COUNT: &str = "retry_attempts_count";
     const GIVE_UPS: &str = "retry_give_ups_total";
 
-    const REASONS: [GiveUp; 7] = [
-        GiveUp::Attempts,
-        GiveUp::Deadline,
-        GiveUp::Budget,
-        GiveUp::Pushback,
-        GiveUp::Unsafe,
-        GiveUp::Body,
-        GiveUp::Aborted,
-    ];
-
     /// Looked up once: an attempt costs one increment.
     pub(crate) struct Metrics {
         success: Counter,
         failure: Counter,
         count: Histogram,
-        give_ups: [Counter; REASONS.len()],
+        give_ups: [Counter; GiveUp::ALL.len()],
     }
 
     impl Metrics {
@@ -63,7 +53,7 @@ mod on {
                 success: attempts("success"),
                 failure: attempts("failure"),
                 count: histogram!(COUNT, "name" => name.to_string()),
-                give_ups: REASONS.map(|reason| {
+                give_ups: GiveUp::ALL.map(|reason| {
                     counter!(GIVE_UPS, "name" => name.to_string(), "reason" => reason.as_str())
                 }),
             }
@@ -81,10 +71,7 @@ mod on {
         }
 
         pub(crate) fn gave_up(&self, reason: GiveUp) {
-            let at = REASONS.iter().position(|known| *known == reason);
-            if let Some(at) = at {
-                self.give_ups[at].increment(1);
-            }
+            self.give_ups[reason as usize].increment(1);
         }
     }
 }

@@ -92,8 +92,7 @@ impl Session {
         leave: impl FnOnce(Duration) -> Result<(), GiveUp>,
     ) -> Result<Duration, GiveUp> {
         let left = self.deadline.map(|deadline| deadline - now);
-        let may_retry = settings.max_attempts > 1;
-        if seen.cause == Cause::RefusedStream && may_retry && !self.freed {
+        if seen.cause == Cause::RefusedStream && !self.freed {
             if left.is_some_and(|left| left.is_zero()) {
                 return Err(GiveUp::Deadline);
             }

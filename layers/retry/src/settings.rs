@@ -82,7 +82,9 @@ impl Settings {
     }
 
     /// How many attempts there are, the first included; at least 1, which is
-    /// no retry at all, not even of a stream that was refused. Default: 3.
+    /// no retry at all, but for a stream that HTTP/2 refused: that attempt was
+    /// none, and is made up for once whatever is set here (as gRPC's
+    /// transparent retry, gRFC A6). Default: 3.
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.max_attempts = attempts;
         self

@@ -13,6 +13,9 @@ use buttress_core::sync::{
 /// their sum. A body for which no room is left is sent once, streaming, and is
 /// not retried.
 ///
+/// Where one layer stands inside of another, each counts the same bytes for
+/// itself.
+///
 /// What is counted: the bytes of data and trailers, and 64 more for every
 /// chunk of a body after its first. A chunk that is a small part of a larger
 /// allocation keeps the whole of it; that is not counted, as nobody can tell.

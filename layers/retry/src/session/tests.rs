@@ -139,16 +139,6 @@ fn a_refused_stream_is_repeated_once_for_free() {
 }
 
 #[test]
-fn one_attempt_is_one_even_of_a_refused_stream() {
-    let settings = fixed(SECOND).max_attempts(1);
-    let refused = Seen::new(Cause::RefusedStream);
-    assert_eq!(
-        session(&settings).next(&settings, refused, START, &highest(), always),
-        Err(GiveUp::Attempts)
-    );
-}
-
-#[test]
 fn the_budget_is_asked_last() {
     let settings = fixed(SECOND).max_attempts(2).total_timeout(2 * SECOND);
     let mut one = session(&settings);
