@@ -28,23 +28,23 @@ pin_project! {
     /// it is awaited.
     pub struct ResponseFuture<C: Call, S: Service<C::Request>> {
         #[pin]
-        state: State<C, S, S::Future, C::Request>,
+        state: State<C, S>,
     }
 }
 
 pin_project! {
     #[project = StateProj]
     #[project_replace = StateOwned]
-    enum State<C, S, F, R> {
+    enum State<C: Call, S: Service<C::Request>> {
         First {
             #[pin]
-            attempt: F,
+            attempt: S::Future,
             rest: Rest<C, S>,
         },
         // In a box of its own, as most requests have no second attempt, and
         // their futures are moved about.
         Further {
-            further: Kept<Further<C, S, F, R>>,
+            further: Kept<Further<C, S>>,
         },
         // All that was kept for another attempt is dropped when there is none.
         Done,
@@ -93,30 +93,20 @@ struct Rest<C, S> {
     session: Session,
 }
 
-/// What comes after an attempt.
-enum Next<T> {
-    /// Its result is the answer.
-    Stands,
-    /// This is.
-    Instead(T),
-    /// Another attempt, after so long.
-    Attempt(Duration, Cause),
-}
-
 pin_project! {
     // From the end of the first attempt on.
-    struct Further<C, S, F, R> {
+    struct Further<C: Call, S: Service<C::Request>> {
         rest: Rest<C, S>,
         // Why the last attempt was not enough.
         cause: Cause,
         #[pin]
-        step: Step<F, R>,
+        step: Step<C, S>,
     }
 }
 
 pin_project! {
     #[project = StepProj]
-    enum Step<F, R> {
+    enum Step<C: Call, S: Service<C::Request>> {
         Waiting {
             #[pin]
             wait: Sleep,
@@ -127,16 +117,20 @@ pin_project! {
             // Until when; made once there is something to wait for.
             #[pin]
             limit: Option<Sleep>,
-            request: Option<R>,
+            request: Option<C::Request>,
         },
         Calling {
             #[pin]
-            attempt: F,
+            attempt: S::Future,
+        },
+        // In place of a wait.
+        Answering {
+            answer: Option<C::Output>,
         },
     }
 }
 
-impl<F, R> Step<F, R> {
+impl<C: Call, S: Service<C::Request>> Step<C, S> {
     /// To the next attempt.
     fn after(wait: Duration) -> Self {
         if wait.is_zero() {
@@ -188,24 +182,22 @@ where
     C: Call,
     S: Service<C::Request, Response = C::Response, Error = C::Error>,
 {
+    /// After an attempt whose result stands.
     #[inline(always)]
-    fn after(&mut self, result: &Result<C::Response, C::Error>) -> Next<C::Output> {
-        let Some(judged) = self.call.judge(result) else {
-            let verdict = || self.call.verdict(result);
-            self.shared.settled(&self.session, verdict);
-            return Next::Stands;
-        };
-        self.again(judged)
+    fn settled(&self, result: &Result<C::Response, C::Error>) {
+        let verdict = || self.call.verdict(result);
+        self.shared.settled(&self.session, verdict);
     }
 
+    /// After one that is worth another: what is to be done, or `None` if its
+    /// result is the answer all the same.
     #[cold]
-    #[inline(never)]
-    fn again(&mut self, judged: Judged) -> Next<C::Output> {
-        let mut instead = None;
+    fn again(&mut self, judged: Judged) -> Option<Step<C, S>> {
+        let mut answer = None;
         let obstacle = || self.call.check(judged);
         let leave = |wait| {
-            instead = self.call.instead(wait);
-            match instead {
+            answer = self.call.instead(wait);
+            match answer {
                 Some(_) => Err(GiveUp::Refused),
                 None => Ok(()),
             }
@@ -214,8 +206,8 @@ where
             .shared
             .next(&mut self.session, judged.0, obstacle, leave);
         match next {
-            Ok(wait) => Next::Attempt(wait, judged.0.cause),
-            Err(_) => instead.map_or(Next::Stands, Next::Instead),
+            Ok(wait) => Some(Step::after(wait)),
+            Err(_) => answer.is_some().then_some(Step::Answering { answer }),
         }
     }
 
@@ -309,45 +301,51 @@ where
         let mut state = self.project().state;
         if let StateProj::First { attempt, rest } = state.as_mut().project() {
             let result = ready!(attempt.poll(cx));
-            match rest.after(&result) {
-                Next::Stands => {
-                    state.set(State::Done);
-                    return Poll::Ready(C::output(result));
+            let goes_on = match rest.call.judge(&result) {
+                None => {
+                    rest.settled(&result);
+                    false
                 }
-                Next::Instead(output) => {
-                    state.set(State::Done);
-                    return Poll::Ready(output);
-                }
-                Next::Attempt(wait, cause) => {
-                    // Before the wait: what is given up on holds a connection.
-                    drop(result);
-                    state.as_mut().go_on(wait, cause);
-                }
+                Some(judged) => state.as_mut().goes_on(judged),
+            };
+            if !goes_on {
+                state.set(State::Done);
+                return Poll::Ready(C::output(result));
             }
+            // Before the wait: what is given up on holds a connection.
+            drop(result);
         }
         state.poll_further(cx)
     }
 }
 
-impl<C, S> State<C, S, S::Future, C::Request>
+// Nothing but what is done is told to the caller, who would else have to find
+// out in memory: see `Kept`.
+impl<C, S> State<C, S>
 where
     C: Call,
     S: Service<C::Request, Response = C::Response, Error = C::Error>,
 {
+    /// After a first attempt that is worth another: whether its result is not
+    /// the answer.
     #[cold]
     #[inline(never)]
-    fn go_on(mut self: Pin<&mut Self>, wait: Duration, cause: Cause) {
+    fn goes_on(mut self: Pin<&mut Self>, judged: Judged) -> bool {
+        let StateProj::First { rest, .. } = self.as_mut().project() else {
+            unreachable!("the first attempt has ended");
+        };
+        let Some(step) = rest.again(judged) else {
+            return false;
+        };
         let StateOwned::First { rest, .. } = self.as_mut().project_replace(Self::Done) else {
             unreachable!("the first attempt has ended");
         };
-        let further = Box::pin(Further {
-            rest,
-            cause,
-            step: Step::after(wait),
-        });
+        let cause = judged.0.cause;
+        let further = Box::pin(Further { rest, cause, step });
         self.set(Self::Further {
             further: Kept::new(further),
         });
+        true
     }
 
     #[cold]
@@ -362,7 +360,7 @@ where
     }
 }
 
-impl<C, S> Further<C, S, S::Future, C::Request>
+impl<C, S> Further<C, S>
 where
     C: Call,
     S: Service<C::Request, Response = C::Response, Error = C::Error>,
@@ -383,15 +381,20 @@ where
                 }
                 StepProj::Calling { attempt } => {
                     let result = ready!(attempt.poll(cx));
-                    match this.rest.after(&result) {
-                        Next::Stands => return Poll::Ready(C::output(result)),
-                        Next::Instead(output) => return Poll::Ready(output),
-                        Next::Attempt(wait, cause) => {
-                            drop(result);
-                            *this.cause = cause;
-                            this.step.set(Step::after(wait));
-                        }
-                    }
+                    let Some(judged) = this.rest.call.judge(&result) else {
+                        this.rest.settled(&result);
+                        return Poll::Ready(C::output(result));
+                    };
+                    let Some(step) = this.rest.again(judged) else {
+                        return Poll::Ready(C::output(result));
+                    };
+                    drop(result);
+                    *this.cause = judged.0.cause;
+                    this.step.set(step);
+                }
+                StepProj::Answering { answer } => {
+                    let answer = answer.take().expect("polled after completion");
+                    return Poll::Ready(answer);
                 }
             }
         }
@@ -410,6 +413,7 @@ where
                 Step::Waiting { .. } => "waiting",
                 Step::Preparing { .. } => "preparing",
                 Step::Calling { .. } => "calling",
+                Step::Answering { .. } => "answering",
             },
             State::Done => "done",
         };
