@@ -289,6 +289,7 @@ impl HealthRegistry {
     }
 
     /// Takes a source away. Whether there was one of this name.
+    #[expect(clippy::must_use_candidate, reason = "gone is gone")]
     pub fn remove_source(&self, name: &str) -> bool {
         self.0.sources.remove(|source| **source.name() == *name)
     }
@@ -317,6 +318,7 @@ impl HealthRegistry {
     }
 
     /// Takes a gate away. Whether there was one of this name.
+    #[expect(clippy::must_use_candidate, reason = "gone is gone")]
     pub fn remove_gate(&self, name: &str) -> bool {
         let removed = self.0.gates.remove(|gate| *gate.name == *name);
         self.look();

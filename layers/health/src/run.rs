@@ -207,7 +207,7 @@ impl<'a> Watch<'a> {
                 // Its error was told when it came.
                 CheckState::Failing(_) => {}
                 CheckState::Unknown => {
-                    warn!(name, %check, "nothing is known of the check any more")
+                    warn!(name, %check, "nothing is known of the check any more");
                 }
             }
             self.tell(Change::Check(check, state), &standing, self.inner.score());

@@ -21,7 +21,9 @@ use http::{
 use http_body_util::Full;
 use tower_service::Service;
 
-use crate::{CheckState, ConfigError, HealthRegistry, Standing, error::Problem, json::Object};
+use crate::{
+    CheckState, ConfigError, HealthRegistry, Latch, Standing, error::Problem, json::Object,
+};
 
 /// What can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -196,7 +198,7 @@ impl HealthService {
         if self.shared.details > Details::Hidden {
             let latches = &self.registry.0.latches;
             let waiting = latches.iter().filter(|latch| !latch.is_released());
-            let waiting: Vec<&str> = waiting.map(|latch| latch.name()).collect();
+            let waiting: Vec<&str> = waiting.map(Latch::name).collect();
             object.put("waiting", waiting);
         }
         started
