@@ -17,10 +17,11 @@ pub(crate) use run::{caught, run};
 /// A question that is asked in the background, again and again: does the
 /// database answer?
 ///
-/// First when the registry is [started](crate::HealthRegistry::start), then
-/// at every interval, which is moved by up to a tenth either way so that the replicas of a service
-/// do not ask all at once. One run at a time: an answer that takes longer
-/// than the interval puts off the next. A probe never runs a check; it reads what came of the last run.
+/// First when the registry is [started](crate::HealthRegistry::start), then at
+/// every interval, which is moved by up to a tenth either way so that the
+/// replicas of a service do not ask all at once. One run at a time: an answer
+/// that takes longer than the interval puts off the next. A probe never runs a
+/// check; it reads what came of the last run.
 ///
 /// ```
 /// use std::time::Duration;
@@ -30,10 +31,10 @@ pub(crate) use run::{caught, run};
 /// # impl Pool {
 /// #     async fn ping(&self) -> Result<(), std::io::Error> { Ok(()) }
 /// # }
-/// # let pool = Pool;
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let pool = Pool;
 /// let database = Check::required("database", move || {
 ///     let pool = pool.clone();
 ///     async move { pool.ping().await }
@@ -340,8 +341,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against a list of all there ever was: what counts is the last result,
-        /// where it is new enough.
+        /// Against a list of all there ever was: what counts is the last
+        /// result, where it is new enough.
         #[test]
         fn only_the_last_result_counts(
             results in proptest::collection::vec((0..100_u64, any::<bool>()), 0..20),

@@ -73,8 +73,9 @@ impl HealthRegistryBuilder {
         self
     }
 
-    /// Adds a source to the score: a breaker, an [`Indicator`](crate::Indicator),
-    /// a [`Beat`](crate::Beat), or one of them as a [`Source`] with a weight. No two have one name.
+    /// Adds a source to the score: a breaker, an
+    /// [`Indicator`](crate::Indicator), a [`Beat`](crate::Beat), or one of them
+    /// as a [`Source`] with a weight. No two have one name.
     pub fn source(mut self, source: impl Into<Source>) -> Self {
         self.sources.push(source.into());
         self
@@ -82,7 +83,8 @@ impl HealthRegistryBuilder {
 
     /// Adds a gate: the process is not ready while it is closed, for the
     /// gate's own reason. A drain is one. Where several are closed the first
-    /// that was added says why.
+    /// that was added says why. One that panics when it is asked is closed:
+    /// `panicked`.
     pub fn gate(mut self, name: impl Into<Arc<str>>, gate: impl ReadinessGate + 'static) -> Self {
         self.gates.push(NamedGate {
             name: name.into(),
@@ -113,7 +115,8 @@ impl HealthRegistryBuilder {
     }
 
     /// A score that listeners are told of when it is crossed, as the
-    /// [threshold](Self::threshold)'s is in any case. Above 0.0 and at most 1.0.
+    /// [threshold](Self::threshold)'s is in any case. Above 0.0 and at most
+    /// 1.0.
     pub fn mark(mut self, score: f64) -> Self {
         self.marks.push(score);
         self
@@ -128,34 +131,37 @@ impl HealthRegistryBuilder {
 
     /// How often the background looks whether readiness has changed: how late
     /// listeners and gRPC may hear of a gate or a latch, unless
-    /// [`look`](HealthRegistry::look) is called; of a check they hear at once. The sources of the score are not
-    /// asked for it. 1 ms to 1 day. Default 50 ms.
+    /// [`look`](HealthRegistry::look) is called; of a check they hear at once.
+    /// The sources of the score are not asked for it. 1 ms to 1 day. Default 50
+    /// ms.
     pub fn look_every(mut self, interval: Duration) -> Self {
         self.look_every = interval;
         self
     }
 
     /// Has the process count as not alive when the runtime in which the
-    /// registry was started has not come round to a small task of its own for this long: when its
-    /// workers are blocked. 1 ms to 1 day. Default: it is alive as long as it answers.
+    /// registry was started has not come round to a small task of its own for
+    /// this long: when its workers are blocked. 1 ms to 1 day. Default: it is
+    /// alive as long as it answers.
     ///
-    /// Only an answer from elsewhere can tell: endpoints that are served in
-    /// the blocked runtime do not answer at all, which a prober takes the
-    /// same way. A machine that was stopped for a while looks stalled for a moment.
+    /// Only an answer from elsewhere can tell: endpoints that are served in the
+    /// blocked runtime do not answer at all, which a prober takes the same way.
+    /// A machine that was stopped for a while looks stalled for a moment.
     pub fn stall_limit(mut self, limit: Duration) -> Self {
         self.stall = Some(limit);
         self
     }
 
     /// Has this called after every change of readiness, every crossing of a
-    /// mark, and every change of a check, in their order and one at a time, while the registry is
-    /// [started](HealthRegistry::start).
+    /// mark, and every change of a check, in their order and one at a time,
+    /// while the registry is [started](HealthRegistry::start).
     ///
-    /// Changes come through a channel of bounded [capacity](Self::capacity), so that a
-    /// slow listener keeps nobody waiting; when it is full the oldest that do not fit are
-    /// dropped, counted, and told in [`Notice::missed`] of the next. The newest is never dropped. A panic is
-    /// logged, and the next one is told again. What does not last until the
-    /// next look may not be heard of.
+    /// Changes come through a channel of bounded [capacity](Self::capacity), so
+    /// that a slow listener keeps nobody waiting; when it is full the oldest
+    /// that do not fit are dropped, counted, and told in [`Notice::missed`] of
+    /// the next. The newest is never dropped. A panic is logged, and the next
+    /// one is told again. What does not last until the next look may not be
+    /// heard of.
     ///
     /// The future is polled on the runtime: it must not block. It is
     /// dropped when the [guard](crate::Running) is.

@@ -87,8 +87,9 @@ impl GrpcService {
         self
     }
 
-    /// It does not serve unless this check passes, which is one of the registry's;
-    /// one that is optional, as a rule, since a required one counts for the whole.
+    /// It does not serve unless this check passes, which is one of the
+    /// registry's; one that is optional, as a rule, since a required one counts
+    /// for the whole.
     pub fn check(mut self, name: impl Into<Arc<str>>) -> Self {
         self.checks.push(name.into());
         self
@@ -106,12 +107,13 @@ impl fmt::Debug for GrpcService {
 
 impl HealthRegistry {
     /// The gRPC health service: Check and Watch, for `""`, the whole, and the
-    /// services that were [named](crate::HealthRegistryBuilder::grpc_service). Each call makes one more for
-    /// the same registry.
+    /// services that were [named](crate::HealthRegistryBuilder::grpc_service).
+    /// Each call makes one more for the same registry.
     ///
-    /// It says UNKNOWN unless the registry is [started](Self::start). Whoever watches hears
-    /// of a change when the background does: within 50 ms, unless [set
-    /// otherwise](crate::HealthRegistryBuilder::look_every), and at once after [`look`](Self::look), which belongs where a drain is begun.
+    /// It says UNKNOWN unless the registry is [started](Self::start). Whoever
+    /// watches hears of a change when the background does: within 50 ms, unless
+    /// [set otherwise](crate::HealthRegistryBuilder::look_every), and at once
+    /// after [`look`](Self::look), which belongs where a drain is begun.
     #[must_use]
     pub fn grpc_server(&self) -> GrpcServer {
         let reporter = self.0.grpc.reporter.clone();

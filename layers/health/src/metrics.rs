@@ -8,8 +8,8 @@
 //! | `health_check_duration_seconds` | histogram | `name`, `check` | how long its runs took |
 //! | `health_notices_missed_total` | counter | `name` | notices that a listener was too slow for |
 //!
-//! `name` is the registry's. They are shown while its background tasks run, and go to the recorder that
-//! is installed when it is built.
+//! `name` is the registry's. They are shown while its background tasks run, and
+//! go to the recorder that is installed when it is built.
 
 #[cfg(feature = "metrics")]
 pub(crate) use on::{CheckMetrics, Metrics};

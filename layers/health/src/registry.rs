@@ -173,10 +173,12 @@ impl HealthRegistry {
         &self.0.name
     }
 
-    /// Runs the checks, watches for changes and tells of them, until the guard is dropped.
+    /// Runs the checks, watches for changes and tells of them, until the guard
+    /// is dropped.
     ///
     /// Latches, gates, sources and endpoints work without; checks are unknown
-    /// until it was called, and a [threshold](HealthRegistryBuilder::threshold) counts nothing.
+    /// until it was called, and a [threshold](HealthRegistryBuilder::threshold)
+    /// counts nothing.
     ///
     /// # Errors
     ///
@@ -267,8 +269,8 @@ impl HealthRegistry {
     }
 
     /// Has the background look now for what has changed, and not at its next
-    /// [look](HealthRegistryBuilder::look_every). Endpoints never need it. Costs a wake-up: not for the path
-    /// of a request.
+    /// [look](HealthRegistryBuilder::look_every). Endpoints never need it.
+    /// Costs a wake-up: not for the path of a request.
     pub fn look(&self) {
         self.0.news.notify_one();
     }

@@ -6,7 +6,8 @@ use buttress_core::clock::Instant;
 
 use crate::{CheckState, Standing, check::CheckCell};
 
-/// How a process stands: [`HealthRegistry::report`](crate::HealthRegistry::report).
+/// How a process stands:
+/// [`HealthRegistry::report`](crate::HealthRegistry::report).
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct HealthReport {

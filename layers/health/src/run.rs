@@ -35,8 +35,8 @@ pub struct Running {
 }
 
 impl Running {
-    /// Ends the background tasks and waits until they have. A check or a listener that
-    /// is at work is dropped where it waits.
+    /// Ends the background tasks and waits until they have. A check or a
+    /// listener that is at work is dropped where it waits.
     ///
     /// Dropping this future ends them as well, and waits for nothing.
     pub async fn stop(mut self) {

@@ -27,6 +27,7 @@ use crate::{
 
 /// What can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Endpoint {
     /// Is the process alive? `/health/live`: 200 as long as it answers, drain
     /// included.
@@ -77,10 +78,11 @@ pub enum Details {
 /// | `/health/startup` | `{"started":true}` | `{"started":false,"reason":"starting"}` |
 /// | `/health` | `{"ready":true,"score":1.0,"started":true}` | the same, with a reason |
 ///
-/// [`Reason::as_str`](crate::Reason::as_str) has the reasons. Other methods get 405, other paths 404, as
-/// `application/problem+json`.
+/// [`Reason::as_str`](crate::Reason::as_str) has the reasons. Other methods get
+/// 405, other paths 404, as `application/problem+json`.
 ///
-/// It is served under these paths, and nested under any prefix that a router takes off:
+/// It is served under these paths, and nested under any prefix that a router
+/// takes off:
 ///
 /// ```
 /// use axum::Router;
@@ -95,7 +97,8 @@ pub enum Details {
 /// # }
 /// ```
 ///
-/// Keep it out of what a drain counts and a rate limit charges, best on a port of its own.
+/// Keep it out of what a drain counts and a rate limit charges, best on a port
+/// of its own.
 #[derive(Clone)]
 pub struct HealthService {
     registry: HealthRegistry,

@@ -24,8 +24,9 @@ use crate::{
 /// A [`HealthSource`] as a registry has it: how much it weighs, and whether
 /// the score may be better than it is.
 ///
-/// Made of a source by `into()`, with weight 1, and critical if the source says so.
-/// The source is asked for its name and for that only now.
+/// Made of a source by `into()`, with weight 1, and critical if the source says
+/// so. The source is asked for its name and for that only now. One that panics
+/// when it is asked for its health is at 0.0.
 ///
 /// ```
 /// use buttress_health::{HealthRegistry, Indicator, Source};
@@ -142,8 +143,8 @@ impl Indicator {
         }))
     }
 
-    /// Shows this score from now on. As [`Health::scored`] has it: what lies outside
-    /// of 0.0 to 1.0 is moved to its nearer end, and NaN is 0.0.
+    /// Shows this score from now on. As [`Health::scored`] has it: what lies
+    /// outside of 0.0 to 1.0 is moved to its nearer end, and NaN is 0.0.
     pub fn set(&self, score: f64) {
         self.show(Health::scored(score));
     }

@@ -14,8 +14,9 @@ use buttress_core::clock::Instant;
 ///    └───────────── after `retry_after`, to see ─────────┘
 /// ```
 ///
-/// What counts are the [evaluations](crate::HealthRegistryBuilder::evaluate_every)
-/// in the background: how often anybody asks makes no difference.
+/// What counts are the
+/// [evaluations](crate::HealthRegistryBuilder::evaluate_every) in the
+/// background: how often anybody asks makes no difference.
 ///
 /// Think before you use it. What pulls the score down is mostly shared: a
 /// database that is slow is slow for every replica, and all of them leave the
@@ -54,10 +55,10 @@ impl Threshold {
         self
     }
 
-    /// After how long it is ready again whatever the score, and judged anew:
-    /// so that sources that learn from traffic get some. From the evaluation on that made
-    /// it not ready, and noticed by the next one after. `None`: never.
-    /// Default: a minute.
+    /// After how long it is ready again whatever the score, and judged anew: so
+    /// that sources that learn from traffic get some. Counted from the
+    /// evaluation that made it not ready, and decided by a later one. `None`:
+    /// never. Default: a minute.
     pub fn retry_after(mut self, wait: impl Into<Option<Duration>>) -> Self {
         self.retry_after = wait.into();
         self
