@@ -46,6 +46,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // Before others may start.
         self.tasks.abort_all();
         self.inner.running.store(false, SeqCst);
     }
@@ -115,7 +116,6 @@ async fn tick(inner: Arc<Inner>, limit: Duration) {
 async fn watch(inner: Arc<Inner>, outboxes: Outboxes) {
     // What an earlier start has left is gone before this begins.
     let _turn = inner.turn.lock().await;
-    inner.low.store(false, Relaxed);
     #[cfg(feature = "grpc")]
     let _told = inner.grpc.until_dropped();
     let mut watch = Watch::new(&inner, outboxes);

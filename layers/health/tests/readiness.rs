@@ -550,6 +550,30 @@ async fn one_run_at_a_time_and_no_probe_runs_one() {
     assert_eq!(script.most.load(SeqCst), 1);
 }
 
+/// A check that blocks its thread cannot be ended; what was started since
+/// waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_run_that_cannot_be_ended_is_waited_for() {
+    let (begin, mut began) = tokio::sync::mpsc::unbounded_channel();
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let check = Check::required("db", move || {
+        begin.send(()).unwrap();
+        let _ = held.lock().unwrap().recv_timeout(10 * SECOND);
+        async { Ok::<_, Infallible>(()) }
+    });
+    let health = HealthRegistry::builder().check(check).build().unwrap();
+    let running = health.start().unwrap();
+    let mut next = async |within| tokio::time::timeout(within, began.recv()).await.is_ok();
+    assert!(next(10 * SECOND).await);
+    drop(running);
+    let _running = health.start().unwrap();
+    assert!(!next(SECOND / 5).await);
+    release.send(()).unwrap();
+    assert!(next(10 * SECOND).await);
+    release.send(()).unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn after_three_intervals_nothing_is_known() {
     let (required, optional) = (Script::default(), Script::default());

@@ -131,8 +131,15 @@ mod tests {
 
     use super::*;
 
-    /// Panics when it is dropped.
+    /// Is ready at once, and panics when it is dropped.
     struct Bomb;
+
+    impl Future for Bomb {
+        type Output = ();
+        fn poll(self: Pin<&mut Self>, _: &mut std::task::Context<'_>) -> Poll<()> {
+            Poll::Ready(())
+        }
+    }
 
     impl Drop for Bomb {
         fn drop(&mut self) {
@@ -152,6 +159,7 @@ mod tests {
             panic!("later");
         });
         assert_eq!(caught(later).await, None::<()>);
+        assert_eq!(caught(Box::pin(Bomb)).await, None);
         let bomb = Bomb;
         let pending = Box::pin(async move {
             let _bomb = &bomb;
