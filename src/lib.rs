@@ -16,6 +16,16 @@ mod ext;
 #[cfg(feature = "circuit-breaker")]
 pub use buttress_circuit_breaker as circuit_breaker;
 
+/// Who is ready and how well: what layers tell of themselves, and, with the
+/// feature `health`, the endpoints and checks of the crate `buttress-health`.
+#[cfg(not(feature = "health"))]
+pub use buttress_core::health;
+
+/// Health endpoints, background checks and a score, and what layers tell of
+/// themselves: the crate `buttress-health`.
+#[cfg(feature = "health")]
+pub use buttress_health as health;
+
 /// GCRA rate limiting with `X-RateLimit` headers: the crate
 /// `buttress-rate-limit`.
 #[cfg(feature = "rate-limit")]
@@ -34,7 +44,7 @@ pub use buttress_timeout as timeout;
 pub use buttress_core::tower_errors;
 pub use buttress_core::{
     Any, BoxError, Head, Http, Inspect, ProblemResponder, Refusal, RefusalKind, Responder, Sees,
-    View, body, classify, clock, deadline, health, key, keyed, random, refusal, request, respond,
+    View, body, classify, clock, deadline, key, keyed, random, refusal, request, respond,
     retry_after,
 };
 #[cfg(feature = "tower")]
