@@ -16,6 +16,10 @@ mod ext;
 #[cfg(feature = "circuit-breaker")]
 pub use buttress_circuit_breaker as circuit_breaker;
 
+/// Graceful shutdown: the crate `buttress-drain`.
+#[cfg(feature = "drain")]
+pub use buttress_drain as drain;
+
 /// GCRA rate limiting with `X-RateLimit` headers: the crate
 /// `buttress-rate-limit`.
 #[cfg(feature = "rate-limit")]
