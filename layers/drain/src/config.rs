@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{ConfigError, Shutdown, error::Problem};
+use crate::{ConfigError, Shutdown, error::Problem, watchdog::Exit};
 
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
@@ -19,6 +19,8 @@ pub(crate) struct Settings {
     pub(crate) timeout: Duration,
     pub(crate) hook_reserve: Duration,
     pub(crate) hook_limit: Duration,
+    /// None where nobody may end the process.
+    pub(crate) exit: Option<Exit>,
 }
 
 impl ShutdownBuilder {
@@ -29,6 +31,7 @@ impl ShutdownBuilder {
                 timeout: Duration::from_secs(30),
                 hook_reserve: Duration::from_secs(5),
                 hook_limit: Duration::from_secs(5),
+                exit: None,
             },
         }
     }
@@ -62,6 +65,24 @@ impl ShutdownBuilder {
         self
     }
 
+    /// Lets it end the process by `std::process::exit`: with code 1 at a second
+    /// signal, and with 124 by a thread of its own, a watchdog, if all of it
+    /// is not over half a second after the timeout, because the runtime is
+    /// blocked. Default: it ends nothing, and a second signal
+    /// [forces](Shutdown::force) it.
+    ///
+    /// An end that goes well is yours, too: [`Report::exit`](crate::Report::exit).
+    pub fn exit_process(self) -> Self {
+        self.exit_with(|code| std::process::exit(code))
+    }
+
+    /// The same with something else in the place of `std::process::exit`:
+    /// called on a thread of its own.
+    pub fn exit_with(mut self, exit: impl Fn(i32) + Send + Sync + 'static) -> Self {
+        self.settings.exit = Some(Exit::new(exit));
+        self
+    }
+
     /// Checks the settings and makes the state that all clones share.
     ///
     /// # Errors
@@ -73,6 +94,7 @@ impl ShutdownBuilder {
             timeout,
             hook_reserve,
             hook_limit,
+            exit: _,
         } = self.settings;
         if timeout.is_zero() || timeout > LONGEST {
             return Err(Problem::Timeout.into());

@@ -10,7 +10,6 @@ use std::{
 };
 
 use buttress_core::{
-    BoxError,
     clock::{self, Instant},
     sync::Mutex,
 };
@@ -129,6 +128,7 @@ impl Connection {
 impl ConnectionGuard {
     pub(crate) fn take(inner: &Arc<Inner>) -> Self {
         inner.ledger.enter(Kind::Connection);
+        inner.metrics.connection_begins();
         let record = Arc::new(Connection {
             since: clock::now(),
             bytes: AtomicU64::new(0),
@@ -204,6 +204,7 @@ impl ConnectionGuard {
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         let gone = self.inner.connections.lock().try_remove(self.slot);
+        self.inner.metrics.connection_ends();
         self.inner.leave(Kind::Connection);
         drop(gone);
     }
@@ -228,17 +229,16 @@ impl fmt::Debug for ConnectionGuard {
 pub struct ServerGuard {
     inner: Arc<Inner>,
     name: Label,
-    open: bool,
+    /// None when the listener is closed.
+    slot: Option<usize>,
 }
 
 impl ServerGuard {
     pub(crate) fn take(inner: &Arc<Inner>, name: Label) -> Self {
         inner.ledger.enter(Kind::Listener);
-        Self {
-            inner: Arc::clone(inner),
-            name,
-            open: true,
-        }
+        let slot = Some(inner.servers.lock().insert(name.clone()));
+        let inner = Arc::clone(inner);
+        Self { inner, name, slot }
     }
 
     /// Its name.
@@ -255,16 +255,17 @@ impl ServerGuard {
 
     /// Says that the listener is closed; once is enough.
     pub fn listener_closed(&mut self) {
-        if self.open {
-            self.open = false;
+        if let Some(slot) = self.slot.take() {
+            self.inner.servers.lock().try_remove(slot);
             self.inner.leave(Kind::Listener);
         }
     }
 
     /// Says that the server has failed: the report has it, and the exit code is
     /// 1. It triggers nothing.
-    pub fn failed(&self, error: impl Into<BoxError>) {
-        self.inner.server_failed(self.name.clone(), error.into());
+    pub fn failed(&self, error: impl fmt::Display) {
+        let why = error.to_string();
+        self.inner.server_failed(self.name.clone(), why);
     }
 }
 
@@ -278,7 +279,7 @@ impl fmt::Debug for ServerGuard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerGuard")
             .field("name", &self.name)
-            .field("listening", &self.open)
+            .field("listening", &self.slot.is_some())
             .finish_non_exhaustive()
     }
 }

@@ -3,25 +3,33 @@
 use std::{
     borrow::Cow,
     fmt,
-    sync::{Arc, OnceLock},
+    future::Future,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use buttress_core::{
-    BoxError,
     clock::{self, Instant},
     health::{Readiness, ReadinessGate},
     sync::Mutex,
 };
 use slab::Slab;
 use tokio::sync::Notify;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::{
-    ConnectionGuard, DrainSignal, Guard, Label, Phase, Reached, ServerGuard, ShutdownBuilder,
+    ConnectionGuard, DrainSignal, Guard, Hook, HookOutput, Label, Phase, Reached, Report,
+    ServerGuard, ShutdownBuilder,
     config::Settings,
     guard::{Connection, Guarded},
     ledger::{Kind, Ledger},
+    metrics::Metrics,
+    report::{Facts, Failure},
+    tracked::Tracked,
+    watchdog::Watchdog,
 };
 
 /// A shutdown: what is asked for it, how far it has got, and who is still
@@ -41,10 +49,58 @@ pub(crate) struct Inner {
     pub(crate) plan: OnceLock<Plan>,
     reached: [Arc<Notify>; Phase::COUNT],
     /// The last of a kind has gone.
-    pub(crate) emptied: Notify,
+    emptied: Notify,
+    /// Nobody is to wait any longer.
+    force: Notify,
+    forced: AtomicBool,
+    watchdog: OnceLock<Watchdog>,
+    pub(crate) tracked: Tracked,
     pub(crate) connections: Mutex<Slab<Arc<Connection>>>,
     pub(crate) guards: Mutex<Slab<Guarded>>,
-    pub(crate) failed: Mutex<Vec<(Label, BoxError)>>,
+    pub(crate) servers: Mutex<Slab<Label>>,
+    pub(crate) failed: Mutex<Vec<Failure>>,
+    pub(crate) callbacks: Pending,
+    pub(crate) hooks: Pending,
+    /// Who holds it drives.
+    pub(crate) driver: tokio::sync::Mutex<Facts>,
+    pub(crate) report: OnceLock<Report>,
+    pub(crate) metrics: Metrics,
+}
+
+/// Hooks that have not run, until it is too late to register one.
+pub(crate) struct Pending(Mutex<Option<Vec<Hook>>>);
+
+impl Pending {
+    fn new() -> Self {
+        Self(Mutex::new(Some(Vec::new())))
+    }
+
+    fn push(&self, hook: Hook) -> bool {
+        let mut held = self.0.lock();
+        if let Some(hooks) = &mut *held {
+            hooks.push(hook);
+            return true;
+        }
+        // What it captured is dropped outside of the lock.
+        drop(held);
+        warn!(hook = %hook.name, "it is too late for a hook");
+        false
+    }
+
+    /// All of them; no more come.
+    pub(crate) fn close(&self) -> Vec<Hook> {
+        self.0.lock().take().unwrap_or_default()
+    }
+
+    /// What `take` takes of them; no more come if there is none left.
+    pub(crate) fn take_or_close(&self, take: fn(&mut Vec<Hook>) -> Vec<Hook>) -> Vec<Hook> {
+        let mut held = self.0.lock();
+        let taken = held.as_mut().map(take).unwrap_or_default();
+        if taken.is_empty() {
+            *held = None;
+        }
+        taken
+    }
 }
 
 /// What is fixed at the trigger.
@@ -74,9 +130,19 @@ impl Shutdown {
                 plan: OnceLock::new(),
                 reached: std::array::from_fn(|_| Arc::default()),
                 emptied: Notify::new(),
+                force: Notify::new(),
+                forced: AtomicBool::new(false),
+                watchdog: OnceLock::new(),
+                tracked: Tracked::new(),
                 connections: Mutex::default(),
                 guards: Mutex::default(),
+                servers: Mutex::default(),
                 failed: Mutex::default(),
+                callbacks: Pending::new(),
+                hooks: Pending::new(),
+                driver: tokio::sync::Mutex::default(),
+                report: OnceLock::new(),
+                metrics: Metrics::new(),
             }),
         }
     }
@@ -96,6 +162,32 @@ impl Shutdown {
     /// to hear of it first.
     pub fn trigger_without_delay(&self, reason: impl Into<Cow<'static, str>>) -> bool {
         self.inner.trigger(reason.into(), Duration::ZERO)
+    }
+
+    /// Ends it by force, triggered or not: what is left is cut now, the hooks
+    /// are skipped, and the exit code is 1. What a second signal does.
+    pub fn force(&self, reason: impl Into<Cow<'static, str>>) {
+        self.trigger_without_delay(reason);
+        self.inner.force();
+    }
+
+    /// Registers what runs when nothing is left in flight. Whether it was in
+    /// time: not when the hooks have run.
+    #[expect(clippy::must_use_candidate, reason = "it is done for its effect")]
+    pub fn hook(&self, hook: Hook) -> bool {
+        self.inner.hooks.push(hook)
+    }
+
+    /// Registers what runs at once at the trigger, beside all that is still
+    /// served: leave a registry, stop taking jobs. All of them run at the same
+    /// time, and until the cut at most; a panic or an error of one is reported
+    /// and stops nothing. Whether it was in time: not when they have begun.
+    pub fn on_drain<F, R>(&self, name: impl Into<Label>, callback: F) -> bool
+    where
+        F: FnOnce() -> R + Send + 'static,
+        R: Future<Output: HookOutput> + Send + 'static,
+    {
+        self.inner.callbacks.push(Hook::new(name, callback))
     }
 
     /// How far it has got: one atomic load.
@@ -290,11 +382,59 @@ impl Inner {
             cut: start + (timeout - hook_reserve),
             end: start + timeout,
         };
-        let first = self.plan.set(plan).is_ok();
-        if first {
-            self.advance(Phase::Draining);
+        if let Err(plan) = self.plan.set(plan) {
+            info!(reason = &*plan.reason, "shutting down already");
+            return false;
         }
-        first
+        if let Some(exit) = &self.settings.exit
+            && let Some(watchdog) = Watchdog::arm(timeout, exit.clone())
+        {
+            // Nobody else has passed the line above.
+            let _ = self.watchdog.set(watchdog);
+        }
+        self.advance(Phase::Draining);
+        true
+    }
+
+    pub(crate) fn disarm(&self) {
+        if let Some(watchdog) = self.watchdog.get() {
+            watchdog.disarm();
+        }
+    }
+
+    fn force(&self) {
+        if !self.forced.swap(true, Ordering::AcqRel) {
+            warn!("the shutdown is forced");
+        }
+        self.force.notify_waiters();
+    }
+
+    pub(crate) fn is_forced(&self) -> bool {
+        self.forced.load(Ordering::Acquire)
+    }
+
+    /// Ready when it is forced.
+    pub(crate) async fn forced(&self) {
+        loop {
+            // Hears of all that comes from here on.
+            let notified = self.force.notified();
+            if self.is_forced() {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Ready when this holds, which is looked at whenever the last of a kind
+    /// has gone.
+    pub(crate) async fn emptied(&self, holds: impl Fn(&Self) -> bool) {
+        loop {
+            let notified = self.emptied.notified();
+            if holds(self) {
+                return;
+            }
+            notified.await;
+        }
     }
 
     /// Goes forward to this phase and tells all who wait for it, or for one on
@@ -322,8 +462,8 @@ impl Inner {
         }
     }
 
-    pub(crate) fn server_failed(&self, name: Label, error: BoxError) {
-        error!(server = %name, error = %error, "a server has failed");
-        self.failed.lock().push((name, error));
+    pub(crate) fn server_failed(&self, server: Label, why: String) {
+        error!(server = %server, why, "a server has failed");
+        self.failed.lock().push(Failure { server, why });
     }
 }
