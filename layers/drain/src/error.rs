@@ -11,6 +11,9 @@ pub(crate) enum Problem {
     Timeout,
     Fit,
     HookLimit,
+    /// What this must be.
+    #[cfg(feature = "serve")]
+    Limit(&'static str),
 }
 
 impl From<Problem> for ConfigError {
@@ -27,6 +30,8 @@ impl fmt::Display for ConfigError {
                 "the drain delay and the hooks' reserve together must be below the timeout"
             }
             Problem::HookLimit => "the hooks' limit must be above 0 and at most a day",
+            #[cfg(feature = "serve")]
+            Problem::Limit(told) => told,
         })
     }
 }

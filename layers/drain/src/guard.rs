@@ -1,5 +1,7 @@
 //! What is waited for: connections, servers, and work of one's own.
 
+#[cfg(feature = "serve")]
+use std::mem;
 use std::{
     fmt,
     sync::{
@@ -105,14 +107,27 @@ pub(crate) struct Connection {
     bytes: AtomicU64,
     state: AtomicU8,
     route: Mutex<Option<Label>>,
+    #[cfg(feature = "serve")]
+    pub(crate) traffic: crate::io::Traffic,
 }
 
 impl Connection {
     pub(crate) fn state(&self) -> ConnectionState {
         match self.state.load(Relaxed) {
+            #[cfg(feature = "serve")]
+            0 if self.traffic.is_busy() => ConnectionState::Busy,
             0 => ConnectionState::Idle,
             1 => ConnectionState::Busy,
             _ => ConnectionState::Upgraded,
+        }
+    }
+
+    #[cfg(feature = "serve")]
+    pub(crate) fn upgraded(&self, route: Option<Label>) {
+        self.state.store(ConnectionState::Upgraded as u8, Relaxed);
+        if route.is_some() {
+            let old = mem::replace(&mut *self.route.lock(), route);
+            drop(old);
         }
     }
 
@@ -134,6 +149,8 @@ impl ConnectionGuard {
             bytes: AtomicU64::new(0),
             state: AtomicU8::new(ConnectionState::Idle as u8),
             route: Mutex::new(None),
+            #[cfg(feature = "serve")]
+            traffic: crate::io::Traffic::default(),
         });
         let slot = inner.connections.lock().insert(Arc::clone(&record));
         let inner = Arc::clone(inner);
@@ -167,6 +184,17 @@ impl ConnectionGuard {
     #[must_use]
     pub fn state(&self) -> ConnectionState {
         self.record.state()
+    }
+
+    #[cfg(feature = "serve")]
+    #[inline]
+    pub(crate) fn phase(&self) -> Phase {
+        self.inner.phase()
+    }
+
+    #[cfg(feature = "serve")]
+    pub(crate) const fn shared(&self) -> (&Arc<Inner>, &Arc<Connection>) {
+        (&self.inner, &self.record)
     }
 
     /// Names what it serves, for the report: where it was upgraded to, say.
