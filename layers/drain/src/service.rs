@@ -1,0 +1,116 @@
+//! The service: counts a request in, and calls.
+
+use std::{
+    fmt,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{Request, Response, Version};
+use http_body::Body;
+use tower_service::Service;
+
+use crate::{
+    DrainBody, DrainSignal, ResponseFuture, layer::Options, permit::Permit, shutdown::Inner,
+};
+
+/// The service of a [`DrainLayer`](crate::DrainLayer).
+///
+/// Readiness is the inner service's. A request counts from `call` until its
+/// future is dropped or fails, or until the end, error or drop of its
+/// response's body; a panic of the inner service ends it, too. It counts for
+/// nothing that it may be refused further in.
+///
+/// While the shutdown drains, answers to HTTP/1 requests say `Connection:
+/// close`, unless they are a 101. HTTP/2 knows no such header.
+pub struct Drain<S> {
+    inner: S,
+    shutdown: Arc<Inner>,
+    options: Arc<Options>,
+}
+
+impl<S> Drain<S> {
+    pub(crate) const fn new(inner: S, shutdown: Arc<Inner>, options: Arc<Options>) -> Self {
+        Self {
+            inner,
+            shutdown,
+            options,
+        }
+    }
+
+    /// The inner service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// The inner service.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// The inner service.
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
+
+    /// What only those who asked for it pay for.
+    #[cold]
+    fn opted<B>(&self, permit: &mut Permit, request: &mut Request<B>) {
+        if let Some(route) = self.options.route(request) {
+            permit.track(route);
+        }
+        if self.options.signal {
+            let signal = DrainSignal::new(Arc::clone(&self.shutdown));
+            request.extensions_mut().insert(signal);
+        }
+    }
+}
+
+impl<S, ReqB, B> Service<Request<ReqB>> for Drain<S>
+where
+    S: Service<Request<ReqB>, Response = Response<B>>,
+    B: Body,
+{
+    type Response = Response<DrainBody<B>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    #[inline]
+    fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
+        let mut permit = Permit::take(&self.shutdown);
+        if self.options.any_at_call() {
+            self.opted(&mut permit, &mut request);
+        }
+        let closable = request.version() < Version::HTTP_2;
+        let streams = self
+            .options
+            .any_streams()
+            .then(|| Arc::clone(&self.options));
+        let response = self.inner.call(request);
+        ResponseFuture::new(response, permit, closable, streams)
+    }
+}
+
+impl<S: Clone> Clone for Drain<S> {
+    fn clone(&self) -> Self {
+        Self::new(
+            self.inner.clone(),
+            Arc::clone(&self.shutdown),
+            Arc::clone(&self.options),
+        )
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for Drain<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Drain")
+            .field("inner", &self.inner)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
