@@ -20,7 +20,7 @@ use buttress::{
 use http::{HeaderValue, Method};
 use metrics::{Counter, Histogram, Unit};
 
-use crate::{balance::Tried, forward::Tunnel, serve::Busy, upstream::Endpoint};
+use crate::{balance::Tried, forward::Tunnel, upstream::Endpoint};
 
 /// Names of the proxy's own metrics.
 mod names {
@@ -90,15 +90,13 @@ impl Facts {
 pub(crate) struct Line {
     pub(crate) facts: Arc<Facts>,
     pub(crate) status: u16,
-    route: Arc<str>,
+    pub(crate) route: Arc<str>,
     meters: Arc<Meters>,
     started: Instant,
     method: Method,
     path: Box<str>,
     request_id: HeaderValue,
     bytes: u64,
-    /// The connection is busy until the line is written.
-    _busy: Busy,
 }
 
 impl Line {
@@ -106,7 +104,6 @@ impl Line {
         head: &http::request::Parts,
         request_id: HeaderValue,
         (route, meters): (Arc<str>, Arc<Meters>),
-        busy: Busy,
     ) -> Self {
         Self {
             facts: Arc::default(),
@@ -118,7 +115,6 @@ impl Line {
             path: head.uri.path().into(),
             request_id,
             bytes: 0,
-            _busy: busy,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The admin port: is it alive and ready, what does it count, how do its
 //! circuit breakers stand, and a page for a person.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder,
@@ -19,7 +19,7 @@ use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tower::Service;
 
-use crate::{proxy::Proxy, serve::Busy, settings::Secret};
+use crate::{proxy::Proxy, settings::Secret};
 
 /// What probes ask. They carry no token, and learn no more than whether they
 /// are to send somebody here.
@@ -55,12 +55,7 @@ pub(crate) fn health(
 
 impl Admin {
     /// Answers a request.
-    pub(crate) fn answer(
-        &self,
-        request: Request<Incoming>,
-        _peer: SocketAddr,
-        _busy: Busy,
-    ) -> Response<Full<Bytes>> {
+    pub(crate) fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
         let is_probe = PROBES.contains(&path);
         if is_probe || (path == "/health" && self.may(&request)) {

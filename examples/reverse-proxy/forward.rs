@@ -62,6 +62,8 @@ pub(crate) struct Rules {
     pub(crate) balance: Balance,
     pub(crate) limits: Arc<Limits>,
     pub(crate) client_ip: ClientIp,
+    /// What clients speak to us: `https` or `http`.
+    pub(crate) scheme: &'static str,
     pub(crate) grpc_timeout: GrpcTimeout,
     /// The prefix to take off the path; empty for none.
     pub(crate) strip: String,
@@ -356,6 +358,7 @@ impl Rules {
                 trusted: self.client_ip.is_trusted(peer),
                 host: authority.as_ref(),
                 version: head.version,
+                scheme: self.scheme,
             },
         );
         headers::trace(&mut head.headers, &facts.traceparent);
@@ -736,6 +739,8 @@ impl Tunnel {
         }
         line.add_bytes(client.written);
         drop(in_flight);
+        // Written before the connection is gone that a shutdown waits for.
+        drop(line);
     }
 }
 

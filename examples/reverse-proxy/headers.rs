@@ -199,6 +199,8 @@ pub(crate) struct Origin<'a> {
     pub(crate) host: Option<&'a Authority>,
     /// The protocol it spoke.
     pub(crate) version: Version,
+    /// `https` where that was in TLS, else `http`.
+    pub(crate) scheme: &'static str,
 }
 
 /// Says where the request came from. What a trusted peer said is added to;
@@ -230,7 +232,7 @@ pub(crate) fn forward(headers: &mut HeaderMap, origin: &Origin<'_>) {
     append(headers, VIA, &via);
     headers
         .entry(X_FORWARDED_PROTO)
-        .or_insert(HeaderValue::from_static("http"));
+        .or_insert(HeaderValue::from_static(origin.scheme));
     if let Some(host) = origin.host
         && !headers.contains_key(X_FORWARDED_HOST)
     {

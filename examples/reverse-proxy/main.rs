@@ -28,6 +28,8 @@ mod settings;
 mod upstream;
 
 use std::{
+    convert::Infallible,
+    future::ready,
     io::{self, IsTerminal, Write},
     net::SocketAddr,
     process::ExitCode,
@@ -35,26 +37,25 @@ use std::{
     time::Duration,
 };
 
-use buttress::health::{Gate, Latch};
+use buttress::{
+    drain::{Hook, PeerAddrs, Priority, Shutdown},
+    health::Latch,
+};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
+use tower::service_fn;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
     admin::Admin,
     cli::Start,
     proxy::Proxy,
-    serve::{Stop, serve},
-    settings::{Count, Limits, LogFormat, Nonsense},
+    serve::server,
+    settings::{Count, Limits, LogFormat, Nonsense, Tls},
 };
-
-/// How long requests in flight have once the program is told to stop.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Settings that make no sense.
 const NONSENSE: u8 = 2;
-/// A deadline cut something off.
-const CUT_OFF: u8 = 124;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -104,75 +105,59 @@ async fn run() -> Result<ExitCode, End> {
     }
     start_logging(settings.log_format);
     let metrics = start_metrics();
+    let shutdown = settings.shutdown.builder().exit_process().build();
+    let shutdown = shutdown.expect("checked in the settings");
     // Before the port is open: from then on, someone may want it to stop.
-    let mut signals = Signals::new().map_err(|error| End::Io("signals".to_owned(), error))?;
+    shutdown
+        .install_signals()
+        .map_err(|error| End::Io("signals".to_owned(), error))?;
 
     let (listener, listen) = bind(settings.listen.0).await?;
     let (admin_listener, admin) = bind(settings.admin.0).await?;
-    let proxy = Arc::new(Proxy::new(&settings));
-    let limits = Arc::new(settings.limits);
-
-    let (stop, tell, mut all_gone) = Stop::new();
-    // The admin port answers to the end, so that it is told to stop by nobody.
-    let (never, _never, _) = Stop::new();
-    let (routes, drain) = (Latch::new("routes"), Gate::open());
-    let (health, endpoints) = admin::health(&proxy, &routes, drain.clone());
+    let proxy = Arc::new(Proxy::new(&settings, &shutdown));
+    let routes = Latch::new("routes");
+    let (health, endpoints) = admin::health(&proxy, &routes, shutdown.clone());
     let _watched = health.start().expect("this is a runtime");
+
+    // Nobody waits for the admin port, and nobody closes it but the last hook:
+    // until then it says how the shutdown goes.
+    let apart = Shutdown::builder().build().expect("these are the defaults");
+    let admin_limits = Limits {
+        max_connections: Count(256),
+        ..settings.limits.clone()
+    };
     let page = Arc::new(Admin {
         proxy: Arc::clone(&proxy),
         health: endpoints,
         metrics,
         token: settings.admin_token,
     });
-    let admin_limits = Arc::new(Limits {
-        max_connections: Count(256),
-        ..(*limits).clone()
-    });
-    tokio::spawn(serve(
-        admin_listener,
-        admin_limits,
-        never,
-        move |request, peer, busy| {
-            let response = page.answer(request, peer, busy);
-            std::future::ready(response)
-        },
-    ));
-    let serving = tokio::spawn(serve(listener, limits, stop, move |request, peer, busy| {
-        proxy.answer(request, peer, busy)
+    let page = service_fn(move |request| ready(Ok::<_, Infallible>(page.answer(request))));
+    let page = server(&apart, &admin_limits).serve(admin_listener, page);
+    let page = tokio::spawn(page);
+    let close = Hook::new("admin port", async move || page.abort());
+    shutdown.hook(close.priority(Priority::BACKGROUND));
+
+    let service = PeerAddrs(service_fn(move |request| {
+        let answer = proxy.answer(request);
+        async { Ok::<_, Infallible>(answer.await) }
     }));
+    let server = server(&shutdown, &settings.limits);
+    match settings.tls.as_ref().map(Tls::config) {
+        Some(tls) => {
+            let server = server.tls(tls.expect("checked in the settings"));
+            tokio::spawn(server.serve_with(listener, service));
+        }
+        None => drop(tokio::spawn(server.serve_with(listener, service))),
+    }
     routes.release();
     tracing::info!(%listen, %admin, "listening");
     if demo {
         // Nobody may be reading; the proxy does not depend on it.
         let _ = demo::greet(listen, admin);
     }
-
-    let name = signals.next().await;
-    drain.close("shutting_down");
-    tracing::info!(signal = name, "stopping");
-    let _ = tell.send(true);
-    let gone = async {
-        let _ = serving.await;
-        // Ends when the last socket has let go of its end.
-        all_gone.recv().await;
-    };
-    Ok(tokio::select! {
-        biased;
-        result = tokio::time::timeout(PATIENCE, gone) => match result {
-            Ok(()) => {
-                tracing::info!("stopped");
-                ExitCode::SUCCESS
-            }
-            Err(_) => {
-                tracing::warn!(after_ms = PATIENCE.as_millis() as u64, "cut off what was left");
-                CUT_OFF.into()
-            }
-        },
-        name = signals.next() => {
-            tracing::warn!(signal = name, "stopped at once");
-            ExitCode::FAILURE
-        }
-    })
+    // Not by returning: that would wait for a name being looked up.
+    shutdown.run().await.exit()
 }
 
 async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), End> {
@@ -221,46 +206,4 @@ fn start_metrics() -> PrometheusHandle {
         }
     });
     handle
-}
-
-/// The signals that stop the program.
-#[cfg(unix)]
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-#[cfg(unix)]
-impl Signals {
-    fn new() -> io::Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
-
-/// Where there are no signals, Ctrl-C.
-#[cfg(windows)]
-struct Signals(tokio::signal::windows::CtrlC);
-
-#[cfg(windows)]
-impl Signals {
-    fn new() -> io::Result<Self> {
-        tokio::signal::windows::ctrl_c().map(Self)
-    }
-
-    async fn next(&mut self) -> &'static str {
-        self.0.recv().await;
-        "Ctrl-C"
-    }
 }

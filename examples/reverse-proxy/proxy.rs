@@ -1,12 +1,13 @@
 //! From a request to its route, and the stack of layers that each route has.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
     body::{BodyEnd, BodyGuard, GuardedBody, ResponseBody},
     circuit_breaker::Breaker,
-    key::{ClientIp, ExtractKeyExt, Global, PeerAddr, SharedKey, cookie, header},
+    drain::{DrainBody, DrainLayer, Label, Shutdown},
+    key::{ClientIp, ExtractKeyExt, Global, SharedKey, cookie, header},
     rate_limit::{HeaderFormat, Limit, RateLimitLayer},
     retry::{Memory, RetryLayer},
     tower_errors::RefuseErrorsLayer,
@@ -24,17 +25,17 @@ use crate::{
     forward::{self, Forward, Rules},
     grpc_timeout::GrpcTimeout,
     headers,
-    serve::Busy,
     settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Retry, Settings},
     upstream::{CONNECT, Endpoint},
 };
 
-/// A route's answer: the upstream's, or a refusal of the retry, of what is
-/// inside it, or of the limiter.
-type RouteBody = ResponseBody<ResponseBody<ResponseBody<forward::Body>>>;
+/// A route's answer, which a shutdown waits for: the upstream's, or a refusal of
+/// the retry, of what is inside it, or of the limiter.
+type RouteBody = DrainBody<ResponseBody<ResponseBody<ResponseBody<forward::Body>>>>;
 
-/// What a client gets: that, and the line of the log that ends with it.
-pub(crate) type Body = GuardedBody<RouteBody, Last>;
+/// What a client gets: that, or that there is no route, and the line of the log
+/// that ends with it.
+pub(crate) type Body = GuardedBody<ResponseBody<RouteBody>, Last>;
 
 /// Everything behind the proxy's port.
 pub(crate) struct Proxy {
@@ -56,29 +57,36 @@ struct Route {
     service: BoxCloneSyncService<Request<Incoming>, Response<RouteBody>, std::convert::Infallible>,
 }
 
+/// What all routes have in common.
+struct Common {
+    shutdown: Shutdown,
+    scheme: &'static str,
+    limits: Arc<Limits>,
+    client_ip: ClientIp,
+    grpc_timeout: GrpcTimeout,
+    memory: Memory,
+}
+
 impl Proxy {
     /// Makes the routes and their state. The settings have been checked.
-    pub(crate) fn new(settings: &Settings) -> Self {
+    pub(crate) fn new(settings: &Settings, shutdown: &Shutdown) -> Self {
         let limits = Arc::new(settings.limits.clone());
         let networks = settings.trusted_proxies.iter().map(|net| net.0.to_string());
         let client_ip = ClientIp::new()
             .trust(networks)
             .expect("checked in the settings");
+        let common = Common {
+            shutdown: shutdown.clone(),
+            scheme: settings.tls.as_ref().map_or("http", |_| "https"),
+            limits: Arc::clone(&limits),
+            client_ip,
+            grpc_timeout: GrpcTimeout::new(),
+            memory: Memory::default(),
+        };
         let mut breakers = Vec::new();
-        let (memory, grpc_timeout) = (Memory::default(), GrpcTimeout::new());
-        let mut routes: Vec<_> = settings
-            .routes
-            .iter()
-            .map(|route| {
-                Route::new(
-                    route,
-                    &limits,
-                    &client_ip,
-                    &grpc_timeout,
-                    &memory,
-                    &mut breakers,
-                )
-            })
+        let routes = settings.routes.iter();
+        let mut routes: Vec<_> = routes
+            .map(|route| Route::new(route, &common, &mut breakers))
             .collect();
         // A host's own routes go first, and then the longest prefix.
         routes.sort_by_key(|route| {
@@ -115,8 +123,6 @@ impl Proxy {
     pub(crate) fn answer(
         &self,
         request: Request<Incoming>,
-        peer: SocketAddr,
-        busy: Busy,
     ) -> impl Future<Output = Response<Body>> + Send + use<> {
         let (mut head, body) = request.into_parts();
         let id = headers::request_id(&mut head.headers);
@@ -135,18 +141,17 @@ impl Proxy {
             Ok(route) => (Arc::clone(&route.name), Arc::clone(&route.meters)),
             Err(_) => self.unrouted.clone(),
         };
-        let mut line = Line::new(&head, id.clone(), labels, busy);
+        let mut line = Line::new(&head, id.clone(), labels);
         let service = route.map(|route| route.service.clone());
 
         async move {
             let facts = Arc::clone(&line.facts);
             let mut response = match service {
                 Ok(service) => {
-                    head.extensions.insert(PeerAddr(peer));
                     head.extensions.insert(Arc::clone(&facts));
                     let request = Request::from_parts(head, body);
                     match service.oneshot(request).await {
-                        Ok(response) => response,
+                        Ok(response) => response.map(ResponseBody::inner),
                         Err(never) => match never {},
                     }
                 }
@@ -159,7 +164,7 @@ impl Proxy {
                             .headers_mut()
                             .insert(CONNECTION, HeaderValue::from_static("close"));
                     }
-                    response.map(RouteBody::refusal)
+                    response.map(ResponseBody::refusal)
                 }
             };
 
@@ -169,6 +174,9 @@ impl Proxy {
                 .or_insert(id);
             line.status = response.status().as_u16();
             if let Some(tunnel) = facts.take_tunnel() {
+                // What the server calls it, if it has to cut it off.
+                let route = Label::from(Arc::clone(&line.route));
+                response.extensions_mut().insert(route);
                 // The 101 has to leave before either side is there.
                 tokio::spawn(tunnel.run(line));
                 return response.map(|body| GuardedBody::new(body, Last(None)));
@@ -205,14 +213,8 @@ impl BodyGuard for Last {
 }
 
 impl Route {
-    fn new(
-        route: &settings::Route,
-        limits: &Arc<Limits>,
-        client_ip: &ClientIp,
-        grpc_timeout: &GrpcTimeout,
-        memory: &Memory,
-        breakers: &mut Vec<Breaker>,
-    ) -> Self {
+    fn new(route: &settings::Route, common: &Common, breakers: &mut Vec<Breaker>) -> Self {
+        let name: Arc<str> = route.name.0.as_str().into();
         let balance = balance(route, breakers);
         let strip = if route.strip_prefix {
             &*route.path.0
@@ -222,27 +224,29 @@ impl Route {
         let judge = route.circuit_breaker.as_ref().map(CircuitBreaker::judge);
         let forward = Forward::new(Rules {
             balance: balance.clone(),
-            limits: Arc::clone(limits),
-            client_ip: client_ip.clone(),
-            grpc_timeout: grpc_timeout.clone(),
+            limits: Arc::clone(&common.limits),
+            client_ip: common.client_ip.clone(),
+            scheme: common.scheme,
+            grpc_timeout: common.grpc_timeout.clone(),
             strip: strip.to_owned(),
             timeout: route.timeout.0,
             judge: judge.unwrap_or_default(),
             retried: route.retry.iter().flat_map(Retry::statuses).collect(),
         });
 
-        // Outermost first. The limiter sees the errors of all others as
+        // Outermost first: what is to be counted and named when the proxy
+        // stops; then the limiter, which sees the errors of all others as
         // responses, and so tells every client how it stands. The breakers are
         // in `forward`, which knows the endpoint: each attempt asks one anew.
         let attempts = match &route.retry {
             Some(rule) => Either::Left(
                 ServiceBuilder::new()
-                    .layer(retry(route, rule, &balance, memory))
+                    .layer(retry(route, rule, &balance, &common.memory))
                     .service(forward),
             ),
             None => Either::Right(MapResponse::new(forward, bare)),
         };
-        let adopts = grpc_timeout.clone();
+        let adopts = common.grpc_timeout.clone();
         let attempts = service_fn(move |request| {
             let (attempts, adopts) = (attempts.clone(), adopts.clone());
             async move { attempts.oneshot(adopts.adopt(request).await?).await }
@@ -251,20 +255,23 @@ impl Route {
             .layer(RefuseErrorsLayer::new().catch_all())
             .map_err(Refusal::from)
             .service(attempts);
-        let service = match &route.rate_limit {
+        let limited = match &route.rate_limit {
             Some(rule) => Either::Left(
                 ServiceBuilder::new()
-                    .limit_rate(rate_limit(&route.name, rule, client_ip))
+                    .limit_rate(rate_limit(&route.name, rule, &common.client_ip))
                     .service(inside),
             ),
             None => Either::Right(MapResponse::new(inside, bare)),
         };
+        let service = ServiceBuilder::new()
+            .layer(DrainLayer::new(&common.shutdown).route(Arc::clone(&name)))
+            .service(limited);
 
         Self {
             host: route.host.as_ref().map(|host| host.0.clone()),
             prefix: route.path.0.clone(),
             balance,
-            name: route.name.0.as_str().into(),
+            name,
             meters: Meters::new(&route.name.0),
             service: BoxCloneSyncService::new(service),
         }

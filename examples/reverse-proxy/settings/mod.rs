@@ -11,6 +11,8 @@ mod breaker;
 mod retry;
 mod scalar;
 mod show;
+mod shutdown;
+mod tls;
 
 use std::{
     collections::HashMap,
@@ -30,7 +32,9 @@ use serde::{Deserialize, Deserializer};
 
 pub(crate) use breaker::{CircuitBreaker, Per};
 pub(crate) use retry::{Budget, Retry};
-pub(crate) use scalar::{Count, Name, Rate, Secret, Size, Span};
+pub(crate) use scalar::{Count, Delay, Name, Rate, Secret, Size, Span};
+pub(crate) use shutdown::Shutdown;
+pub(crate) use tls::Tls;
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Deserialize)]
@@ -39,10 +43,13 @@ pub(crate) struct Settings {
     pub(crate) listen: Address,
     pub(crate) admin: Address,
     #[serde(deserialize_with = "present")]
+    pub(crate) tls: Option<Tls>,
+    #[serde(deserialize_with = "present")]
     pub(crate) log_format: Option<LogFormat>,
     pub(crate) trusted_proxies: Vec<Network>,
     #[serde(deserialize_with = "present")]
     pub(crate) admin_token: Option<Secret>,
+    pub(crate) shutdown: Shutdown,
     pub(crate) limits: Limits,
     pub(crate) routes: Vec<Route>,
 }
@@ -52,9 +59,11 @@ impl Default for Settings {
         Self {
             listen: Address(([127, 0, 0, 1], 8080).into()),
             admin: Address(([127, 0, 0, 1], 9090).into()),
+            tls: None,
             log_format: None,
             trusted_proxies: Vec::new(),
             admin_token: None,
+            shutdown: Shutdown::default(),
             limits: Limits::default(),
             routes: Vec::new(),
         }
@@ -393,17 +402,13 @@ impl fmt::Display for Mode {
 
 /// Keys of the whole design whose layers do not exist so far. They are unknown
 /// like any other, but an operator should not search for a typing error.
-const NOT_YET: &[&str] = &[
-    "tls",
-    "redis",
-    "shutdown",
-    "verify_webhook",
-    "sign_webhook",
-    "on_store_error",
-];
+const NOT_YET: &[&str] = &["redis", "verify_webhook", "sign_webhook", "on_store_error"];
 
 /// The longest name that a circuit breaker takes.
 const MAX_NAME: usize = 128;
+
+/// The longest that a connection may be waited for.
+const LONGEST: Span = Span::secs(24 * 3600);
 
 /// The longest target that `http::Uri` takes.
 const MAX_PATH: u64 = u16::MAX as u64 - 1;
@@ -458,6 +463,23 @@ impl Settings {
                     self.admin.0
                 ),
             );
+        }
+        if let Some(Err(error)) = self.tls.as_ref().map(Tls::config) {
+            return nonsense(
+                "tls",
+                format!("expected a certificate and its key: {error}"),
+            );
+        }
+        if let Err(error) = self.shutdown.builder().build() {
+            return nonsense("shutdown.timeout", error.to_string());
+        }
+        for (key, span) in [
+            ("limits.header_timeout", self.limits.header_timeout),
+            ("limits.idle_timeout", self.limits.idle_timeout),
+        ] {
+            if span.0 > LONGEST.0 {
+                return nonsense(key, format!("expected at most {LONGEST}, got `{span}`"));
+            }
         }
         if self.limits.max_path.0 > MAX_PATH {
             return nonsense(

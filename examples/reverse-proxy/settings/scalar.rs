@@ -89,7 +89,7 @@ macro_rules! words {
 }
 pub(super) use words;
 
-from_scalar!(Span, Size, Count, Rate, Name, Secret);
+from_scalar!(Span, Delay, Size, Count, Rate, Name, Secret);
 
 /// The number in front of a unit, times what the unit stands for.
 fn with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
@@ -148,6 +148,35 @@ impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let millis = u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX);
         in_units(f, millis, SPANS)
+    }
+}
+
+/// A duration that may be none at all: `5s`, `0s`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Delay(pub(crate) Duration);
+
+impl FromStr for Delay {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if SPANS
+            .iter()
+            .any(|(unit, _)| text.strip_prefix('0') == Some(unit))
+        {
+            return Ok(Self(Duration::ZERO));
+        }
+        let span: Result<Span, _> = text.parse();
+        span.map(|span| Self(span.0))
+            .map_err(|_| format!("expected a duration such as 0s, 250ms or 5s, got `{text}`"))
+    }
+}
+
+impl fmt::Display for Delay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_zero() {
+            return f.write_str("0s");
+        }
+        Span(self.0).fmt(f)
     }
 }
 
@@ -298,6 +327,9 @@ mod tests {
         for text in ["1ms", "250ms", "5s", "90s", "2m", "1h"] {
             assert_eq!(text.parse::<Span>().unwrap().to_string(), text);
         }
+        for text in ["0s", "250ms", "5s"] {
+            assert_eq!(text.parse::<Delay>().unwrap().to_string(), text);
+        }
         assert_eq!("1000ms".parse::<Span>().unwrap().to_string(), "1s");
         for text in ["1B", "1000B", "64KiB", "10MiB", "3GiB"] {
             assert_eq!(text.parse::<Size>().unwrap().to_string(), text);
@@ -310,6 +342,11 @@ mod tests {
             "", "5", "s", "0s", "-5s", "+5s", "5 s", "5S", "1.5s", "5s ", "1d", "9999999h",
         ] {
             assert!(text.parse::<Span>().is_err(), "{text:?}");
+            let none = text == "0s";
+            assert_eq!(text.parse::<Delay>().is_ok(), none, "{text:?}");
+        }
+        for text in ["0", "0S", "00s", "-0s"] {
+            assert!(text.parse::<Delay>().is_err(), "{text:?}");
         }
         for text in ["", "5", "0B", "-1KiB", "64kb", "64K", "99999999999GiB"] {
             assert!(text.parse::<Size>().is_err(), "{text:?}");

@@ -36,16 +36,33 @@ fn mapping<const N: usize>(entries: [(&str, Option<Yaml>); N]) -> Yaml {
 impl Settings {
     /// As YAML, with every secret shown as `***`.
     pub(crate) fn to_yaml(&self) -> String {
-        let limits = &self.limits;
+        let (limits, shutdown) = (&self.limits, &self.shutdown);
         let networks: Vec<_> = self.trusted_proxies.iter().map(|net| net.0).collect();
         let document = mapping([
             ("listen", Some(text(self.listen.0))),
             ("admin", Some(text(self.admin.0))),
+            (
+                "tls",
+                self.tls.as_ref().map(|tls| {
+                    mapping([
+                        ("cert", Some(text(&tls.cert))),
+                        ("key", Some(text(&tls.key))),
+                    ])
+                }),
+            ),
             ("log_format", self.log_format.map(text)),
             ("trusted_proxies", Some(list(&networks))),
             (
                 "admin_token",
                 self.admin_token.as_ref().map(|_| text("***")),
+            ),
+            (
+                "shutdown",
+                Some(mapping([
+                    ("drain_delay", Some(text(shutdown.drain_delay))),
+                    ("timeout", Some(text(shutdown.timeout))),
+                    ("hook_reserve", Some(text(shutdown.hook_reserve))),
+                ])),
             ),
             (
                 "limits",
