@@ -1,5 +1,6 @@
 //! What requests there were and are on a connection, as its server tells it.
 
+use buttress_core::clock::{self, Instant};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 
 /// Of one connection. Nothing else hangs on it, so that no order is needed.
@@ -7,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 pub(crate) struct Traffic {
     /// How many have begun, in the upper half, and how many are open.
     count: AtomicU64,
+    /// When the last one ended, in nanoseconds of the clock; 0 if none has.
+    ended: AtomicU64,
     protocol: AtomicU8,
     leaving: AtomicBool,
     /// The first that began was the handshake.
@@ -51,7 +54,18 @@ impl Traffic {
 
     #[inline]
     pub(crate) fn end(&self) {
+        let now = clock::recent().as_nanos();
+        self.ended.store(now.max(1), Relaxed);
         self.count.fetch_sub(1, Relaxed);
+    }
+
+    /// When the last request ended.
+    #[inline]
+    pub(crate) fn ended(&self) -> Option<Instant> {
+        match self.ended.load(Relaxed) {
+            0 => None,
+            nanos => Some(Instant::from_nanos(nanos)),
+        }
     }
 
     pub(crate) fn is_busy(&self) -> bool {
