@@ -1,9 +1,12 @@
 //! What requests there were and are on a connection, as its server tells it.
 
 use buttress_core::clock::{self, Instant};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
 
-/// Of one connection. Nothing else hangs on it, so that no order is needed.
+/// Of one connection.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     /// How many have begun, in the upper half, and how many are open.
@@ -39,7 +42,7 @@ const BEGUN: u64 = 1 << 32;
 impl Traffic {
     #[inline]
     pub(crate) fn load(&self) -> Count {
-        let count = self.count.load(Relaxed);
+        let count = self.count.load(Acquire);
         Count {
             begun: (count >> 32) as u32,
             #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
@@ -56,7 +59,8 @@ impl Traffic {
     pub(crate) fn end(&self) {
         let now = clock::recent().as_nanos();
         self.ended.store(now.max(1), Relaxed);
-        self.count.fetch_sub(1, Relaxed);
+        // Who sees that it has ended sees when.
+        self.count.fetch_sub(1, Release);
     }
 
     /// When the last request ended.

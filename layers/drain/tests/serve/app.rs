@@ -4,11 +4,14 @@ use std::{convert::Infallible, future::Future, pin::Pin, time::Duration};
 
 use buttress_core::BoxError;
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, header};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Channel, Empty, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use tokio::{io::copy, time::sleep};
+use tokio::{
+    io::{AsyncWriteExt, copy},
+    time::sleep,
+};
 use tower::Service;
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
@@ -40,6 +43,7 @@ fn number(path: &str) -> u64 {
 
 async fn answer(mut request: Request<Incoming>) -> Response<Body> {
     let path = request.uri().path().to_owned();
+    let connect = request.method() == Method::CONNECT;
     let status = |status| Response::builder().status(status).body(empty()).unwrap();
     match path.split('/').nth(1).unwrap_or_default() {
         "slow" => {
@@ -61,7 +65,11 @@ async fn answer(mut request: Request<Incoming>) -> Response<Body> {
                 let upgraded = hyper::upgrade::on(&mut request).await.unwrap();
                 let (mut read, mut write) = tokio::io::split(TokioIo::new(upgraded));
                 let _ = copy(&mut read, &mut write).await;
+                let _ = write.shutdown().await;
             });
+            if connect {
+                return status(StatusCode::OK);
+            }
             Response::builder()
                 .status(StatusCode::SWITCHING_PROTOCOLS)
                 .header(header::CONNECTION, "upgrade")
