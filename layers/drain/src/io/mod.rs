@@ -36,7 +36,6 @@ use crate::{
 
 /// What is read and thrown away while a closed connection lingers.
 const SCRAPS: usize = 4096;
-const MOST_SCRAPS: usize = 256 * 1024;
 
 const THERE: &str = "there until it is dropped";
 
@@ -109,14 +108,8 @@ enum End {
     /// The FIN is out; somebody may still be reading.
     Half,
     /// The FIN is out; nobody is.
-    Lingers(Linger),
+    Lingers(Instant),
     Closed,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Linger {
-    until: Instant,
-    scraps: usize,
 }
 
 /// What it is doing.
@@ -528,21 +521,18 @@ impl<I: Socket> DrainIo<I> {
     /// Reads what still comes, until the other end has closed as well.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut buffer = [MaybeUninit::uninit(); SCRAPS];
-        while let End::Lingers(linger) = &self.end {
-            let Linger { until, scraps } = *linger;
+        while let End::Lingers(until) = self.end {
+            // First the time: one who sends fast enough would never let us
+            // look. How much it is does not count: who sends all of a body
+            // before it reads is to find the refusal.
+            if until <= clock::now() || self.guard.is_cut() {
+                self.end = End::Closed;
+                break;
+            }
             let mut buffer = ReadBuf::uninit(&mut buffer);
             match self.pinned().poll_read(cx, &mut buffer) {
-                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {
-                    let scraps = scraps + buffer.filled().len();
-                    self.end = match scraps <= MOST_SCRAPS {
-                        true => End::Lingers(Linger { until, scraps }),
-                        false => End::Closed,
-                    };
-                }
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
                 Poll::Ready(_) => self.end = End::Closed,
-                Poll::Pending if until <= clock::now() || self.guard.is_cut() => {
-                    self.end = End::Closed;
-                }
                 Poll::Pending => {
                     let reader = self.reader.get_or_insert_with(|| Box::pin(Watch::new()));
                     let shutdown = self.guard.shared().0;
@@ -557,10 +547,7 @@ impl<I: Socket> DrainIo<I> {
     }
 
     fn lingers(&self) -> End {
-        End::Lingers(Linger {
-            until: clock::now() + self.limits.linger,
-            scraps: 0,
-        })
+        End::Lingers(clock::now() + self.limits.linger)
     }
 }
 

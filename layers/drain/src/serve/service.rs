@@ -5,9 +5,10 @@ use std::{
     future::Future,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
 };
 
+use buttress_core::BoxError;
 use http::{Method, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -35,20 +36,36 @@ impl<S> OnConnection<S> {
 impl<S, B> hyper::service::Service<Request<Incoming>> for OnConnection<S>
 where
     S: Service<Request<Incoming>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError>,
     B: Body,
 {
     type Response = Response<CountedBody<B>>;
-    type Error = S::Error;
+    type Error = BoxError;
     type Future = CountedFuture<S, S::Future>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        CountedFuture {
-            connect: request.method() == Method::CONNECT,
-            open: Some(Open::new(&self.lane)),
-            state: State::Waiting {
-                service: self.service.clone(),
+        let connect = request.method() == Method::CONNECT;
+        let open = Some(Open::new(&self.lane));
+        let mut service = self.service.clone();
+        // Called at once if it can be: where the client goes away hyper may
+        // never poll, and the service is to have heard of it.
+        let mut cx = Context::from_waker(Waker::noop());
+        let state = match service.poll_ready(&mut cx) {
+            Poll::Ready(Ok(())) => State::Calling {
+                call: service.call(request),
+            },
+            Poll::Ready(Err(error)) => State::Failed {
+                error: Some(error.into()),
+            },
+            Poll::Pending => State::Waiting {
+                service,
                 request: Some(request),
             },
+        };
+        CountedFuture {
+            connect,
+            open,
+            state,
         }
     }
 }
@@ -98,28 +115,33 @@ pin_project! {
     enum State<S, F> {
         Waiting { service: S, request: Option<Request<Incoming>> },
         Calling { #[pin] call: F },
+        Failed { error: Option<BoxError> },
     }
 }
 
 impl<S, B> Future for CountedFuture<S, S::Future>
 where
     S: Service<Request<Incoming>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
     B: Body,
 {
-    type Output = Result<Response<CountedBody<B>>, S::Error>;
+    type Output = Result<Response<CountedBody<B>>, BoxError>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
                 StateProj::Waiting { service, request } => {
-                    ready!(service.poll_ready(cx))?;
+                    ready!(service.poll_ready(cx)).map_err(Into::into)?;
                     let request = request.take().expect("polled after completion");
                     let call = service.call(request);
                     this.state.set(State::Calling { call });
                 }
+                StateProj::Failed { error } => {
+                    return Poll::Ready(Err(error.take().expect("polled after completion")));
+                }
                 StateProj::Calling { call } => {
-                    let mut response = ready!(call.poll(cx))?;
+                    let mut response = ready!(call.poll(cx)).map_err(Into::into)?;
                     let mut open = this.open.take();
                     let tunnel = match response.status() {
                         StatusCode::SWITCHING_PROTOCOLS => true,
