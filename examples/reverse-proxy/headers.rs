@@ -502,6 +502,7 @@ mod tests {
             trusted,
             host: None,
             version: Version::HTTP_11,
+            scheme: "http",
         };
         let given = map(&[
             ("x-forwarded-for", "1.2.3.4"),

@@ -117,7 +117,6 @@ async fn run() -> Result<ExitCode, End> {
     let proxy = Arc::new(Proxy::new(&settings, &shutdown));
     let routes = Latch::new("routes");
     let (health, endpoints) = admin::health(&proxy, &routes, shutdown.clone());
-    let _watched = health.start().expect("this is a runtime");
 
     // Nobody waits for the admin port, and nobody closes it but the last hook:
     // until then it says how the shutdown goes.
@@ -151,6 +150,7 @@ async fn run() -> Result<ExitCode, End> {
         None => drop(tokio::spawn(server.serve_with(listener, service))),
     }
     routes.release();
+    let _watched = health.start().expect("this is a runtime");
     tracing::info!(%listen, %admin, "listening");
     if demo {
         // Nobody may be reading; the proxy does not depend on it.

@@ -8,5 +8,7 @@ mod forwarding;
 mod life;
 mod retries;
 mod settings;
+mod stopping;
 mod streaming;
 mod support;
+mod tls;

@@ -499,8 +499,43 @@ fn nonsense_ends_it_with_one_line() {
             "whole number from 1",
         ),
         (with("redis: { url: x }"), "redis", "not built in yet"),
-        (with("tls: {}"), "tls", "not built in yet"),
-        (with("shutdown: {}"), "shutdown", "not built in yet"),
+        (with("tls: {}"), "tls.cert", "missing"),
+        (with("tls:"), "tls", "expected a section of keys"),
+        (
+            with("tls: { cert: /none.pem, key: /none.pem }"),
+            "tls.cert",
+            "/none.pem cannot be read",
+        ),
+        (
+            with("shutdown: { drain_delay: -1s }"),
+            "shutdown.drain_delay",
+            "duration such as 0s",
+        ),
+        (
+            with("shutdown: { timeout: 0s }"),
+            "shutdown.timeout",
+            "duration above zero",
+        ),
+        (
+            with("shutdown: { timeout: 10s }"),
+            "shutdown.timeout",
+            "must be below the timeout",
+        ),
+        (
+            with("shutdown: { timeout: 25h }"),
+            "shutdown.timeout",
+            "at most a day",
+        ),
+        (
+            with("shutdown: { delay: 1s }"),
+            "shutdown.delay",
+            "unknown key",
+        ),
+        (
+            with("limits: { idle_timeout: 25h }"),
+            "limits.idle_timeout",
+            "at most 24h",
+        ),
         (with("lisen: 127.0.0.1:1"), "lisen", "unknown key"),
         // A key with nothing behind it is a mistake, not an absent one.
         (
@@ -642,6 +677,7 @@ admin: 0.0.0.0:9091
 log_format: json
 trusted_proxies: [10.0.0.0/8, '::1']
 admin_token: {token}
+shutdown: {{ drain_delay: 0s, timeout: 1m, hook_reserve: 1500ms }}
 limits: {{ max_body: 1MiB, max_path: 1000B, max_headers: 16KiB, header_timeout: 1500ms, idle_timeout: 2m, max_connections: 7 }}
 routes:
 - name: orders
@@ -675,6 +711,9 @@ routes:
             "burst: 3",
             "period: 1h",
             "timeout: 90s",
+            "drain_delay: 0s",
+            "timeout: 1m",
+            "hook_reserve: 1500ms",
             "header_timeout: 1500ms",
             "path: /orders",
             "host: api.example.com",

@@ -82,6 +82,13 @@ pub(crate) fn file(text: &str) -> PathBuf {
     path
 }
 
+/// Sends a process a signal.
+pub(crate) fn signal(process: u32, name: &str) {
+    let kill = format!("kill -{name} {process}");
+    let status = Command::new("sh").args(["-c", &kill]).status();
+    assert!(status.unwrap().success());
+}
+
 /// Runs the program to its end.
 pub(crate) fn run(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
     program()
@@ -213,14 +220,7 @@ impl Proxy {
     }
 
     pub(crate) fn signal(&self, name: &str) {
-        let kill = format!("kill -{name} {}", self.child.id());
-        assert!(
-            Command::new("sh")
-                .args(["-c", &kill])
-                .status()
-                .unwrap()
-                .success()
-        );
+        signal(self.child.id(), name);
     }
 
     pub(crate) async fn exit(&mut self) -> ExitStatus {
