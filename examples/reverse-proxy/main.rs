@@ -1,12 +1,12 @@
 //! A reverse proxy with the Buttress layers on every route.
 //!
 //! ```text
-//!             ┌ serve ─────┐ ┌ proxy ────────────────────────────────────────────────────┐
-//!             │ accept     │ │  route ─▶ rate limit ─▶ refusals ─▶ retry ─▶ forward      │
-//!  client ──▶ │ count      │▶│    │                                 breaker ─▶ timeout ─▶ upstream
-//!             │ time       │ │    └─ access line, written        balance, headers,       │
-//!             │            │ │       when the body ends          pooled connections      │
-//!             └────────────┘ └───────────────────────────────────────────────────────────┘
+//!             ┌ serve ─────┐ ┌ proxy ─────────────────────────────────────────────────────────┐
+//!             │ the drain: │ │  route ─▶ drain ─▶ rate limit ─▶ refusals ─▶ retry ─▶ forward  │
+//!  client ──▶ │ accept     │▶│    │                                      breaker ─▶ timeout ─▶ upstream
+//!             │ limit      │ │    └─ access line, written             balance, headers,       │
+//!             │ stop       │ │       when the body ends               pooled connections      │
+//!             └────────────┘ └────────────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! `README.md` beside this file says how to start it and what the settings
