@@ -35,7 +35,7 @@ mod tracked;
 mod watchdog;
 
 #[cfg(feature = "axum")]
-pub use adapters::axum::AxumListener;
+pub use adapters::axum::{AxumListener, TappedListener};
 #[cfg(feature = "tonic")]
 pub use adapters::tonic::{SetTcpConnectInfo, TcpConnectInfos, TonicIncoming};
 pub use body::DrainBody;
