@@ -65,7 +65,7 @@ impl Shutdown {
 }
 
 async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
-    let mut callbacks = Running::new();
+    let mut callbacks = Running::new(&mut facts.callbacks);
     for callback in inner.callbacks.close() {
         callbacks.start(callback, plan.cut - clock::now());
     }
@@ -83,16 +83,18 @@ async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
     }
     if inner.phase() < Phase::Cut {
         let all = async {
-            callbacks.finish(&mut facts.callbacks).await;
+            callbacks.finish().await;
             inner.emptied(|inner| inner.ledger.is_idle()).await;
         };
         if by(inner, plan.cut, all).await.is_none() {
-            cut(inner, facts);
+            (facts.requests, facts.cut) = cut(inner);
+            let idle = facts.requests == 0 && facts.cut.is_empty();
+            facts.deadline = !idle && !inner.is_forced();
             inner.advance(Phase::Cut);
         }
         facts.drained_after = clock::now() - plan.start;
     }
-    callbacks.abort(&mut facts.callbacks);
+    drop(callbacks);
     if inner.phase() == Phase::Cut {
         let moment = MOMENT.min(inner.settings.hook_reserve / 4);
         let gone = inner.emptied(|inner| inner.ledger.is_idle());
@@ -144,8 +146,8 @@ fn listeners_left(inner: &Inner) {
     }
 }
 
-/// Writes down what is there.
-fn cut(inner: &Inner, facts: &mut Facts) {
+/// Writes down what is there: the number of requests, and what has a name.
+fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let now = clock::now();
     let requests = inner.ledger.open(Kind::Request);
     let tracked = inner.tracked.snapshot().into_iter().map(|request| Cut {
@@ -190,9 +192,7 @@ fn cut(inner: &Inner, facts: &mut Facts) {
         warn!(requests = unknown, "cut off");
         inner.metrics.cut(CutKind::Request.as_str(), unknown as u64);
     }
-    facts.deadline = !inner.is_forced() && (requests > 0 || !all.is_empty());
-    facts.requests = requests;
-    facts.cut = all;
+    (requests, all)
 }
 
 /// By priority, each within its limit and all within what is left.
@@ -209,14 +209,13 @@ async fn hooks(inner: &Inner, plan: &Plan, reports: &mut Vec<HookReport>) {
             }
             continue;
         }
-        let mut running = Running::new();
+        let mut running = Running::new(reports);
         for hook in group {
             let limit = hook.limit.unwrap_or(inner.settings.hook_limit);
             running.start(hook, limit.min(left));
         }
         // A hook that blocks its thread heeds no limit of its own.
-        let _ = by(inner, plan.end, running.finish(reports)).await;
-        running.abort(reports);
+        let _ = by(inner, plan.end, running.finish()).await;
     }
 }
 
@@ -285,17 +284,20 @@ fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Hooks on tasks of their own: a panic of one is nobody else's.
-struct Running {
+/// Hooks on tasks of their own: a panic of one is nobody else's. Those that are
+/// left when this is dropped are dropped, too, and written down.
+struct Running<'a> {
+    reports: &'a mut Vec<HookReport>,
     tasks: JoinSet<Result<Result<(), BoxError>, Elapsed>>,
     known: HashMap<Id, Known>,
 }
 
 type Known = (Label, Priority, Instant);
 
-impl Running {
-    fn new() -> Self {
+impl<'a> Running<'a> {
+    fn new(reports: &'a mut Vec<HookReport>) -> Self {
         Self {
+            reports,
             tasks: JoinSet::new(),
             known: HashMap::new(),
         }
@@ -316,7 +318,7 @@ impl Running {
     }
 
     /// Waits for all of them. Whoever is dropped meanwhile has lost nothing.
-    async fn finish(&mut self, reports: &mut Vec<HookReport>) {
+    async fn finish(&mut self) {
         while let Some(ended) = self.tasks.join_next_with_id().await {
             let (id, outcome) = match ended {
                 Ok((id, Ok(Ok(())))) => (id, HookOutcome::Done),
@@ -325,16 +327,16 @@ impl Running {
                 Err(error) => (error.id(), panicked(error)),
             };
             if let Some(known) = self.known.remove(&id) {
-                tell(reports, report(known, outcome));
+                tell(self.reports, report(known, outcome));
             }
         }
     }
+}
 
-    /// Drops those that are left.
-    fn abort(&mut self, reports: &mut Vec<HookReport>) {
-        self.tasks.abort_all();
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
         for (_, known) in self.known.drain() {
-            tell(reports, report(known, HookOutcome::TimedOut));
+            tell(self.reports, report(known, HookOutcome::TimedOut));
         }
     }
 }
