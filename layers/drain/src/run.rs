@@ -5,9 +5,9 @@ use std::{
     future::{Future, pending, poll_fn},
     mem,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
-    task::Poll,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -65,36 +65,7 @@ impl Shutdown {
 }
 
 async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
-    let mut callbacks = Running::new(&mut facts.callbacks);
-    for callback in inner.callbacks.close() {
-        callbacks.start(callback, plan.cut - clock::now());
-    }
-
-    if inner.phase() < Phase::Closing {
-        by(inner, plan.closing, pending::<()>()).await;
-        inner.advance(Phase::Closing);
-    }
-    if inner.phase() < Phase::Closed {
-        let listeners = inner.emptied(|inner| inner.ledger.open(Kind::Listener) == 0);
-        match by(inner, plan.cut, listeners).await {
-            Some(()) => inner.advance(Phase::Closed),
-            None => listeners_left(inner),
-        }
-    }
-    if inner.phase() < Phase::Cut {
-        let all = async {
-            callbacks.finish().await;
-            inner.emptied(|inner| inner.ledger.is_idle()).await;
-        };
-        if by(inner, plan.cut, all).await.is_none() {
-            (facts.requests, facts.cut) = cut(inner);
-            let idle = facts.requests == 0 && facts.cut.is_empty();
-            facts.deadline = !idle && !inner.is_forced();
-            inner.advance(Phase::Cut);
-        }
-        facts.drained_after = clock::now() - plan.start;
-    }
-    drop(callbacks);
+    drain(inner, plan, facts).await;
     if inner.phase() == Phase::Cut {
         let moment = MOMENT.min(inner.settings.hook_reserve / 4);
         let gone = inner.emptied(|inner| inner.ledger.is_idle());
@@ -110,6 +81,77 @@ async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
     inner.advance(Phase::Hooks);
     hooks(inner, plan, &mut facts.hooks).await;
     done(inner, plan, facts)
+}
+
+/// To the moment when nothing is left, or the rest is cut.
+async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
+    if inner.phase() >= Phase::Cut {
+        return;
+    }
+    let mut running = Running::new(&mut facts.callbacks);
+    for callback in inner.callbacks.close() {
+        running.start(callback, plan.cut - clock::now());
+    }
+    let finish = pin!(running.finish());
+    let mut callbacks = Beside::new(finish);
+
+    if inner.phase() < Phase::Closing {
+        let delay = by(inner, plan.closing, pending::<()>());
+        callbacks.with(delay).await;
+        inner.advance(Phase::Closing);
+    }
+    if inner.phase() < Phase::Closed {
+        let listeners = inner.emptied(|inner| inner.ledger.open(Kind::Listener) == 0);
+        match callbacks.with(by(inner, plan.cut, listeners)).await {
+            Some(()) => inner.advance(Phase::Closed),
+            None => listeners_left(inner),
+        }
+    }
+    let all = async {
+        callbacks.finish().await;
+        inner.emptied(|inner| inner.ledger.is_idle()).await;
+    };
+    if by(inner, plan.cut, all).await.is_none() {
+        (facts.requests, facts.cut) = cut(inner);
+        let idle = facts.requests == 0 && facts.cut.is_empty();
+        facts.deadline = !idle && !inner.is_forced();
+        inner.advance(Phase::Cut);
+    }
+    facts.drained_after = clock::now() - plan.start;
+}
+
+/// A future that is polled while others are waited for.
+struct Beside<'a, F> {
+    future: Pin<&'a mut F>,
+    over: bool,
+}
+
+impl<'a, F: Future<Output = ()>> Beside<'a, F> {
+    fn new(future: Pin<&'a mut F>) -> Self {
+        let over = false;
+        Self { future, over }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.over {
+            ready!(self.future.as_mut().poll(cx));
+            self.over = true;
+        }
+        Poll::Ready(())
+    }
+
+    async fn with<G: Future>(&mut self, other: G) -> G::Output {
+        let mut other = pin!(other);
+        poll_fn(|cx| {
+            let _ = self.poll(cx);
+            other.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    async fn finish(&mut self) {
+        poll_fn(|cx| self.poll(cx)).await;
+    }
 }
 
 /// The future's output, unless the deadline is there first, or force.
@@ -189,7 +231,7 @@ fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let known = all.iter().filter(|cut| cut.kind == CutKind::Request);
     let unknown = requests.saturating_sub(known.count());
     if unknown > 0 {
-        warn!(requests = unknown, "cut off");
+        warn!(requests = unknown, "cut off, not tracked");
         inner.metrics.cut(CutKind::Request.as_str(), unknown as u64);
     }
     (requests, all)

@@ -447,6 +447,7 @@ impl Inner {
         if from < to {
             info!(
                 phase = to.as_str(),
+                reason = self.plan.get().map(|plan| &*plan.reason),
                 requests = self.ledger.open(Kind::Request),
                 connections = self.ledger.open(Kind::Connection),
                 guards = self.ledger.open(Kind::Guard),

@@ -14,7 +14,7 @@ use buttress_core::{
     testing::{advance, elapsed, settle},
 };
 use buttress_drain::{
-    ConnectionState, CutKind, Hook, HookOutcome, Phase, Priority, Report, Shutdown,
+    ConnectionState, CutKind, Hook, HookOutcome, HookReport, Phase, Priority, Report, Shutdown,
 };
 use proptest::prelude::*;
 use tokio::{
@@ -488,6 +488,8 @@ async fn callbacks_run_at_once_and_do_not_wait_for_each_other() {
     assert!(!shutdown.on_drain("too late", async || ()));
     let report = driver.await.unwrap();
     assert_eq!(report.took(), secs(5));
+    let took = report.callbacks().iter().map(HookReport::took);
+    assert_eq!(took.max(), Some(secs(2)));
     assert_eq!(report.callbacks().len(), 3);
     assert_eq!(report.exit_code(), 1);
 }
