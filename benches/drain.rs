@@ -17,7 +17,7 @@ use tower::{Layer, Service, service_fn};
 
 use crate::{measure::Run, scenarios::Named};
 
-/// A body of one frame.
+/// A body of one frame, or none.
 #[derive(Debug)]
 pub struct One(Option<Bytes>);
 
@@ -43,11 +43,14 @@ impl Body for One {
 
 type Answer = Ready<Result<Response<One>, Infallible>>;
 
-fn bare() -> impl Service<Request<()>, Response = Response<One>, Error = Infallible, Future = Answer>
+/// Answers at once, with so much of a body.
+fn bare(
+    data: &'static [u8],
+) -> impl Service<Request<()>, Response = Response<One>, Error = Infallible, Future = Answer>
 + Clone
 + Send {
-    service_fn(|_: Request<()>| {
-        let body = One(Some(Bytes::from_static(b"hello")));
+    service_fn(move |_: Request<()>| {
+        let body = One((!data.is_empty()).then(|| Bytes::from_static(data)));
         ready(Ok(Response::new(body)))
     })
 }
@@ -84,34 +87,42 @@ fn shutdown() -> Shutdown {
 /// Two runs on clones of one service.
 #[must_use]
 pub fn shared() -> [Run; 2] {
-    let service = DrainLayer::new(&shutdown()).layer(bare());
+    let service = DrainLayer::new(&shutdown()).layer(bare(b"hello"));
     [requests(service.clone()), requests(service)]
 }
 
 /// Two runs on a service each, of a shutdown each.
 #[must_use]
 pub fn apart() -> [Run; 2] {
-    [(); 2].map(|()| requests(DrainLayer::new(&shutdown()).layer(bare())))
+    [(); 2].map(|()| requests(DrainLayer::new(&shutdown()).layer(bare(b"hello"))))
 }
 
 /// All that can be counted.
 pub const ALL: &[Named] = &[
-    ("bare", || requests(bare())),
+    ("bare", || requests(bare(b"hello"))),
+    ("bare, empty", || requests(bare(b""))),
+    ("counted, empty", || {
+        requests(DrainLayer::new(&shutdown()).layer(bare(b"")))
+    }),
     ("counted", || {
-        requests(DrainLayer::new(&shutdown()).layer(bare()))
+        requests(DrainLayer::new(&shutdown()).layer(bare(b"hello")))
     }),
     ("tracked", || {
-        requests(DrainLayer::new(&shutdown()).route("/").layer(bare()))
+        requests(
+            DrainLayer::new(&shutdown())
+                .route("/")
+                .layer(bare(b"hello")),
+        )
     }),
     ("streams", || {
         let layer = DrainLayer::new(&shutdown()).end_streams(["text/event-stream"]);
-        requests(layer.layer(bare()))
+        requests(layer.layer(bare(b"hello")))
     }),
     ("signal", || {
-        requests(DrainLayer::new(&shutdown()).signal().layer(bare()))
+        requests(DrainLayer::new(&shutdown()).signal().layer(bare(b"hello")))
     }),
     ("refuse", || {
-        requests(RefuseLayer::new(&shutdown()).layer(bare()))
+        requests(RefuseLayer::new(&shutdown()).layer(bare(b"hello")))
     }),
 ];
 

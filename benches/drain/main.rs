@@ -6,16 +6,29 @@
 use std::env;
 
 use buttress_benches::{
-    counts::Counts,
+    counts::{Counts, counted},
     drain::{apart, named, shared},
     measure::{Run, alone, both, interleave, median},
     table::{Row, Table, number},
 };
 
-#[expect(clippy::print_stdout, reason = "it is a program")]
 fn main() {
-    let only = env::args().skip(1).find(|arg| arg != "--bench");
-    let only = only.unwrap_or_default();
+    let mut args = env::args().skip(1).filter(|arg| arg != "--bench");
+    match args.next() {
+        // For a profiler.
+        Some(word) if word == "--calls" => {
+            let name = args.next().expect("a run's name");
+            let calls = args.next().and_then(|calls| calls.parse().ok());
+            let mut run = named(&name).expect("a run's name");
+            run(10);
+            counted(&mut run, calls.expect("how many calls"));
+        }
+        only => tell(&only.unwrap_or_default()),
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "it is a program")]
+fn tell(only: &str) {
     let mut table = Table::default();
     let mut told = false;
     for (name, section) in [
@@ -23,7 +36,7 @@ fn main() {
         ("drain-threads", threads),
         ("drain-counts", allocations),
     ] {
-        if name.starts_with(&only) {
+        if name.starts_with(only) {
             section(&mut table);
             told = true;
         }
@@ -40,21 +53,31 @@ fn nanos(cost: f64) -> String {
 }
 
 fn calls(table: &mut Table) {
-    let names = ["bare", "counted", "tracked", "streams", "signal", "refuse"];
-    let mut all: [Run; 6] = names.map(|name| named(name).expect("a run's name"));
+    let names = [
+        "bare",
+        "counted",
+        "tracked",
+        "streams",
+        "signal",
+        "refuse",
+        "bare, empty",
+        "counted, empty",
+    ];
+    let mut all: [Run; 8] = names.map(|name| named(name).expect("a run's name"));
     let rounds = interleave(&mut all, 200);
-    for (at, what, goal) in [
-        (1, "counted, ns over bare", Some(25.0)),
-        (2, "– tracked for the report", None),
-        (3, "– streams that may be ended", None),
-        (4, "– with the handlers' signal", None),
-        (5, "refusal where it is not refused", None),
+    for (at, bare, what, goal) in [
+        (7, 6, "counted, an empty body, ns over bare", Some(25.0)),
+        (1, 0, "counted, a body of one frame", Some(25.0)),
+        (2, 0, "– tracked for the report", None),
+        (3, 0, "– streams that may be ended", None),
+        (4, 0, "– with the handlers' signal", None),
+        (5, 0, "refusal where it is not refused", None),
     ] {
         table.push(Row {
             what: what.into(),
             ours: nanos(rounds.cost(at)),
-            peer: nanos(rounds.cost(0)),
-            figure: rounds.median(|round| round[at] - round[0]),
+            peer: nanos(rounds.cost(bare)),
+            figure: rounds.median(|round| round[at] - round[bare]),
             instructions: None,
             goal,
         });
@@ -96,7 +119,7 @@ fn allocations(table: &mut Table) {
     let counts = Counts::take(env!("CARGO_BIN_EXE_count"), "drain");
     for (name, goal) in [
         ("counted", Some(0.0)),
-        ("tracked", Some(0.0)),
+        ("tracked", None),
         ("signal", None),
         ("refuse", Some(0.0)),
     ] {

@@ -1,7 +1,8 @@
 //! The requests in flight, by name: for the report, where the layer was told
 //! to keep track.
-
-use std::num::NonZeroUsize;
+//!
+//! A list apart from the counts, and not a part of every permit: who wants only
+//! to drain pays for a number.
 
 use buttress_core::{
     clock::Instant,
@@ -26,26 +27,13 @@ pub(crate) struct Tracked {
     stripes: [Padded<Mutex<Slab<InFlight>>>; STRIPES],
 }
 
-/// A power of two.
 const STRIPES: usize = 8;
 
 /// Where a request is written down.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Slot(NonZeroUsize);
-
-impl Slot {
-    /// Not 0, so that an `Option` of it is no larger.
-    fn new(stripe: usize, key: usize) -> Self {
-        Self(NonZeroUsize::MIN.saturating_add(key * STRIPES + stripe))
-    }
-
-    const fn stripe(self) -> usize {
-        (self.0.get() - 1) % STRIPES
-    }
-
-    const fn key(self) -> usize {
-        (self.0.get() - 1) / STRIPES
-    }
+pub(crate) struct Slot {
+    stripe: usize,
+    key: usize,
 }
 
 impl Tracked {
@@ -63,17 +51,17 @@ impl Tracked {
             bytes: 0,
         };
         let key = self.stripes[stripe].lock().insert(request);
-        Slot::new(stripe, key)
+        Slot { stripe, key }
     }
 
     pub(crate) fn sent(&self, slot: Slot, bytes: u64) {
-        if let Some(request) = self.stripes[slot.stripe()].lock().get_mut(slot.key()) {
+        if let Some(request) = self.stripes[slot.stripe].lock().get_mut(slot.key) {
             request.bytes += bytes;
         }
     }
 
     pub(crate) fn remove(&self, slot: Slot) {
-        let gone = self.stripes[slot.stripe()].lock().try_remove(slot.key());
+        let gone = self.stripes[slot.stripe].lock().try_remove(slot.key);
         drop(gone);
     }
 
@@ -117,17 +105,6 @@ mod tests {
     use buttress_core::clock;
 
     use super::*;
-
-    #[test]
-    fn slots_say_where() {
-        for key in [0, 1, 7, 8, 1000] {
-            for stripe in 0..STRIPES {
-                let slot = Slot::new(stripe, key);
-                assert_eq!((slot.stripe(), slot.key()), (stripe, key));
-            }
-        }
-        assert_eq!(size_of::<Option<Slot>>(), size_of::<usize>());
-    }
 
     #[test]
     fn what_is_there_is_told_wherever_it_came() {
