@@ -12,7 +12,7 @@ use http_body::Body;
 use pin_project_lite::pin_project;
 
 use crate::{
-    DrainBody, Phase,
+    DrainBody,
     permit::{Extra, Permit},
 };
 
@@ -61,13 +61,13 @@ where
         let permit = this.permit.take().expect("polled after completion");
         // An error drops the permit.
         let (mut head, body) = result?.into_parts();
-        let closing = *this.closable && permit.0.ledger.glance() != Phase::Serving;
+        let closing = *this.closable && permit.is_draining();
         let mut extra = this.extra.take();
         if closing {
             close(&mut head);
         }
         if let Some(extra) = &mut extra {
-            extra.look(&head, &permit.0);
+            extra.look(&head);
         }
         let body = DrainBody::new(body, permit, extra);
         Poll::Ready(Ok(Response::from_parts(head, body)))

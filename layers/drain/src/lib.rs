@@ -2,6 +2,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod body;
+mod books;
 mod config;
 mod error;
 mod future;
@@ -21,6 +22,7 @@ mod run;
 mod service;
 mod shutdown;
 mod signal;
+mod stripe;
 mod tracked;
 mod watchdog;
 

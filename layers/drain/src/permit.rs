@@ -5,27 +5,42 @@ use std::{pin::Pin, sync::Arc};
 use buttress_core::clock;
 use http::response::Parts;
 
-use crate::{Label, Phase, Reached, layer::Options, ledger::Kind, shutdown::Inner, tracked::Slot};
+use crate::{
+    Label, Phase, Reached, books::Books, layer::Options, ledger::Kind, metrics::Metrics,
+    shutdown::Inner, tracked::Slot,
+};
 
 /// A request that is counted until this is dropped. One word, since it is moved
 /// from the call to the response and on to its body: two would be written one
 /// by one and read together, which a processor waits for.
-pub(crate) struct Permit(pub(crate) Arc<Inner>);
+pub(crate) struct Permit {
+    books: &'static Books,
+    metrics: Metrics,
+}
 
 impl Permit {
     #[inline]
-    pub(crate) fn take(inner: &Arc<Inner>) -> Self {
-        inner.ledger.enter(Kind::Request);
+    pub(crate) fn take(inner: &Inner) -> Self {
+        inner.books.ledger.enter(Kind::Request);
         inner.metrics.request_begins();
-        Self(Arc::clone(inner))
+        Self {
+            books: inner.books,
+            metrics: inner.metrics.clone(),
+        }
+    }
+
+    /// Whether the notice was given, of which it may hear a moment late.
+    #[inline]
+    pub(crate) fn is_draining(&self) -> bool {
+        self.books.ledger.glance() != Phase::Serving
     }
 }
 
 impl Drop for Permit {
     #[inline]
     fn drop(&mut self) {
-        self.0.metrics.request_ends();
-        self.0.leave(Kind::Request);
+        self.metrics.request_ends();
+        self.books.leave(Kind::Request);
     }
 }
 
@@ -33,7 +48,7 @@ impl Drop for Permit {
 pub(crate) struct Extra {
     pub(crate) track: Option<Track>,
     /// None where no body is ended.
-    pub(crate) streams: Option<Arc<Options>>,
+    pub(crate) streams: Option<(Arc<Options>, Arc<Inner>)>,
     /// When the body is to end.
     pub(crate) end: Option<Pin<Box<Reached>>>,
 }
@@ -41,15 +56,18 @@ pub(crate) struct Extra {
 impl Extra {
     /// Has the body end, if it is of a type that does: at the notice, where it
     /// was there before.
-    pub(crate) fn look(&mut self, head: &Parts, inner: &Arc<Inner>) {
-        if !self.streams.take().is_some_and(|types| types.ends(head)) {
+    pub(crate) fn look(&mut self, head: &Parts) {
+        let Some((types, inner)) = self.streams.take() else {
+            return;
+        };
+        if !types.ends(head) {
             return;
         }
         let phase = match inner.phase() {
             Phase::Serving => Phase::Draining,
             _ => Phase::Closing,
         };
-        self.end = Some(Box::pin(Reached::new(Arc::clone(inner), phase)));
+        self.end = Some(Box::pin(Reached::new(inner, phase)));
     }
 }
 

@@ -68,12 +68,12 @@ async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
     drain(inner, plan, facts).await;
     if inner.phase() == Phase::Cut {
         let moment = MOMENT.min(inner.settings.hook_reserve / 4);
-        let gone = inner.emptied(|inner| inner.ledger.is_idle());
+        let gone = inner.emptied(|inner| inner.books.ledger.is_idle());
         if !inner.is_forced() && timeout(moment, gone).await.is_err() {
             warn!(
-                requests = inner.ledger.open(Kind::Request),
-                connections = inner.ledger.open(Kind::Connection),
-                guards = inner.ledger.open(Kind::Guard),
+                requests = inner.books.ledger.open(Kind::Request),
+                connections = inner.books.ledger.open(Kind::Connection),
+                guards = inner.books.ledger.open(Kind::Guard),
                 "what was cut is still there"
             );
         }
@@ -101,7 +101,7 @@ async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
         inner.advance(Phase::Closing);
     }
     if inner.phase() < Phase::Closed {
-        let listeners = inner.emptied(|inner| inner.ledger.open(Kind::Listener) == 0);
+        let listeners = inner.emptied(|inner| inner.books.ledger.open(Kind::Listener) == 0);
         match callbacks.with(by(inner, plan.cut, listeners)).await {
             Some(()) => inner.advance(Phase::Closed),
             None => listeners_left(inner),
@@ -109,7 +109,7 @@ async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
     }
     let all = async {
         callbacks.finish().await;
-        inner.emptied(|inner| inner.ledger.is_idle()).await;
+        inner.emptied(|inner| inner.books.ledger.is_idle()).await;
     };
     if by(inner, plan.cut, all).await.is_none() {
         (facts.requests, facts.cut) = cut(inner);
@@ -191,7 +191,7 @@ fn listeners_left(inner: &Inner) {
 /// Writes down what is there: the number of requests, and what has a name.
 fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let now = clock::now();
-    let requests = inner.ledger.open(Kind::Request);
+    let requests = inner.books.ledger.open(Kind::Request);
     let tracked = inner.tracked.snapshot().into_iter().map(|request| Cut {
         kind: CutKind::Request,
         label: Some(request.route),

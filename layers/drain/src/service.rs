@@ -69,7 +69,7 @@ impl<S> Drain<S> {
         if track.is_none() && !streams {
             return None;
         }
-        let streams = streams.then(|| Arc::clone(&self.options));
+        let streams = streams.then(|| (Arc::clone(&self.options), Arc::clone(&self.shutdown)));
         let end = None;
         Some(Box::new(Extra {
             track,

@@ -10,7 +10,10 @@ use buttress_core::{
 };
 use slab::Slab;
 
-use crate::Label;
+use crate::{
+    Label,
+    stripe::{STRIPES, stripe},
+};
 
 /// A request as the report knows it.
 #[derive(Clone, Debug)]
@@ -27,8 +30,6 @@ pub(crate) struct Tracked {
     stripes: [Padded<Mutex<Slab<InFlight>>>; STRIPES],
 }
 
-const STRIPES: usize = 8;
-
 /// Where a request is written down.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slot {
@@ -44,7 +45,7 @@ impl Tracked {
     }
 
     pub(crate) fn insert(&self, route: Label, since: Instant) -> Slot {
-        let stripe = threads::stripe();
+        let stripe = stripe();
         let request = InFlight {
             route,
             since,
@@ -72,31 +73,6 @@ impl Tracked {
             all.extend(stripe.iter().map(|(_, request)| request.clone()));
         }
         all
-    }
-}
-
-mod threads {
-    use std::{
-        cell::Cell,
-        sync::atomic::{AtomicUsize, Ordering::Relaxed},
-    };
-
-    use super::STRIPES;
-
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-
-    std::thread_local! {
-        static STRIPE: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-
-    #[inline]
-    pub(super) fn stripe() -> usize {
-        let mut stripe = STRIPE.get();
-        if stripe == usize::MAX {
-            stripe = NEXT.fetch_add(1, Relaxed) % STRIPES;
-            STRIPE.set(stripe);
-        }
-        stripe
     }
 }
 
