@@ -4,6 +4,7 @@
 #[cfg(any(feature = "axum", feature = "tonic"))]
 mod adapters;
 mod body;
+mod books;
 mod config;
 mod error;
 mod future;
@@ -29,6 +30,7 @@ mod serve;
 mod service;
 mod shutdown;
 mod signal;
+mod stripe;
 #[cfg(all(unix, feature = "systemd"))]
 pub mod systemd;
 mod tracked;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use buttress_core::clock;
-use buttress_drain::{CutKind, Phase};
+use buttress_drain::{CutKind, DrainLayer, Phase};
 use bytes::Bytes;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -18,6 +18,8 @@ use tokio::{
     net::TcpStream,
     sync::mpsc,
 };
+
+use tower::Layer;
 
 use crate::{Rig, app::app, client::Client, limits, ms, shutdown_of, soon, until};
 
@@ -91,6 +93,35 @@ async fn a_tunnel_is_cut_and_named() {
     assert_eq!(cut.kind(), CutKind::Tunnel);
     assert_eq!(cut.label().unwrap().as_str(), "/tunnel");
     assert!(cut.bytes().unwrap() > 10);
+}
+
+/// By the layer, which knows the routes.
+#[tokio::test]
+async fn a_tunnel_is_named_as_its_request_was() {
+    let service = tower::service_fn(|mut request: Request<Incoming>| async move {
+        tokio::spawn(async move {
+            let io = hyper::upgrade::on(&mut request).await.unwrap();
+            let _ = TokioIo::new(io).read_u8().await;
+        });
+        let response = Response::builder()
+            .status(101)
+            .header("connection", "upgrade")
+            .header("upgrade", "echo");
+        Ok::<_, Infallible>(response.body(String::new()).unwrap())
+    });
+    let shutdown = shutdown_of(0, 600, 300);
+    let layer = DrainLayer::new(&shutdown).route("/live");
+    let rig = Rig::of(shutdown, limits(), layer.layer(service)).await;
+    let client = tunnel(&rig).await;
+    until(|| rig.shutdown.requests() == 0).await;
+    rig.trigger();
+    let report = rig.ended().await;
+    let [cut] = report.cut() else {
+        panic!("{report}");
+    };
+    assert_eq!(cut.kind(), CutKind::Tunnel);
+    assert_eq!(cut.label().unwrap().as_str(), "/live");
+    drop(client);
 }
 
 /// One direction is closed, and the other goes on.
