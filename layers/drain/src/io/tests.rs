@@ -209,6 +209,15 @@ async fn when_listeners_close_idle_connections_end() {
 
 #[tokio::test(start_paused = true)]
 async fn what_may_have_begun_within_a_request_has_a_moment() {
+    // The rest of its body, as it turns out.
+    let mut rig = Rig::managed();
+    rig.request().await;
+    rig.client.write_all(b"body").await.unwrap();
+    rig.read().await.1.unwrap();
+    rig.traffic().end();
+    rig.trigger(false);
+    rig.ends_after(secs(1)).await;
+
     let mut rig = Rig::managed();
     rig.request().await;
     rig.client.write_all(b"GE").await.unwrap();
