@@ -203,6 +203,18 @@ async fn axum_never_resets() {
 }
 
 #[tokio::test]
+async fn what_axum_has_closed_lingers() {
+    let rig = theirs(shutdown_of(0, 5000, 500), limits().linger(ms(600))).await;
+    let mut idle = Client::new(rig.addr).await;
+    idle.get("/").await;
+    rig.trigger();
+    crate::races::assert_lingers(&mut idle).await;
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0);
+    assert!(report.drained_after() < ms(1000));
+}
+
+#[tokio::test]
 async fn axum_accepts_no_more_than_the_limit() {
     let rig = theirs(shutdown(), limits().max_connections(1)).await;
     let mut first = Client::new(rig.addr).await;

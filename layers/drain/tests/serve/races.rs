@@ -136,6 +136,45 @@ async fn what_crosses_the_close_is_not_reset() {
     assert!(closed > 0, "nothing crossed the close");
 }
 
+/// What is sent after the FIN, before the client has heard of it, is taken and
+/// thrown away: had the socket been closed at once, the first of these would be
+/// answered by a reset, and the second would fail.
+pub(crate) async fn assert_lingers(client: &mut Client) {
+    assert!(client.is_closed().await.unwrap());
+    for _ in 0..3 {
+        client.send(get("/")).await.unwrap();
+        tokio::time::sleep(ms(30)).await;
+    }
+    assert!(client.is_closed().await.unwrap());
+}
+
+#[tokio::test]
+async fn a_closed_connection_lingers() {
+    let limits = || limits().linger(ms(600)).idle_timeout(ms(200));
+    let rig = Rig::of(shutdown_of(0, 5000, 500), limits(), app()).await;
+    // Idle for too long.
+    let mut client = Client::new(rig.addr).await;
+    client.get("/").await;
+    assert_lingers(&mut client).await;
+    // Closed by the client's wish, and by the drain.
+    let mut asked = Client::new(rig.addr).await;
+    asked
+        .send("GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+        .await
+        .unwrap();
+    assert_eq!(asked.answer().await.text(), "hello");
+    assert_lingers(&mut asked).await;
+    let mut idle = Client::new(rig.addr).await;
+    idle.get("/").await;
+    rig.trigger();
+    assert_lingers(&mut idle).await;
+    // And not for long.
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0);
+    assert!(report.drained_after() < ms(1000));
+    drop((client, asked, idle));
+}
+
 /// A head of which a part has come is waited for.
 #[tokio::test]
 async fn half_a_head_is_not_closed_on() {
@@ -152,6 +191,25 @@ async fn half_a_head_is_not_closed_on() {
     let answer = client.answer().await;
     assert_eq!(answer.text(), "hello");
     assert!(answer.closes());
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// So is one that came with the request before it, of which nobody but hyper
+/// knows.
+#[tokio::test]
+async fn half_a_head_that_was_sent_ahead_is_not_closed_on() {
+    let rig = Rig::of(shutdown_of(0, 5000, 500), limits(), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    client.send(get("/slow/100")).await.unwrap();
+    let request = get("/");
+    let (first, rest) = request.split_at(9);
+    tokio::time::sleep(ms(30)).await;
+    client.send(first).await.unwrap();
+    assert!(!client.answer().await.closes());
+    rig.trigger();
+    tokio::time::sleep(ms(150)).await;
+    client.send(rest).await.unwrap();
+    assert_eq!(client.answer().await.text(), "hello");
     assert_eq!(rig.ended().await.exit_code(), 0);
 }
 
