@@ -503,7 +503,7 @@ fn nonsense_ends_it_with_one_line() {
         (with("tls:"), "tls", "expected a section of keys"),
         (
             with("tls: { cert: /none.pem, key: /none.pem }"),
-            "tls.cert",
+            "tls.",
             "/none.pem cannot be read",
         ),
         (
