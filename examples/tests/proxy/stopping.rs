@@ -319,7 +319,9 @@ async fn a_large_download_at_the_moment_of_the_signal_arrives_whole() {
         }
     })
     .await;
-    let mut proxy = stoppable(&upstream).await;
+    // It is not to be cut on a busy machine.
+    let patient = STOP.replace("3s", "19s");
+    let mut proxy = Proxy::start(&format!("{patient}{}", to(upstream.address))).await;
     let mut raw = Raw::connect(proxy.listen).await;
     raw.send(ASK).await;
     raw.until("\r\n\r\n").await;
@@ -331,7 +333,7 @@ async fn a_large_download_at_the_moment_of_the_signal_arrives_whole() {
     assert!(bytes.iter().enumerate().all(|(at, it)| *it == byte(at)));
     let (code, took) = end(&mut proxy, start).await;
     assert_eq!(code, Some(0));
-    assert!((800..2500).contains(&took), "{took} ms");
+    assert!((800..18_000).contains(&took), "{took} ms");
 }
 
 #[tokio::test]
