@@ -228,7 +228,7 @@ impl Route {
             strip: strip.to_owned(),
             timeout: route.timeout.0,
             judge: judge.unwrap_or_default(),
-            retried: route.retry.iter().flat_map(Retry::statuses).collect(),
+            retried: route.retry.as_ref().map(|retry| retry.statuses().collect()),
         });
 
         // Outermost first. The limiter sees the errors of all others as
