@@ -72,8 +72,7 @@ pub struct DrainIo<I: Socket> {
     writer: Option<Pin<Box<Watch>>>,
     /// The traffic there was at the last bytes that were read.
     mark: Option<Mark>,
-    /// Since when it has been idle, and after how many requests.
-    idle: Spell,
+    accepted: Instant,
     /// Since when there is a head that is not complete.
     head: Option<Spell>,
     /// Since when it may be closed, and nothing was read.
@@ -170,7 +169,7 @@ impl<I: Socket> DrainIo<I> {
             reader: None,
             writer: None,
             mark: None,
-            idle: Spell { begun: 0, since },
+            accepted: since,
             head: None,
             closing: None,
             expires,
@@ -289,18 +288,16 @@ enum Ending {
 impl<I: Socket> DrainIo<I> {
     /// Nothing can be read: is it over? If it is not, the task is woken when
     /// it may be.
-    #[inline]
+    ///
+    /// hyper asks while it serves a request, and not again when it has: it
+    /// knows that it will be woken. So a busy connection is watched like an
+    /// idle one.
     fn tend(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
-        match self.doing() {
-            // Whoever serves the request waits for the cut.
-            Doing::Busy => Poll::Pending,
-            // What hyper has not sent yet goes first.
-            Doing::Idle { .. } if self.stalled.is_some() => Poll::Pending,
-            doing => self.tend_to(doing, cx),
+        let doing = self.doing();
+        // What hyper has not sent yet goes first.
+        if self.stalled.is_some() && matches!(doing, Doing::Idle { .. }) {
+            return Poll::Pending;
         }
-    }
-
-    fn tend_to(&mut self, doing: Doing, cx: &mut Context<'_>) -> Poll<Ending> {
         // Precise where a timer may just have fired, which was set by it.
         let mut fired = self.reader.as_ref().is_some_and(|watch| watch.is_due());
         loop {
@@ -314,7 +311,15 @@ impl<I: Socket> DrainIo<I> {
             };
             fired = true;
             let (due, until) = match doing {
-                Doing::Busy => return Poll::Pending,
+                Doing::Busy => {
+                    let until = match phase >= Phase::Closing {
+                        true => Phase::Cut,
+                        false => Phase::Closing,
+                    };
+                    let aged = self.ages(now);
+                    let due = now + self.limits.idle_timeout;
+                    (Some(aged.map_or(due, |at| at.min(due))), until)
+                }
                 Doing::Unknown => (None, Phase::Cut),
                 Doing::Handshake => match self.handshake(phase) {
                     (due, _) if due <= now => {
@@ -352,10 +357,10 @@ impl<I: Socket> DrainIo<I> {
 
     /// How long the handshake may take.
     fn handshake(&self, phase: Phase) -> (Instant, Phase) {
-        let whole = self.idle.since + self.limits.handshake_timeout;
+        let whole = self.accepted + self.limits.handshake_timeout;
         match (self.mark, phase >= Phase::Closing) {
             (None, true) => {
-                let grace = self.idle.since + self.limits.first_byte_grace;
+                let grace = self.accepted + self.limits.first_byte_grace;
                 (whole.min(grace), Phase::Cut)
             }
             (_, true) => (whole, Phase::Cut),
@@ -383,13 +388,9 @@ impl<I: Socket> DrainIo<I> {
         fresh: bool,
         unsure: bool,
     ) -> Option<(Instant, Phase)> {
-        self.spell(now);
-        if self.expires.is_some_and(|at| at <= now) {
-            // The next answer says so. To close it now could cross a request.
-            self.record().traffic.leave();
-            self.expires = None;
-        }
-        let mut due = self.idle.since + self.limits.idle_timeout;
+        self.ages(now);
+        let since = self.idle_since();
+        let mut due = since + self.limits.idle_timeout;
         let mut until = Phase::Closing;
         if phase >= Phase::Closing {
             until = Phase::Cut;
@@ -397,7 +398,7 @@ impl<I: Socket> DrainIo<I> {
             if unsure {
                 due = due.min(*self.closing.get_or_insert(now) + grace);
             } else if fresh {
-                due = due.min(self.idle.since + grace);
+                due = due.min(since + grace);
             } else {
                 return None;
             }
@@ -405,12 +406,20 @@ impl<I: Socket> DrainIo<I> {
         (due > now).then_some((due, until))
     }
 
-    /// Since when it has been idle.
-    fn spell(&mut self, now: Instant) {
-        let begun = self.record().traffic.load().begun;
-        if self.idle.begun != begun {
-            self.idle = Spell { begun, since: now };
+    /// When it will be too old; `None` if it is. The next answer says so then:
+    /// to close an idle connection for it could cross a request.
+    fn ages(&mut self, now: Instant) -> Option<Instant> {
+        let at = self.expires?;
+        if at <= now {
+            self.record().traffic.leave();
+            self.expires = None;
         }
+        self.expires
+    }
+
+    /// Since when it has been idle, if it is.
+    fn idle_since(&self) -> Instant {
+        self.record().traffic.ended().unwrap_or(self.accepted)
     }
 
     /// When it is to be looked at again; `None` if it is over.
@@ -420,10 +429,6 @@ impl<I: Socket> DrainIo<I> {
         phase: Phase,
         open: bool,
     ) -> Option<(Option<Instant>, Phase)> {
-        match open {
-            true => self.idle.since = now,
-            false => self.spell(now),
-        }
         let left = match self.left {
             Some(left) => left,
             None => {
@@ -442,7 +447,7 @@ impl<I: Socket> DrainIo<I> {
         if open {
             return Some((None, Phase::Cut));
         }
-        let due = left.max(self.idle.since) + self.limits.header_timeout;
+        let due = left.max(self.idle_since()) + self.limits.header_timeout;
         (due > now).then_some((Some(due), Phase::Cut))
     }
 
@@ -453,7 +458,7 @@ impl<I: Socket> DrainIo<I> {
         }
         let idle = match open {
             true => None,
-            false => Some(self.idle.since + self.limits.idle_timeout),
+            false => Some(self.idle_since() + self.limits.idle_timeout),
         };
         let drain = match phase {
             Phase::Serving => None,

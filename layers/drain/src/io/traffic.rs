@@ -1,12 +1,18 @@
 //! What requests there were and are on a connection, as its server tells it.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use buttress_core::clock::{self, Instant};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
 
-/// Of one connection. Nothing else hangs on it, so that no order is needed.
+/// Of one connection.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     /// How many have begun, in the upper half, and how many are open.
     count: AtomicU64,
+    /// When the last one ended, in nanoseconds of the clock; 0 if none has.
+    ended: AtomicU64,
     protocol: AtomicU8,
     leaving: AtomicBool,
     /// The first that began was the handshake.
@@ -36,7 +42,7 @@ const BEGUN: u64 = 1 << 32;
 impl Traffic {
     #[inline]
     pub(crate) fn load(&self) -> Count {
-        let count = self.count.load(Relaxed);
+        let count = self.count.load(Acquire);
         Count {
             begun: (count >> 32) as u32,
             #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
@@ -51,7 +57,19 @@ impl Traffic {
 
     #[inline]
     pub(crate) fn end(&self) {
-        self.count.fetch_sub(1, Relaxed);
+        let now = clock::recent().as_nanos();
+        self.ended.store(now.max(1), Relaxed);
+        // Who sees that it has ended sees when.
+        self.count.fetch_sub(1, Release);
+    }
+
+    /// When the last request ended.
+    #[inline]
+    pub(crate) fn ended(&self) -> Option<Instant> {
+        match self.ended.load(Relaxed) {
+            0 => None,
+            nanos => Some(Instant::from_nanos(nanos)),
+        }
     }
 
     pub(crate) fn is_busy(&self) -> bool {

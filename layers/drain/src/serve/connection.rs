@@ -152,10 +152,21 @@ where
         Version::Neither => io.shutdown().await?,
         Version::Http1 => {
             let io = TokioIo::new(io);
-            http.http1
-                .serve_connection(io, service)
-                .with_upgrades()
-                .await?;
+            let served = http.http1.serve_connection(io, service).with_upgrades();
+            let mut served = pin!(served);
+            poll_fn(|cx| {
+                let polled = served.as_mut().poll(cx);
+                let over = polled.is_pending()
+                    && lane.shutdown.phase() >= Phase::Closing
+                    && !traffic.is_busy();
+                match over {
+                    // hyper does not read on after a request: it has, and
+                    // would be woken. What it reads now may be the end.
+                    true => served.as_mut().poll(cx),
+                    false => polled,
+                }
+            })
+            .await?;
         }
         Version::Http2 => {
             traffic.speak(Protocol::Http2);
