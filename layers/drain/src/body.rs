@@ -3,8 +3,8 @@
 use std::{
     fmt,
     future::Future,
+    mem,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -12,7 +12,7 @@ use bytes::Buf;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use crate::{Phase, Reached, permit::Permit};
+use crate::permit::{Extra, Permit};
 
 pin_project! {
     /// A body whose request is counted until it ends, errs or is dropped.
@@ -27,76 +27,90 @@ pin_project! {
         body: Option<B>,
         // None when it counts no more.
         permit: Option<Permit>,
-        // When it is to end. Boxed: few have one, and a response is moved
-        // often.
-        end: Option<Pin<Box<Reached>>>,
+        // What few have. Boxed, since a response is moved often.
+        extra: Option<Box<Extra>>,
     }
 }
 
 impl<B: Body> DrainBody<B> {
     #[inline]
-    pub(crate) fn new(body: B, permit: Permit, ends: bool) -> Self {
+    pub(crate) fn new(body: B, permit: Permit, extra: Option<Box<Extra>>) -> Self {
         let over = body.is_end_stream();
-        let end = match ends && !over {
-            true => Some(end(&permit)),
-            false => None,
-        };
+        let body = Some(body);
+        if over {
+            let (permit, extra) = (None, None);
+            return Self {
+                body,
+                permit,
+                extra,
+            };
+        }
+        let permit = Some(permit);
         Self {
-            body: Some(body),
-            permit: Some(permit).filter(|_| !over),
-            end,
+            body,
+            permit,
+            extra,
         }
     }
 }
 
-/// Those that were there before the notice end at it.
-fn end(permit: &Permit) -> Pin<Box<Reached>> {
-    let phase = match permit.inner.ledger.glance() {
-        Phase::Serving => Phase::Draining,
-        _ => Phase::Closing,
-    };
-    Box::pin(Reached::new(Arc::clone(&permit.inner), phase))
+/// Ends the count if it is dropped, which only a panic does.
+struct OnPanic<'a>(&'a mut Option<Permit>, &'a mut Option<Box<Extra>>);
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        *self.1 = None;
+        *self.0 = None;
+    }
 }
 
 impl<B: Body> Body for DrainBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
+    #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
-        if let Some(end) = this.end
+        if let Some(extra) = this.extra
+            && let Some(end) = &mut extra.end
             && end.as_mut().poll(cx).is_ready()
         {
             this.body.set(None);
-            *this.end = None;
+            *this.extra = None;
             *this.permit = None;
         }
         let Some(mut body) = this.body.as_mut().as_pin_mut() else {
             return Poll::Ready(None);
         };
-        // Taken out, so that a panic drops it.
-        let permit = this.permit.take();
+        let on_panic = OnPanic(this.permit, this.extra);
         let polled = body.as_mut().poll_frame(cx);
-        let goes_on = match &polled {
-            Poll::Pending => true,
+        mem::forget(on_panic);
+        let over = match &polled {
+            Poll::Pending => false,
             Poll::Ready(Some(Ok(frame))) => match frame.data_ref() {
                 Some(data) => {
-                    if let Some(permit) = &permit {
-                        permit.sent(data.remaining());
+                    if let Some(extra) = &*this.extra
+                        && let Some(track) = &extra.track
+                    {
+                        track.sent(data.remaining());
                     }
-                    !body.is_end_stream()
+                    body.is_end_stream()
                 }
-                None => !frame.is_trailers(),
+                None => frame.is_trailers(),
             },
-            Poll::Ready(_) => false,
+            Poll::Ready(_) => true,
         };
-        *this.permit = permit.filter(|_| goes_on);
+        if over {
+            *this.extra = None;
+            *this.permit = None;
+        }
         polled
     }
 
+    #[inline]
     fn is_end_stream(&self) -> bool {
         self.body.as_ref().is_none_or(Body::is_end_stream)
     }
@@ -104,7 +118,7 @@ impl<B: Body> Body for DrainBody<B> {
     fn size_hint(&self) -> SizeHint {
         match &self.body {
             // It may be less.
-            Some(body) if self.end.is_some() => {
+            Some(body) if self.extra.as_ref().is_some_and(|extra| extra.end.is_some()) => {
                 let mut hint = SizeHint::new();
                 if let Some(upper) = body.size_hint().upper() {
                     hint.set_upper(upper);
@@ -123,7 +137,7 @@ impl<B: Default> Default for DrainBody<B> {
         Self {
             body: Some(B::default()),
             permit: None,
-            end: None,
+            extra: None,
         }
     }
 }

@@ -4,15 +4,17 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use http::{HeaderValue, Response, StatusCode, header::CONNECTION};
+use http::{HeaderValue, Response, StatusCode, header::CONNECTION, response::Parts};
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use crate::{DrainBody, Phase, layer::Options, permit::Permit};
+use crate::{
+    DrainBody,
+    permit::{Extra, Permit},
+};
 
 pin_project! {
     /// Response future of [`Drain`](crate::Drain). Dropping it drops the call,
@@ -22,10 +24,9 @@ pin_project! {
         call: F,
         // None once the body has it.
         permit: Option<Permit>,
+        extra: Option<Box<Extra>>,
         // Whether the response may say that the connection closes.
         closable: bool,
-        // None where no body is ended.
-        streams: Option<Arc<Options>>,
     }
 }
 
@@ -35,13 +36,13 @@ impl<F> ResponseFuture<F> {
         call: F,
         permit: Permit,
         closable: bool,
-        streams: Option<Arc<Options>>,
+        extra: Option<Box<Extra>>,
     ) -> Self {
         Self {
             call,
             permit: Some(permit),
+            extra,
             closable,
-            streams,
         }
     }
 }
@@ -59,22 +60,27 @@ where
         let result = ready!(this.call.poll(cx));
         let permit = this.permit.take().expect("polled after completion");
         // An error drops the permit.
-        let mut response = result?;
-        if permit.inner.ledger.glance() != Phase::Serving && *this.closable {
-            close(&mut response);
+        let (mut head, body) = result?.into_parts();
+        let closing = *this.closable && permit.is_draining();
+        let mut extra = this.extra.take();
+        if closing {
+            close(&mut head);
         }
-        let streams = this.streams.as_ref();
-        let ends = streams.is_some_and(|options| options.ends(&response));
-        Poll::Ready(Ok(response.map(|body| DrainBody::new(body, permit, ends))))
+        if let Some(extra) = &mut extra {
+            extra.name(&mut head);
+            extra.look(&head);
+        }
+        let body = DrainBody::new(body, permit, extra);
+        Poll::Ready(Ok(Response::from_parts(head, body)))
     }
 }
 
 /// Has the client send its next request elsewhere.
 #[cold]
-pub(crate) fn close<B>(response: &mut Response<B>) {
-    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+pub(crate) fn close(head: &mut Parts) {
+    if head.status != StatusCode::SWITCHING_PROTOCOLS {
         let close = HeaderValue::from_static("close");
-        response.headers_mut().insert(CONNECTION, close);
+        head.headers.insert(CONNECTION, close);
     }
 }
 

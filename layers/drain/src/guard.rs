@@ -50,7 +50,7 @@ impl Guard {
     /// Counted in before the phase is looked at: whoever was let in is waited
     /// for.
     pub(crate) fn take(inner: &Arc<Inner>, label: Label) -> (Self, Phase) {
-        let phase = inner.ledger.enter(Kind::Guard);
+        let phase = inner.books.ledger.enter(Kind::Guard);
         let since = clock::now();
         let slot = inner.guards.lock().insert(Guarded { label, since });
         let inner = Arc::clone(inner);
@@ -142,7 +142,7 @@ impl Connection {
 
 impl ConnectionGuard {
     pub(crate) fn take(inner: &Arc<Inner>) -> Self {
-        inner.ledger.enter(Kind::Connection);
+        inner.books.ledger.enter(Kind::Connection);
         inner.metrics.connection_begins();
         let record = Arc::new(Connection {
             since: clock::now(),
@@ -263,7 +263,7 @@ pub struct ServerGuard {
 
 impl ServerGuard {
     pub(crate) fn take(inner: &Arc<Inner>, name: Label) -> Self {
-        inner.ledger.enter(Kind::Listener);
+        inner.books.ledger.enter(Kind::Listener);
         let slot = Some(inner.servers.lock().insert(name.clone()));
         let inner = Arc::clone(inner);
         Self { inner, name, slot }

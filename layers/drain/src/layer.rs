@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use buttress_core::Head;
-use http::{Request, Response, StatusCode, header::CONTENT_TYPE};
+use http::{Request, StatusCode, header::CONTENT_TYPE, response::Parts};
 use tower_layer::Layer;
 
 use crate::{Drain, Label, Shutdown};
@@ -90,9 +90,8 @@ impl DrainLayer {
 
     /// Keeps track of each request under this name, so that the report can say
     /// what was cut: the route, the age, the bytes of the body that were sent.
-    /// Two uncontended locks a request and one for each piece of its body; no
-    /// allocation once there were as many at once as there will be. Default:
-    /// requests are counted and have no names.
+    /// An allocation and two uncontended locks a request, and one for each piece
+    /// of its body. Default: requests are counted and have no names.
     #[must_use]
     pub fn route(mut self, route: impl Into<Label>) -> Self {
         self.options_mut().route = Route::One(route.into());
@@ -132,7 +131,7 @@ impl DrainLayer {
     /// stand: those that go on for as long as somebody listens
     /// (`text/event-stream`), whose clients connect again by themselves. A
     /// stream that begins after the notice ends when the listeners are to
-    /// close, so that its client does not come straight back. An allocation
+    /// close, so that its client does not come straight back. Two allocations
     /// for each such stream. Default: none.
     ///
     /// Types are compared without regard to case, and without what follows a
@@ -172,10 +171,10 @@ impl<S> Layer<S> for DrainLayer {
 }
 
 impl Options {
-    /// Whether there is more to do for a request than to count it.
+    /// Whether there is no more to do than to count.
     #[inline]
-    pub(crate) const fn any_at_call(&self) -> bool {
-        self.signal || !matches!(self.route, Route::Untracked)
+    pub(crate) const fn is_plain(&self) -> bool {
+        !self.signal && matches!(self.route, Route::Untracked) && self.streams.is_empty()
     }
 
     #[inline]
@@ -194,12 +193,12 @@ impl Options {
     }
 
     /// Whether this response's body is ended at the notice.
-    pub(crate) fn ends<B>(&self, response: &Response<B>) -> bool {
-        let Some(value) = response.headers().get(CONTENT_TYPE) else {
+    pub(crate) fn ends(&self, head: &Parts) -> bool {
+        let Some(value) = head.headers.get(CONTENT_TYPE) else {
             return false;
         };
         let streams = &mut self.streams.iter();
-        response.status() != StatusCode::SWITCHING_PROTOCOLS
+        head.status != StatusCode::SWITCHING_PROTOCOLS
             && streams.any(|name| essence(value.as_bytes()).eq_ignore_ascii_case(name.as_bytes()))
     }
 }

@@ -4,6 +4,7 @@
 #[cfg(any(feature = "axum", feature = "tonic"))]
 mod adapters;
 mod body;
+mod books;
 mod config;
 mod error;
 mod future;
@@ -29,13 +30,14 @@ mod serve;
 mod service;
 mod shutdown;
 mod signal;
+mod stripe;
 #[cfg(all(unix, feature = "systemd"))]
 pub mod systemd;
 mod tracked;
 mod watchdog;
 
 #[cfg(feature = "axum")]
-pub use adapters::axum::AxumListener;
+pub use adapters::axum::{AxumListener, TappedListener};
 #[cfg(feature = "tonic")]
 pub use adapters::tonic::{SetTcpConnectInfo, TcpConnectInfos, TonicIncoming};
 pub use body::DrainBody;

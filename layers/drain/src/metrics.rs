@@ -18,7 +18,7 @@ pub(crate) use off::Metrics;
 
 #[cfg(feature = "metrics")]
 mod on {
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
 
     use metrics::{
         Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge,
@@ -30,8 +30,12 @@ mod on {
     const DURATION: &str = "drain_duration_seconds";
     const CUT: &str = "drain_cut_total";
 
-    /// Looked up once: a request costs one change of the gauge, and one back.
-    pub(crate) struct Metrics {
+    /// Looked up once: a request costs one change of the gauge and one back,
+    /// and a reference count.
+    #[derive(Clone)]
+    pub(crate) struct Metrics(Arc<Handles>);
+
+    struct Handles {
         requests: Gauge,
         connections: Gauge,
         duration: Histogram,
@@ -45,38 +49,38 @@ mod on {
             describe_histogram!(DURATION, Unit::Seconds, "How long a shutdown took.");
             describe_counter!(CUT, "What a shutdown cut off.");
             let cut = ["request", "connection", "tunnel", "guard", "hook"];
-            Self {
+            Self(Arc::new(Handles {
                 requests: gauge!(REQUESTS),
                 connections: gauge!(CONNECTIONS),
                 duration: histogram!(DURATION),
                 cut: cut.map(|kind| (kind, counter!(CUT, "kind" => kind))),
-            }
+            }))
         }
 
         #[inline]
         pub(crate) fn request_begins(&self) {
-            self.requests.increment(1);
+            self.0.requests.increment(1);
         }
 
         #[inline]
         pub(crate) fn request_ends(&self) {
-            self.requests.decrement(1);
+            self.0.requests.decrement(1);
         }
 
         pub(crate) fn connection_begins(&self) {
-            self.connections.increment(1);
+            self.0.connections.increment(1);
         }
 
         pub(crate) fn connection_ends(&self) {
-            self.connections.decrement(1);
+            self.0.connections.decrement(1);
         }
 
         pub(crate) fn took(&self, span: Duration) {
-            self.duration.record(span);
+            self.0.duration.record(span);
         }
 
         pub(crate) fn cut(&self, kind: &'static str, count: u64) {
-            for (_, counter) in self.cut.iter().filter(|(known, _)| *known == kind) {
+            for (_, counter) in self.0.cut.iter().filter(|(known, _)| *known == kind) {
                 counter.increment(count);
             }
         }
@@ -88,6 +92,7 @@ mod off {
     use std::time::Duration;
 
     /// Nothing is counted without the feature `metrics`.
+    #[derive(Clone)]
     pub(crate) struct Metrics(());
 
     #[expect(clippy::unused_self, reason = "the same shape as with the feature")]

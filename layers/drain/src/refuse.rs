@@ -144,11 +144,12 @@ impl<S> Refuse<S> {
     fn refuse<B>(&self, request: &Request<B>) -> Response<Bytes> {
         let refusal = Refusal::new(RefusalKind::Draining).with_retry_after(self.rule.retry_after);
         let responder = &self.rule.responder;
-        let mut response = responder.respond(&refusal, Head::from(request));
+        let response = responder.respond(&refusal, Head::from(request));
+        let (mut head, body) = response.into_parts();
         if request.version() < Version::HTTP_2 {
-            close(&mut response);
+            close(&mut head);
         }
-        response
+        Response::from_parts(head, body)
     }
 }
 

@@ -5,9 +5,9 @@ use std::{
     future::{Future, pending, poll_fn},
     mem,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
-    task::Poll,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -65,42 +65,15 @@ impl Shutdown {
 }
 
 async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
-    let mut callbacks = Running::new();
-    for callback in inner.callbacks.close() {
-        callbacks.start(callback, plan.cut - clock::now());
-    }
-
-    if inner.phase() < Phase::Closing {
-        by(inner, plan.closing, pending::<()>()).await;
-        inner.advance(Phase::Closing);
-    }
-    if inner.phase() < Phase::Closed {
-        let listeners = inner.emptied(|inner| inner.ledger.open(Kind::Listener) == 0);
-        match by(inner, plan.cut, listeners).await {
-            Some(()) => inner.advance(Phase::Closed),
-            None => listeners_left(inner),
-        }
-    }
-    if inner.phase() < Phase::Cut {
-        let all = async {
-            callbacks.finish(&mut facts.callbacks).await;
-            inner.emptied(|inner| inner.ledger.is_idle()).await;
-        };
-        if by(inner, plan.cut, all).await.is_none() {
-            cut(inner, facts);
-            inner.advance(Phase::Cut);
-        }
-        facts.drained_after = clock::now() - plan.start;
-    }
-    callbacks.abort(&mut facts.callbacks);
+    drain(inner, plan, facts).await;
     if inner.phase() == Phase::Cut {
         let moment = MOMENT.min(inner.settings.hook_reserve / 4);
-        let gone = inner.emptied(|inner| inner.ledger.is_idle());
+        let gone = inner.emptied(|inner| inner.books.ledger.is_idle());
         if !inner.is_forced() && timeout(moment, gone).await.is_err() {
             warn!(
-                requests = inner.ledger.open(Kind::Request),
-                connections = inner.ledger.open(Kind::Connection),
-                guards = inner.ledger.open(Kind::Guard),
+                requests = inner.books.ledger.open(Kind::Request),
+                connections = inner.books.ledger.open(Kind::Connection),
+                guards = inner.books.ledger.open(Kind::Guard),
                 "what was cut is still there"
             );
         }
@@ -108,6 +81,77 @@ async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
     inner.advance(Phase::Hooks);
     hooks(inner, plan, &mut facts.hooks).await;
     done(inner, plan, facts)
+}
+
+/// To the moment when nothing is left, or the rest is cut.
+async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
+    if inner.phase() >= Phase::Cut {
+        return;
+    }
+    let mut running = Running::new(&mut facts.callbacks);
+    for callback in inner.callbacks.close() {
+        running.start(callback, plan.cut - clock::now());
+    }
+    let finish = pin!(running.finish());
+    let mut callbacks = Beside::new(finish);
+
+    if inner.phase() < Phase::Closing {
+        let delay = by(inner, plan.closing, pending::<()>());
+        callbacks.with(delay).await;
+        inner.advance(Phase::Closing);
+    }
+    if inner.phase() < Phase::Closed {
+        let listeners = inner.emptied(|inner| inner.books.ledger.open(Kind::Listener) == 0);
+        match callbacks.with(by(inner, plan.cut, listeners)).await {
+            Some(()) => inner.advance(Phase::Closed),
+            None => listeners_left(inner),
+        }
+    }
+    let all = async {
+        callbacks.finish().await;
+        inner.emptied(|inner| inner.books.ledger.is_idle()).await;
+    };
+    if by(inner, plan.cut, all).await.is_none() {
+        (facts.requests, facts.cut) = cut(inner);
+        let idle = facts.requests == 0 && facts.cut.is_empty();
+        facts.deadline = !idle && !inner.is_forced();
+        inner.advance(Phase::Cut);
+    }
+    facts.drained_after = clock::now() - plan.start;
+}
+
+/// A future that is polled while others are waited for.
+struct Beside<'a, F> {
+    future: Pin<&'a mut F>,
+    over: bool,
+}
+
+impl<'a, F: Future<Output = ()>> Beside<'a, F> {
+    fn new(future: Pin<&'a mut F>) -> Self {
+        let over = false;
+        Self { future, over }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.over {
+            ready!(self.future.as_mut().poll(cx));
+            self.over = true;
+        }
+        Poll::Ready(())
+    }
+
+    async fn with<G: Future>(&mut self, other: G) -> G::Output {
+        let mut other = pin!(other);
+        poll_fn(|cx| {
+            let _ = self.poll(cx);
+            other.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    async fn finish(&mut self) {
+        poll_fn(|cx| self.poll(cx)).await;
+    }
 }
 
 /// The future's output, unless the deadline is there first, or force.
@@ -144,10 +188,10 @@ fn listeners_left(inner: &Inner) {
     }
 }
 
-/// Writes down what is there.
-fn cut(inner: &Inner, facts: &mut Facts) {
+/// Writes down what is there: the number of requests, and what has a name.
+fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let now = clock::now();
-    let requests = inner.ledger.open(Kind::Request);
+    let requests = inner.books.ledger.open(Kind::Request);
     let tracked = inner.tracked.snapshot().into_iter().map(|request| Cut {
         kind: CutKind::Request,
         label: Some(request.route),
@@ -187,12 +231,10 @@ fn cut(inner: &Inner, facts: &mut Facts) {
     let known = all.iter().filter(|cut| cut.kind == CutKind::Request);
     let unknown = requests.saturating_sub(known.count());
     if unknown > 0 {
-        warn!(requests = unknown, "cut off");
+        warn!(requests = unknown, "cut off, not tracked");
         inner.metrics.cut(CutKind::Request.as_str(), unknown as u64);
     }
-    facts.deadline = !inner.is_forced() && (requests > 0 || !all.is_empty());
-    facts.requests = requests;
-    facts.cut = all;
+    (requests, all)
 }
 
 /// By priority, each within its limit and all within what is left.
@@ -209,14 +251,13 @@ async fn hooks(inner: &Inner, plan: &Plan, reports: &mut Vec<HookReport>) {
             }
             continue;
         }
-        let mut running = Running::new();
+        let mut running = Running::new(reports);
         for hook in group {
             let limit = hook.limit.unwrap_or(inner.settings.hook_limit);
             running.start(hook, limit.min(left));
         }
         // A hook that blocks its thread heeds no limit of its own.
-        let _ = by(inner, plan.end, running.finish(reports)).await;
-        running.abort(reports);
+        let _ = by(inner, plan.end, running.finish()).await;
     }
 }
 
@@ -285,17 +326,20 @@ fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Hooks on tasks of their own: a panic of one is nobody else's.
-struct Running {
+/// Hooks on tasks of their own: a panic of one is nobody else's. Those that are
+/// left when this is dropped are dropped, too, and written down.
+struct Running<'a> {
+    reports: &'a mut Vec<HookReport>,
     tasks: JoinSet<Result<Result<(), BoxError>, Elapsed>>,
     known: HashMap<Id, Known>,
 }
 
 type Known = (Label, Priority, Instant);
 
-impl Running {
-    fn new() -> Self {
+impl<'a> Running<'a> {
+    fn new(reports: &'a mut Vec<HookReport>) -> Self {
         Self {
+            reports,
             tasks: JoinSet::new(),
             known: HashMap::new(),
         }
@@ -316,7 +360,7 @@ impl Running {
     }
 
     /// Waits for all of them. Whoever is dropped meanwhile has lost nothing.
-    async fn finish(&mut self, reports: &mut Vec<HookReport>) {
+    async fn finish(&mut self) {
         while let Some(ended) = self.tasks.join_next_with_id().await {
             let (id, outcome) = match ended {
                 Ok((id, Ok(Ok(())))) => (id, HookOutcome::Done),
@@ -325,16 +369,16 @@ impl Running {
                 Err(error) => (error.id(), panicked(error)),
             };
             if let Some(known) = self.known.remove(&id) {
-                tell(reports, report(known, outcome));
+                tell(self.reports, report(known, outcome));
             }
         }
     }
+}
 
-    /// Drops those that are left.
-    fn abort(&mut self, reports: &mut Vec<HookReport>) {
-        self.tasks.abort_all();
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
         for (_, known) in self.known.drain() {
-            tell(reports, report(known, HookOutcome::TimedOut));
+            tell(self.reports, report(known, HookOutcome::TimedOut));
         }
     }
 }

@@ -11,7 +11,10 @@ use http_body::Body;
 use tower_service::Service;
 
 use crate::{
-    DrainBody, DrainSignal, ResponseFuture, layer::Options, permit::Permit, shutdown::Inner,
+    DrainBody, DrainSignal, ResponseFuture,
+    layer::Options,
+    permit::{Extra, Permit, Track},
+    shutdown::Inner,
 };
 
 /// The service of a [`DrainLayer`](crate::DrainLayer).
@@ -55,14 +58,24 @@ impl<S> Drain<S> {
 
     /// What only those who asked for it pay for.
     #[cold]
-    fn opted<B>(&self, permit: &mut Permit, request: &mut Request<B>) {
-        if let Some(route) = self.options.route(request) {
-            permit.track(route);
-        }
+    fn opted<B>(&self, request: &mut Request<B>) -> Option<Box<Extra>> {
+        let track = self.options.route(request);
+        let track = track.map(|route| Track::new(&self.shutdown, route));
         if self.options.signal {
             let signal = DrainSignal::new(Arc::clone(&self.shutdown));
             request.extensions_mut().insert(signal);
         }
+        let streams = self.options.any_streams();
+        if track.is_none() && !streams {
+            return None;
+        }
+        let streams = streams.then(|| (Arc::clone(&self.options), Arc::clone(&self.shutdown)));
+        let end = None;
+        Some(Box::new(Extra {
+            track,
+            streams,
+            end,
+        }))
     }
 }
 
@@ -82,17 +95,13 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
-        let mut permit = Permit::take(&self.shutdown);
-        if self.options.any_at_call() {
-            self.opted(&mut permit, &mut request);
+        let permit = Permit::take(&self.shutdown);
+        let mut extra = None;
+        if !self.options.is_plain() {
+            extra = self.opted(&mut request);
         }
         let closable = request.version() < Version::HTTP_2;
-        let streams = self
-            .options
-            .any_streams()
-            .then(|| Arc::clone(&self.options));
-        let response = self.inner.call(request);
-        ResponseFuture::new(response, permit, closable, streams)
+        ResponseFuture::new(self.inner.call(request), permit, closable, extra)
     }
 }
 

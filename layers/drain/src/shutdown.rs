@@ -23,9 +23,10 @@ use tracing::{error, info, warn};
 use crate::{
     ConnectionGuard, DrainSignal, Guard, Hook, HookOutput, Label, Phase, Reached, Report,
     ServerGuard, ShutdownBuilder,
+    books::Books,
     config::Settings,
     guard::{Connection, Guarded},
-    ledger::{Kind, Ledger},
+    ledger::Kind,
     metrics::Metrics,
     report::{Facts, Failure},
     tracked::Tracked,
@@ -43,13 +44,11 @@ pub struct Shutdown {
 }
 
 pub(crate) struct Inner {
-    pub(crate) ledger: Ledger,
+    pub(crate) books: &'static Books,
     pub(crate) settings: Settings,
     /// Set before the phase is: who sees a drain sees its plan.
     pub(crate) plan: OnceLock<Plan>,
     reached: [Arc<Notify>; Phase::COUNT],
-    /// The last of a kind has gone.
-    emptied: Notify,
     /// Nobody is to wait any longer.
     force: Notify,
     forced: AtomicBool,
@@ -125,11 +124,10 @@ impl Shutdown {
         let _ = clock::now();
         Self {
             inner: Arc::new(Inner {
-                ledger: Ledger::new(),
+                books: Books::open(),
                 settings,
                 plan: OnceLock::new(),
                 reached: std::array::from_fn(|_| Arc::default()),
-                emptied: Notify::new(),
                 force: Notify::new(),
                 forced: AtomicBool::new(false),
                 watchdog: OnceLock::new(),
@@ -269,26 +267,26 @@ impl Shutdown {
     /// How many requests there are, from the call to the end of the body.
     #[must_use]
     pub fn requests(&self) -> usize {
-        self.inner.ledger.open(Kind::Request)
+        self.inner.books.ledger.open(Kind::Request)
     }
 
     /// How many connections there are.
     #[must_use]
     pub fn connections(&self) -> usize {
-        self.inner.ledger.open(Kind::Connection)
+        self.inner.books.ledger.open(Kind::Connection)
     }
 
     /// How many guards there are.
     #[must_use]
     pub fn guards(&self) -> usize {
-        self.inner.ledger.open(Kind::Guard)
+        self.inner.books.ledger.open(Kind::Guard)
     }
 
     /// Whether nothing is left to wait for: no request, connection or guard,
     /// and no listener.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.inner.ledger.is_idle()
+        self.inner.books.ledger.is_idle()
     }
 }
 
@@ -354,10 +352,17 @@ impl Schedule {
     }
 }
 
+/// What is still in flight counts itself out, of what is nobody's any more.
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.books.abandon();
+    }
+}
+
 impl Inner {
     #[inline]
     pub(crate) fn phase(&self) -> Phase {
-        self.ledger.phase()
+        self.books.ledger.phase()
     }
 
     pub(crate) fn reached(&self, phase: Phase) -> &Arc<Notify> {
@@ -429,7 +434,7 @@ impl Inner {
     /// has gone.
     pub(crate) async fn emptied(&self, holds: impl Fn(&Self) -> bool) {
         loop {
-            let notified = self.emptied.notified();
+            let notified = self.books.emptied.notified();
             if holds(self) {
                 return;
             }
@@ -440,16 +445,17 @@ impl Inner {
     /// Goes forward to this phase and tells all who wait for it, or for one on
     /// the way.
     pub(crate) fn advance(&self, to: Phase) {
-        let from = self.ledger.advance(to);
+        let from = self.books.ledger.advance(to);
         for phase in to.since(from) {
             self.reached(*phase).notify_waiters();
         }
         if from < to {
             info!(
                 phase = to.as_str(),
-                requests = self.ledger.open(Kind::Request),
-                connections = self.ledger.open(Kind::Connection),
-                guards = self.ledger.open(Kind::Guard),
+                reason = self.plan.get().map(|plan| &*plan.reason),
+                requests = self.books.ledger.open(Kind::Request),
+                connections = self.books.ledger.open(Kind::Connection),
+                guards = self.books.ledger.open(Kind::Guard),
                 "shutdown"
             );
         }
@@ -457,9 +463,7 @@ impl Inner {
 
     #[inline]
     pub(crate) fn leave(&self, kind: Kind) {
-        if self.ledger.leave(kind) {
-            self.emptied.notify_waiters();
-        }
+        self.books.leave(kind);
     }
 
     pub(crate) fn server_failed(&self, server: Label, why: String) {

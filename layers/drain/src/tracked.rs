@@ -1,7 +1,8 @@
 //! The requests in flight, by name: for the report, where the layer was told
 //! to keep track.
-
-use std::num::NonZeroUsize;
+//!
+//! A list apart from the counts, and not a part of every permit: who wants only
+//! to drain pays for a number.
 
 use buttress_core::{
     clock::Instant,
@@ -9,7 +10,10 @@ use buttress_core::{
 };
 use slab::Slab;
 
-use crate::Label;
+use crate::{
+    Label,
+    stripe::{STRIPES, stripe},
+};
 
 /// A request as the report knows it.
 #[derive(Clone, Debug)]
@@ -26,26 +30,11 @@ pub(crate) struct Tracked {
     stripes: [Padded<Mutex<Slab<InFlight>>>; STRIPES],
 }
 
-/// A power of two.
-const STRIPES: usize = 8;
-
 /// Where a request is written down.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Slot(NonZeroUsize);
-
-impl Slot {
-    /// Not 0, so that an `Option` of it is no larger.
-    fn new(stripe: usize, key: usize) -> Self {
-        Self(NonZeroUsize::MIN.saturating_add(key * STRIPES + stripe))
-    }
-
-    const fn stripe(self) -> usize {
-        (self.0.get() - 1) % STRIPES
-    }
-
-    const fn key(self) -> usize {
-        (self.0.get() - 1) / STRIPES
-    }
+pub(crate) struct Slot {
+    stripe: usize,
+    key: usize,
 }
 
 impl Tracked {
@@ -56,24 +45,29 @@ impl Tracked {
     }
 
     pub(crate) fn insert(&self, route: Label, since: Instant) -> Slot {
-        let stripe = threads::stripe();
+        let stripe = stripe();
         let request = InFlight {
             route,
             since,
             bytes: 0,
         };
         let key = self.stripes[stripe].lock().insert(request);
-        Slot::new(stripe, key)
+        Slot { stripe, key }
+    }
+
+    pub(crate) fn route(&self, slot: Slot) -> Option<Label> {
+        let stripe = self.stripes[slot.stripe].lock();
+        stripe.get(slot.key).map(|request| request.route.clone())
     }
 
     pub(crate) fn sent(&self, slot: Slot, bytes: u64) {
-        if let Some(request) = self.stripes[slot.stripe()].lock().get_mut(slot.key()) {
+        if let Some(request) = self.stripes[slot.stripe].lock().get_mut(slot.key) {
             request.bytes += bytes;
         }
     }
 
     pub(crate) fn remove(&self, slot: Slot) {
-        let gone = self.stripes[slot.stripe()].lock().try_remove(slot.key());
+        let gone = self.stripes[slot.stripe].lock().try_remove(slot.key);
         drop(gone);
     }
 
@@ -87,47 +81,11 @@ impl Tracked {
     }
 }
 
-mod threads {
-    use std::{
-        cell::Cell,
-        sync::atomic::{AtomicUsize, Ordering::Relaxed},
-    };
-
-    use super::STRIPES;
-
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-
-    std::thread_local! {
-        static STRIPE: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-
-    #[inline]
-    pub(super) fn stripe() -> usize {
-        let mut stripe = STRIPE.get();
-        if stripe == usize::MAX {
-            stripe = NEXT.fetch_add(1, Relaxed) % STRIPES;
-            STRIPE.set(stripe);
-        }
-        stripe
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use buttress_core::clock;
 
     use super::*;
-
-    #[test]
-    fn slots_say_where() {
-        for key in [0, 1, 7, 8, 1000] {
-            for stripe in 0..STRIPES {
-                let slot = Slot::new(stripe, key);
-                assert_eq!((slot.stripe(), slot.key()), (stripe, key));
-            }
-        }
-        assert_eq!(size_of::<Option<Slot>>(), size_of::<usize>());
-    }
 
     #[test]
     fn what_is_there_is_told_wherever_it_came() {

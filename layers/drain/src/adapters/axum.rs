@@ -5,7 +5,6 @@ use std::{
     future::{Future, pending, poll_fn},
     io,
     net::SocketAddr,
-    sync::Arc,
 };
 
 use axum::{
@@ -14,7 +13,6 @@ use axum::{
 };
 use tokio::net::TcpListener;
 
-use super::graceful;
 use crate::{
     DrainIo, Label, Limits, Shutdown,
     listen::Listener,
@@ -69,31 +67,29 @@ use crate::{
 ///   does.
 pub struct AxumListener<L = TcpListener> {
     acceptor: Acceptor<L>,
-    limits: Limits,
 }
+
+/// What [`AxumListener::with_connect_info`] makes.
+pub type TappedListener<L> =
+    TapIo<AxumListener<L>, fn(&mut <AxumListener<L> as axum::serve::Listener>::Io)>;
 
 impl<L: Listener> AxumListener<L> {
     /// Counts as a server of this name from now on.
     pub fn new(shutdown: &Shutdown, name: impl Into<Label>, listener: L, limits: Limits) -> Self {
         Self {
             acceptor: Acceptor::new(shutdown, name.into(), listener, limits, false),
-            limits,
         }
     }
 
     /// For `with_graceful_shutdown`: ready once the listener is closed. Without
     /// it axum serves on, until the connections are cut.
     pub fn graceful(&self) -> impl Future<Output = ()> + Send + use<L> {
-        graceful(
-            self.acceptor.shutdown().clone(),
-            Arc::clone(self.acceptor.slots()),
-            self.limits.first_byte_grace,
-        )
+        self.acceptor.graceful()
     }
 
     /// The same for `into_make_service_with_connect_info::<SocketAddr>()`,
     /// which axum has for its own listeners and for one that is tapped.
-    pub fn with_connect_info(self) -> TapIo<Self, fn(&mut DrainIo<L::Io>)> {
+    pub fn with_connect_info(self) -> TappedListener<L> {
         self.tap_io(|_| {})
     }
 }

@@ -6,7 +6,6 @@ use std::{
     future::{Future, Ready, ready},
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -16,7 +15,6 @@ use tokio::net::TcpListener;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 use tower_service::Service;
 
-use super::graceful;
 use crate::{
     DrainIo, Label, Limits, Shutdown,
     listen::{Listener, Socket},
@@ -72,7 +70,6 @@ use crate::{
 /// For gRPC on a [`Server`](crate::Server) see [`TcpConnectInfos`].
 pub struct TonicIncoming<L = TcpListener> {
     acceptor: Acceptor<L>,
-    limits: Limits,
     /// Nothing comes any more.
     closed: bool,
 }
@@ -82,7 +79,6 @@ impl<L: Listener> TonicIncoming<L> {
     pub fn new(shutdown: &Shutdown, name: impl Into<Label>, listener: L, limits: Limits) -> Self {
         Self {
             acceptor: Acceptor::new(shutdown, name.into(), listener, limits, false),
-            limits,
             closed: false,
         }
     }
@@ -90,11 +86,7 @@ impl<L: Listener> TonicIncoming<L> {
     /// For `serve_with_incoming_shutdown`: ready once the listener is closed.
     /// Without it tonic serves on, until the connections are cut.
     pub fn graceful(&self) -> impl Future<Output = ()> + Send + use<L> {
-        graceful(
-            self.acceptor.shutdown().clone(),
-            Arc::clone(self.acceptor.slots()),
-            self.limits.first_byte_grace,
-        )
+        self.acceptor.graceful()
     }
 }
 

@@ -79,6 +79,11 @@ impl Watch {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn armed(&self) -> Instant {
+        self.armed
+    }
+
     /// Whether the timer has fired.
     pub(crate) fn is_due(&self) -> bool {
         self.sleep.as_ref().is_some_and(Sleep::is_elapsed)

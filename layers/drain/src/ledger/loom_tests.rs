@@ -23,8 +23,16 @@ impl Drain {
         })
     }
 
+    fn enter(&self, kind: Kind) -> Phase {
+        self.ledger.enter_at(kind, || 0)
+    }
+
     fn leave(&self, kind: Kind) {
-        if self.ledger.leave(kind) {
+        self.leave_at(kind, 0);
+    }
+
+    fn leave_at(&self, kind: Kind, stripe: usize) {
+        if self.ledger.leave_at(kind, || stripe) != Left::Others {
             self.woken.fetch_add(1, SeqCst);
         }
     }
@@ -49,7 +57,7 @@ fn nobody_is_let_in_and_forgotten() {
     model(|| {
         let drain = Drain::new();
         let request = beside(&drain, |drain| {
-            let admitted = drain.ledger.enter(Kind::Request) < Phase::Closed;
+            let admitted = drain.enter(Kind::Request) < Phase::Closed;
             if !admitted {
                 drain.leave(Kind::Request);
             }
@@ -70,8 +78,8 @@ fn nobody_is_let_in_and_forgotten() {
 fn no_wake_up_is_lost() {
     model(|| {
         let drain = Drain::new();
-        drain.ledger.enter(Kind::Request);
-        drain.ledger.enter(Kind::Connection);
+        drain.enter(Kind::Request);
+        drain.enter(Kind::Connection);
         let other = beside(&drain, |drain| {
             drain.leave(Kind::Request);
             drain.leave(Kind::Connection);
@@ -91,14 +99,31 @@ fn no_wake_up_is_lost() {
 fn the_last_of_a_kind_wakes() {
     model(|| {
         let drain = Drain::new();
-        drain.ledger.enter(Kind::Request);
-        drain.ledger.enter(Kind::Request);
+        drain.enter(Kind::Request);
+        drain.enter(Kind::Request);
         drain.ledger.advance(Phase::Draining);
-        let other = beside(&drain, |drain| drain.leave(Kind::Request));
+        // On another thread than it came, and on two stripes.
+        let other = beside(&drain, |drain| drain.leave_at(Kind::Request, 1));
         drain.leave(Kind::Request);
         other.join().unwrap();
         assert!(drain.woken.load(SeqCst) > 0);
         assert!(drain.ledger.is_idle());
+    });
+}
+
+/// Of those who might put an abandoned ledger back, one does.
+#[test]
+fn it_is_put_back_once() {
+    model(|| {
+        let drain = Drain::new();
+        drain.enter(Kind::Request);
+        let other = beside(&drain, |drain| {
+            let left = drain.ledger.leave_at(Kind::Request, || 1);
+            usize::from(left == Left::Free)
+        });
+        let freed = usize::from(drain.ledger.abandon());
+        assert_eq!(freed + other.join().unwrap(), 1);
+        assert_eq!(drain.ledger.phase(), Phase::Serving);
     });
 }
 
@@ -107,11 +132,11 @@ fn the_last_of_a_kind_wakes() {
 fn a_relay_is_never_taken_for_nobody() {
     model(|| {
         let drain = Drain::new();
-        drain.ledger.enter(Kind::Guard);
+        drain.enter(Kind::Guard);
         let relay = beside(&drain, |drain| {
-            drain.ledger.enter(Kind::Request);
+            drain.enter(Kind::Request);
             drain.leave(Kind::Guard);
-            drain.ledger.enter(Kind::Connection);
+            drain.enter(Kind::Connection);
             drain.leave(Kind::Request);
         });
         drain.ledger.advance(Phase::Closed);

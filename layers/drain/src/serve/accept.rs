@@ -44,6 +44,8 @@ pub(crate) struct Acceptor<L> {
     managed: bool,
 }
 
+type Accepted<L> = (DrainIo<<L as Listener>::Io>, <L as Listener>::Addr);
+
 impl<L: Listener> Acceptor<L> {
     pub(crate) fn new(
         shutdown: &Shutdown,
@@ -71,19 +73,29 @@ impl<L: Listener> Acceptor<L> {
         &self.slots
     }
 
+    #[cfg(feature = "axum")]
     pub(crate) const fn listener(&self) -> Option<&L> {
         self.listener.as_ref()
     }
 
-    pub(crate) const fn shutdown(&self) -> &Shutdown {
-        &self.shutdown
+    /// When a server that closes connections by itself is told to: once the
+    /// listener is closed, and after a moment for connections that have sent
+    /// nothing yet.
+    #[cfg(any(feature = "axum", feature = "tonic"))]
+    pub(crate) fn graceful(&self) -> impl Future<Output = ()> + Send + use<L> {
+        let closed = self.shutdown.reached(crate::Phase::Closed);
+        let slots = Arc::clone(&self.slots);
+        let grace = self.limits.first_byte_grace;
+        async move {
+            closed.await;
+            if slots.fresh() > 0 {
+                sleep(grace).await;
+            }
+        }
     }
 
     /// The next connection, `None` once the listener is closed.
-    pub(crate) fn poll_next(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<(DrainIo<L::Io>, L::Addr)>> {
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Accepted<L>>> {
         loop {
             let Some(listener) = &mut self.listener else {
                 return Poll::Ready(None);
@@ -115,7 +127,7 @@ impl<L: Listener> Acceptor<L> {
     }
 
     /// What is there already, and then nothing: the listener is dropped.
-    fn next_of_backlog(&mut self) -> Option<(DrainIo<L::Io>, L::Addr)> {
+    fn next_of_backlog(&mut self) -> Option<Accepted<L>> {
         while let Some(left) = self.backlog.checked_sub(1) {
             self.backlog = left;
             match self.listener.as_mut()?.accept_now() {

@@ -43,8 +43,11 @@ use crate::{Label, Phase, Shutdown, io::Told, listen::Listener};
 /// [crate's front page](crate) has what happens when.
 ///
 /// HTTP/1.1 and HTTP/2 are told apart by the first bytes; upgrades
-/// (`hyper::upgrade::on`) work, and are counted and cut as the rest is. Each
-/// connection has a task of its own, and each request a clone of the service.
+/// (`hyper::upgrade::on`) work, and are counted and cut as the rest is; the
+/// report names them by the [`Label`] in the extensions of their response,
+/// where a [`DrainLayer`](crate::DrainLayer) that was told of routes puts one.
+/// Each connection has a task of its own, and each request a clone of the
+/// service.
 ///
 /// ```
 /// use std::{convert::Infallible, time::Duration};

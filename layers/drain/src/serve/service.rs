@@ -119,24 +119,25 @@ where
                     this.state.set(State::Calling { call });
                 }
                 StateProj::Calling { call } => {
-                    let mut response = ready!(call.poll(cx))?;
+                    let (mut head, body) = ready!(call.poll(cx))?.into_parts();
                     let mut open = this.open.take();
-                    let tunnel = match response.status() {
+                    let tunnel = match head.status {
                         StatusCode::SWITCHING_PROTOCOLS => true,
                         status => *this.connect && status.is_success(),
                     };
                     if let Some(request) = &open {
                         let lane = &*request.0;
                         if tunnel {
-                            let route = response.extensions_mut().remove::<Label>();
+                            let route = head.extensions.remove::<Label>();
                             if let Some(open) = open.take() {
                                 open.upgraded(route);
                             }
                         } else if leaves(lane) {
-                            close(&mut response);
+                            close(&mut head);
                         }
                     }
-                    return Poll::Ready(Ok(response.map(|body| CountedBody { body, _open: open })));
+                    let body = CountedBody { body, _open: open };
+                    return Poll::Ready(Ok(Response::from_parts(head, body)));
                 }
             }
         }
@@ -147,7 +148,7 @@ where
 /// an answer can say so.
 #[inline]
 fn leaves(lane: &Lane) -> bool {
-    let asked = lane.shutdown.ledger.glance() != Phase::Serving || lane.record.traffic.is_leaving();
+    let asked = lane.shutdown.phase() != Phase::Serving || lane.record.traffic.is_leaving();
     asked && lane.record.traffic.protocol() == Protocol::Http1
 }
 

@@ -194,6 +194,25 @@ async fn half_a_head_is_not_closed_on() {
     assert_eq!(rig.ended().await.exit_code(), 0);
 }
 
+/// So is one that came with the request before it, of which nobody but hyper
+/// knows.
+#[tokio::test]
+async fn half_a_head_that_was_sent_ahead_is_not_closed_on() {
+    let rig = Rig::of(shutdown_of(0, 5000, 500), limits(), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    client.send(get("/slow/100")).await.unwrap();
+    let request = get("/");
+    let (first, rest) = request.split_at(9);
+    tokio::time::sleep(ms(30)).await;
+    client.send(first).await.unwrap();
+    assert!(!client.answer().await.closes());
+    rig.trigger();
+    tokio::time::sleep(ms(150)).await;
+    client.send(rest).await.unwrap();
+    assert_eq!(client.answer().await.text(), "hello");
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
 /// A client that has closed its half, as some do after their last request.
 #[tokio::test]
 async fn a_client_that_is_gone_is_no_trouble() {

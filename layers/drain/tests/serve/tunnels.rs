@@ -1,18 +1,25 @@
 //! Upgraded connections.
 
 use std::{
+    convert::Infallible,
     future::{Future, poll_fn},
     pin::Pin,
     task::Poll,
 };
 
 use buttress_core::clock;
-use buttress_drain::{CutKind, Phase};
+use buttress_drain::{CutKind, DrainLayer, Phase};
 use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    sync::mpsc,
 };
+
+use tower::Layer;
 
 use crate::{Rig, app::app, client::Client, limits, ms, shutdown_of, soon, until};
 
@@ -88,6 +95,35 @@ async fn a_tunnel_is_cut_and_named() {
     assert!(cut.bytes().unwrap() > 10);
 }
 
+/// By the layer, which knows the routes.
+#[tokio::test]
+async fn a_tunnel_is_named_as_its_request_was() {
+    let service = tower::service_fn(|mut request: Request<Incoming>| async move {
+        tokio::spawn(async move {
+            let io = hyper::upgrade::on(&mut request).await.unwrap();
+            let _ = TokioIo::new(io).read_u8().await;
+        });
+        let response = Response::builder()
+            .status(101)
+            .header("connection", "upgrade")
+            .header("upgrade", "echo");
+        Ok::<_, Infallible>(response.body(String::new()).unwrap())
+    });
+    let shutdown = shutdown_of(0, 600, 300);
+    let layer = DrainLayer::new(&shutdown).route("/live");
+    let rig = Rig::of(shutdown, limits(), layer.layer(service)).await;
+    let client = tunnel(&rig).await;
+    until(|| rig.shutdown.requests() == 0).await;
+    rig.trigger();
+    let report = rig.ended().await;
+    let [cut] = report.cut() else {
+        panic!("{report}");
+    };
+    assert_eq!(cut.kind(), CutKind::Tunnel);
+    assert_eq!(cut.label().unwrap().as_str(), "/live");
+    drop(client);
+}
+
 /// One direction is closed, and the other goes on.
 #[tokio::test]
 async fn half_a_tunnel_may_be_closed() {
@@ -103,6 +139,39 @@ async fn half_a_tunnel_may_be_closed() {
     let (read, ()) = tokio::join!(soon(read.read_to_string(&mut back)), sent);
     read.unwrap();
     assert_eq!(back.len(), text.len());
+}
+
+/// The server's direction first: what comes after its FIN is not thrown away.
+#[tokio::test]
+async fn a_tunnel_that_was_shut_down_is_read_to_its_end() {
+    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let service = tower::service_fn(move |mut request: Request<Incoming>| {
+        let sender = sender.clone();
+        async move {
+            tokio::spawn(async move {
+                let upgraded = hyper::upgrade::on(&mut request).await.unwrap();
+                let mut io = TokioIo::new(upgraded);
+                io.shutdown().await.unwrap();
+                let mut read = Vec::new();
+                io.read_to_end(&mut read).await.unwrap();
+                sender.send(read.len()).unwrap();
+            });
+            let response = Response::builder()
+                .status(101)
+                .header("connection", "upgrade")
+                .header("upgrade", "echo");
+            Ok::<_, Infallible>(response.body(String::new()).unwrap())
+        }
+    });
+    let rig = Rig::of(shutdown_of(0, 5000, 500), limits(), service).await;
+    let mut client = tunnel(&rig).await;
+    assert!(client.is_closed().await.unwrap());
+    for _ in 0..10 {
+        tokio::time::sleep(ms(20)).await;
+        client.send("x".repeat(1000)).await.unwrap();
+    }
+    client.io.get_mut().shutdown().await.unwrap();
+    assert_eq!(soon(receiver.recv()).await, Some(10_000));
 }
 
 /// A stream of HTTP/2 that was turned into a tunnel (RFC 8441).
