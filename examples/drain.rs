@@ -29,11 +29,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .build()?;
     shutdown.install_signals()?;
     let flush = Hook::new("flush", async || {
-        println!("  written what was not yet written")
+        println!("  written what was not yet written");
     });
     shutdown.hook(flush.priority(Priority::HIGH));
 
-    // Innermost first: a handler that takes its time, and can be told.
+    // One answers at once, the other takes its time, and can be told.
     let app = Router::new()
         .route("/", get(|| async { "hello\n" }))
         .route("/slow", get(slow))

@@ -8,6 +8,8 @@
 //! long, and how often in a row: `ROLLING_SECONDS` (6) and `ROLLING_TIMES` (1);
 //! `make rolling` takes what the page on rolling restarts tells.
 
+#![expect(clippy::print_stdout, reason = "it is there to be read")]
+
 mod balancer;
 mod load;
 mod replica;
