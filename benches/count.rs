@@ -1,11 +1,12 @@
 //! Counts allocations and live bytes, for the bench that runs it: one line
-//! for each run, tab-separated. Told `breaker` or `retry`, it counts those of
-//! the circuit breakers or of the retries, else those of the rate limiters.
+//! for each run, tab-separated. Told `breaker`, `retry` or `drain`, it counts
+//! those of the circuit breakers, the retries or the drain, else those of the
+//! rate limiters.
 
 use std::{alloc::System, env};
 
 use buttress_benches::{
-    breaker,
+    breaker, drain,
     measure::drive,
     retry,
     scenarios::{self, governor_by_key, lasting, ours_by_key},
@@ -21,6 +22,7 @@ fn main() {
     match env::args().nth(1).as_deref() {
         Some("breaker") => allocations(breaker::ALL),
         Some("retry") => allocations(retry::ALL),
+        Some("drain") => allocations(drain::ALL),
         _ => {
             allocations(scenarios::ALL);
             bytes();

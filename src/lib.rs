@@ -16,6 +16,10 @@ mod ext;
 #[cfg(feature = "circuit-breaker")]
 pub use buttress_circuit_breaker as circuit_breaker;
 
+/// Graceful shutdown: the crate `buttress-drain`.
+#[cfg(feature = "drain")]
+pub use buttress_drain as drain;
+
 /// Who is ready and how well: what layers tell of themselves, and, with the
 /// feature `health`, the endpoints and checks of the crate `buttress-health`.
 #[cfg(not(feature = "health"))]

@@ -1,5 +1,5 @@
-//! The admin port: is it alive, what does it count, how do its circuit breakers
-//! stand, and a page for a person.
+//! The admin port: is it alive and ready, what does it count, how do its
+//! circuit breakers stand, and a page for a person.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -7,6 +7,7 @@ use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder,
     circuit_breaker::Breaker,
     clock::{self, Instant, SystemClock, WallClock},
+    health::{Details, HealthRegistry, HealthService, Latch, ReadinessGate},
 };
 use bytes::Bytes;
 use http::{
@@ -16,28 +17,56 @@ use http::{
 use http_body_util::Full;
 use hyper::body::Incoming;
 use metrics_exporter_prometheus::PrometheusHandle;
+use tower::Service;
 
 use crate::{proxy::Proxy, serve::Busy, settings::Secret};
+
+/// What probes ask. They carry no token, and learn no more than whether they
+/// are to send somebody here.
+const PROBES: [&str; 3] = ["/health/live", "/health/ready", "/health/startup"];
 
 /// What the admin port shows.
 pub(crate) struct Admin {
     pub(crate) proxy: Arc<Proxy>,
+    pub(crate) health: HealthService,
     pub(crate) metrics: PrometheusHandle,
     pub(crate) token: Option<Secret>,
 }
 
+/// What is known of the proxy's health. Its breakers are the score, which is
+/// shown and decides nothing; the start and the drain decide.
+pub(crate) fn health(
+    proxy: &Proxy,
+    routes: &Latch,
+    drain: impl ReadinessGate + 'static,
+) -> (HealthRegistry, HealthService) {
+    let mut health = HealthRegistry::builder()
+        .name("proxy")
+        .latch(routes)
+        .gate("drain", drain);
+    for breaker in &proxy.breakers {
+        health = health.source(breaker.clone());
+    }
+    let health = health.build().expect("each breaker has a name of its own");
+    let service = HealthService::builder(&health).details(Details::Shown);
+    let service = service.build().expect("the usual paths are sound");
+    (health, service)
+}
+
 impl Admin {
     /// Answers a request.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "it is the handler that serve wants"
-    )]
     pub(crate) fn answer(
         &self,
         request: Request<Incoming>,
         _peer: SocketAddr,
         _busy: Busy,
     ) -> Response<Full<Bytes>> {
+        let path = request.uri().path();
+        let is_probe = PROBES.contains(&path);
+        if is_probe || (path == "/health" && self.may(&request)) {
+            let answer = self.health.clone().call(request).into_inner();
+            return answer.unwrap_or_else(|never| match never {});
+        }
         let mut response = self.route(&request);
         response
             .headers_mut()
@@ -47,9 +76,7 @@ impl Admin {
 
     fn route(&self, request: &Request<Incoming>) -> Response<Bytes> {
         let path = request.uri().path();
-        // Probes carry no token, and learn nothing that a connection would not
-        // tell them.
-        if !path.starts_with("/health/") && !self.may(request) {
+        if !self.may(request) {
             let challenge = HeaderValue::from_static("Bearer realm=\"admin\"");
             let mut response = refuse(request, &RefusalKind::Unauthenticated.into());
             response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
@@ -59,7 +86,6 @@ impl Admin {
             return self.command(request, command);
         }
         let (content_type, body) = match path {
-            "/health/live" => ("application/json", Bytes::from_static(b"{\"live\":true}")),
             "/metrics" => {
                 self.proxy.gauge();
                 let text = self.metrics.render().into();

@@ -35,6 +35,7 @@ use std::{
     time::Duration,
 };
 
+use buttress::health::{Gate, Latch};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
@@ -114,8 +115,12 @@ async fn run() -> Result<ExitCode, End> {
     let (stop, tell, mut all_gone) = Stop::new();
     // The admin port answers to the end, so that it is told to stop by nobody.
     let (never, _never, _) = Stop::new();
+    let (routes, drain) = (Latch::new("routes"), Gate::open());
+    let (health, endpoints) = admin::health(&proxy, &routes, drain.clone());
+    let _watched = health.start().expect("this is a runtime");
     let page = Arc::new(Admin {
         proxy: Arc::clone(&proxy),
+        health: endpoints,
         metrics,
         token: settings.admin_token,
     });
@@ -135,6 +140,7 @@ async fn run() -> Result<ExitCode, End> {
     let serving = tokio::spawn(serve(listener, limits, stop, move |request, peer, busy| {
         proxy.answer(request, peer, busy)
     }));
+    routes.release();
     tracing::info!(%listen, %admin, "listening");
     if demo {
         // Nobody may be reading; the proxy does not depend on it.
@@ -142,6 +148,7 @@ async fn run() -> Result<ExitCode, End> {
     }
 
     let name = signals.next().await;
+    drain.close("shutting_down");
     tracing::info!(signal = name, "stopping");
     let _ = tell.send(true);
     let gone = async {

@@ -274,10 +274,16 @@ async fn the_admin_port_answers_and_keeps_its_token() {
         }
         fetch(proxy.admin, request.body(Full::default()).unwrap())
     };
-    let live = ask("GET", "/health/live", "").await;
-    assert_eq!(live.status(), 200);
-    assert_eq!(json(&live)["live"], true);
-    assert_eq!(live.headers()["cache-control"], "no-store");
+    // Probes have none.
+    for (path, word) in [("live", "live"), ("ready", "ready"), ("startup", "started")] {
+        let probe = ask("GET", &format!("/health/{path}"), "").await;
+        assert_eq!(probe.status(), 200, "{path}");
+        assert_eq!(json(&probe)[word], true);
+        assert_eq!(probe.headers()["cache-control"], "no-store");
+    }
+    for path in ["/health", "/health/", "/health/none"] {
+        assert_eq!(ask("GET", path, "").await.status(), 401, "{path}");
+    }
     for wrong in [
         "",
         "hunter2",
@@ -315,6 +321,48 @@ async fn the_admin_port_answers_and_keeps_its_token() {
     assert_eq!(ask("POST", "/metrics", right).await.status(), 405);
     let head = ask("HEAD", "/metrics", right).await;
     assert_eq!((head.status().as_u16(), head.body().len()), (200, 0));
+}
+
+#[tokio::test]
+async fn an_open_breaker_lowers_the_score_and_turns_nobody_away() {
+    let (up, down) = (nobody().await, nobody().await);
+    let proxy = Proxy::start(&format!(
+        "routes: [{{ name: a, path: /, upstream: ['http://{up}', 'http://{down}'], circuit_breaker: {{}} }}]"
+    ))
+    .await;
+    let health = async |path: &str| {
+        let response = fetch(proxy.admin, get(path)).await;
+        (response.status().as_u16(), json(&response))
+    };
+    let (status, ready) = health("/health/ready").await;
+    assert_eq!(
+        (status, ready),
+        (200, serde_json::json!({ "ready": true, "score": 1.0 }))
+    );
+    let open = http::Request::post(format!("/breakers/a@{down}/open")).header("host", "a");
+    let opened = fetch(proxy.admin, open.body(Full::default()).unwrap()).await;
+    assert_eq!(opened.status(), 204);
+    let (status, ready) = health("/health/ready").await;
+    assert_eq!(
+        (status, ready),
+        (200, serde_json::json!({ "ready": true, "score": 0.5 }))
+    );
+
+    // The whole of it.
+    let (status, all) = health("/health").await;
+    assert_eq!(
+        (status, &all["ready"], &all["started"]),
+        (200, &true.into(), &true.into())
+    );
+    let score = |name: String| {
+        let mut sources = all["sources"].as_array().unwrap().iter();
+        sources.find(|source| source["name"] == name).unwrap()["score"].clone()
+    };
+    assert_eq!(score(format!("a@{up}")), 1.0);
+    assert_eq!(score(format!("a@{down}")), 0.0);
+    assert_eq!(all["gates"][0]["name"], "drain");
+    assert_eq!(all["latches"][0]["released"], true);
+    assert_eq!(proxy.metric("health_ready", &["name=\"proxy\""]).await, 1.0);
 }
 
 #[tokio::test]

@@ -1,0 +1,171 @@
+//! Accepting: as long as there is room, past errors, and at the end what waits
+//! in the backlog.
+
+use std::{
+    future::Future,
+    io, mem,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::time::{Sleep, sleep};
+use tracing::{debug, warn};
+
+use crate::{
+    Label, Limits, ServerGuard, Shutdown,
+    io::{DrainIo, Told},
+    listen::Listener,
+    serve::slots::Slots,
+};
+
+/// After an error that is not of one connection only, most likely because the
+/// process has no descriptor left: doubled up to a second.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// What may wait in a backlog, at most: whoever comes faster than they are
+/// accepted does not keep the listener open.
+const BACKLOG: usize = 65_536;
+
+/// Accepts for a server, of whatever make.
+pub(crate) struct Acceptor<L> {
+    /// None when it is closed.
+    listener: Option<L>,
+    guard: ServerGuard,
+    closing: Pin<Box<Told>>,
+    pause: Option<Pin<Box<Sleep>>>,
+    next_pause: Duration,
+    backlog: usize,
+    shutdown: Shutdown,
+    limits: Arc<Limits>,
+    slots: Arc<Slots>,
+    managed: bool,
+}
+
+type Accepted<L> = (DrainIo<<L as Listener>::Io>, <L as Listener>::Addr);
+
+impl<L: Listener> Acceptor<L> {
+    pub(crate) fn new(
+        shutdown: &Shutdown,
+        name: Label,
+        listener: L,
+        limits: Limits,
+        managed: bool,
+    ) -> Self {
+        let guard = shutdown.server(name);
+        Self {
+            listener: Some(listener),
+            closing: Box::pin(Told::new(guard.closing())),
+            guard,
+            pause: None,
+            next_pause: FIRST_PAUSE,
+            backlog: BACKLOG,
+            shutdown: shutdown.clone(),
+            limits: Arc::new(limits),
+            slots: Slots::new(limits.max_connections),
+            managed,
+        }
+    }
+
+    pub(crate) const fn slots(&self) -> &Arc<Slots> {
+        &self.slots
+    }
+
+    #[cfg(feature = "axum")]
+    pub(crate) const fn listener(&self) -> Option<&L> {
+        self.listener.as_ref()
+    }
+
+    /// When a server that closes connections by itself is told to: once the
+    /// listener is closed, and after a moment for connections that have sent
+    /// nothing yet.
+    #[cfg(any(feature = "axum", feature = "tonic"))]
+    pub(crate) fn graceful(&self) -> impl Future<Output = ()> + Send + use<L> {
+        let closed = self.shutdown.reached(crate::Phase::Closed);
+        let slots = Arc::clone(&self.slots);
+        let grace = self.limits.first_byte_grace;
+        async move {
+            closed.await;
+            if slots.fresh() > 0 {
+                sleep(grace).await;
+            }
+        }
+    }
+
+    /// The next connection, `None` once the listener is closed.
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Accepted<L>>> {
+        loop {
+            let Some(listener) = &mut self.listener else {
+                return Poll::Ready(None);
+            };
+            if self.closing.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(self.next_of_backlog());
+            }
+            if let Some(pause) = &mut self.pause {
+                ready!(pause.as_mut().poll(cx));
+                self.pause = None;
+            }
+            ready!(self.slots.poll_room(cx));
+            match ready!(listener.poll_accept(cx)) {
+                Ok((io, addr)) => {
+                    self.next_pause = FIRST_PAUSE;
+                    return Poll::Ready(Some((self.wrap(io), addr)));
+                }
+                Err(error) if is_of_connection(&error) => {
+                    debug!(server = %self.guard.name(), %error, "a connection was gone before it was accepted");
+                }
+                Err(error) => {
+                    let pause = self.next_pause;
+                    self.next_pause = (pause * 2).min(LONGEST_PAUSE);
+                    warn!(server = %self.guard.name(), %error, ?pause, "cannot accept");
+                    self.pause = Some(Box::pin(sleep(pause)));
+                }
+            }
+        }
+    }
+
+    /// What is there already, and then nothing: the listener is dropped.
+    fn next_of_backlog(&mut self) -> Option<Accepted<L>> {
+        while let Some(left) = self.backlog.checked_sub(1) {
+            self.backlog = left;
+            match self.listener.as_mut()?.accept_now() {
+                Ok(Some((io, addr))) => return Some((self.wrap(io), addr)),
+                Ok(None) => break,
+                Err(error) if is_of_connection(&error) => {}
+                Err(error) => {
+                    warn!(server = %self.guard.name(), %error, "cannot accept what waits in the backlog");
+                    break;
+                }
+            }
+        }
+        drop(mem::take(&mut self.listener));
+        self.guard.listener_closed();
+        debug!(server = %self.guard.name(), "the listener is closed");
+        None
+    }
+
+    fn wrap(&self, io: L::Io) -> DrainIo<L::Io> {
+        let guard = self.shutdown.connection();
+        let slot = self.slots.take();
+        DrainIo::wrap(
+            io,
+            guard,
+            Arc::clone(&self.limits),
+            Some(slot),
+            self.managed,
+        )
+    }
+}
+
+/// Of a connection that is gone: the next one may be there already.
+fn is_of_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::NotConnected
+    )
+}

@@ -1,0 +1,146 @@
+//! Silent and slow clients.
+
+use buttress_core::clock;
+
+use crate::{
+    Rig,
+    app::app,
+    client::{Client, get},
+    limits, ms, shutdown, soon, until,
+};
+
+#[tokio::test]
+async fn no_more_than_the_limit_are_accepted() {
+    let rig = Rig::of(shutdown(), limits().max_connections(2), app()).await;
+    let mut first = Client::new(rig.addr).await;
+    let mut second = Client::new(rig.addr).await;
+    first.get("/").await;
+    second.get("/").await;
+    // The kernel takes it, the server does not.
+    let mut third = Client::new(rig.addr).await;
+    third.send(get("/")).await.unwrap();
+    tokio::time::sleep(ms(100)).await;
+    assert_eq!(rig.shutdown.connections(), 2);
+    drop(first);
+    assert_eq!(third.answer().await.text(), "hello");
+    assert_eq!(rig.shutdown.connections(), 2);
+    drop((second, third));
+    rig.trigger();
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+#[tokio::test]
+async fn a_head_that_trickles_in_is_closed() {
+    let rig = Rig::of(shutdown(), limits().header_timeout(ms(200)), app()).await;
+    // The first of a connection, of which not even the version is known, and
+    // a later one.
+    for used in [false, true] {
+        for start in ["G", "GET / HTTP/1.1\r\nx: "] {
+            let mut client = Client::new(rig.addr).await;
+            if used {
+                client.get("/").await;
+            }
+            let begun = clock::now();
+            client.send(start).await.unwrap();
+            let mut byte = [0];
+            let closed = async {
+                loop {
+                    tokio::time::sleep(ms(20)).await;
+                    if client.send("G").await.is_err() {
+                        break;
+                    }
+                    let read = client.io.get_ref().try_read(&mut byte);
+                    if !read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock) {
+                        break;
+                    }
+                }
+            };
+            soon(closed).await;
+            let took = clock::now() - begun;
+            assert!((ms(190)..ms(600)).contains(&took), "{took:?}");
+        }
+    }
+    rig.trigger();
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+#[tokio::test]
+async fn idle_connections_are_closed() {
+    let rig = Rig::of(shutdown(), limits().idle_timeout(ms(200)), app()).await;
+    let mut silent = Client::new(rig.addr).await;
+    let mut used = Client::new(rig.addr).await;
+    let begun = clock::now();
+    for _ in 0..5 {
+        tokio::time::sleep(ms(100)).await;
+        // Each request begins a new spell.
+        assert_eq!(used.get("/").await.text(), "hello");
+    }
+    assert!(silent.is_closed().await.unwrap());
+    let last = clock::now();
+    assert!(last - begun >= ms(500));
+    assert!(used.is_closed().await.unwrap());
+    let took = clock::now() - last;
+    assert!((ms(150)..ms(400)).contains(&took), "{took:?}");
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 0).await;
+}
+
+#[tokio::test]
+async fn a_handler_may_take_longer_than_a_client_may_idle() {
+    let limits = limits().idle_timeout(ms(100)).header_timeout(ms(100));
+    let rig = Rig::of(shutdown(), limits, app()).await;
+    let mut client = Client::new(rig.addr).await;
+    assert_eq!(client.get("/slow/400").await.text(), "slow");
+    let mut client = Client::new(rig.addr).await;
+    let head = "POST /size HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\n\r\n";
+    client.send(head).await.unwrap();
+    tokio::time::sleep(ms(300)).await;
+    client.send("12345").await.unwrap();
+    assert_eq!(client.answer().await.text(), "5");
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_dropped() {
+    let rig = Rig::of(shutdown(), limits().write_timeout(ms(300)), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    client.send(get("/paced/100000000")).await.unwrap();
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 1).await;
+    until(|| shutdown.connections() == 0).await;
+    drop(client);
+}
+
+#[tokio::test]
+async fn old_connections_are_asked_to_go() {
+    let rig = Rig::of(shutdown(), limits().max_age(ms(200)), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    assert!(!client.get("/").await.closes());
+    tokio::time::sleep(ms(300)).await;
+    // It is asked with an answer, and not closed before it.
+    let mut answers = 0;
+    soon(async {
+        while !client.get("/").await.closes() {
+            answers += 1;
+        }
+    })
+    .await;
+    assert!(answers <= 1, "{answers}");
+    assert!(client.is_closed().await.unwrap());
+}
+
+#[tokio::test]
+async fn heads_have_a_size() {
+    let limits = limits().max_header_bytes(1000).max_headers(10);
+    let rig = Rig::of(shutdown(), limits, app()).await;
+    for head in [
+        format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(2000)),
+        format!("GET / HTTP/1.1\r\n{}\r\n", "x: y\r\n".repeat(11)),
+    ] {
+        let mut client = Client::new(rig.addr).await;
+        client.send(head).await.unwrap();
+        assert_eq!(client.answer().await.status, 431);
+        assert!(client.is_closed().await.unwrap());
+    }
+    let mut client = Client::new(rig.addr).await;
+    assert_eq!(client.get("/").await.status, 200);
+}

@@ -1,0 +1,246 @@
+//! Other listeners than TCP, and errors of theirs.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    task::{Context, Poll},
+};
+
+use buttress_core::clock;
+use buttress_drain::{Listener, PeerAddrs, Server};
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tokio::{
+    io::{AsyncReadExt, DuplexStream, duplex},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+};
+
+use crate::{Rig, app::app, client::Client, limits, ms, shutdown};
+
+/// TCP, but for the errors that come first.
+struct Failing {
+    listener: TcpListener,
+    errors: VecDeque<io::Error>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Listener for Failing {
+    type Io = TcpStream;
+    type Addr = std::net::SocketAddr;
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(TcpStream, Self::Addr)>> {
+        self.asked.fetch_add(1, SeqCst);
+        match self.errors.pop_front() {
+            Some(error) => Poll::Ready(Err(error)),
+            None => Listener::poll_accept(&mut self.listener, cx),
+        }
+    }
+}
+
+async fn failing(errors: impl IntoIterator<Item = io::Error>) -> (Rig, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let listener = Failing {
+        listener,
+        errors: errors.into_iter().collect(),
+        asked: Arc::clone(&asked),
+    };
+    let shutdown = shutdown();
+    let server = Server::new(&shutdown)
+        .limits(limits().build().unwrap())
+        .serve(listener, app());
+    (Rig::with(shutdown, addr, server), asked)
+}
+
+/// EMFILE, "too many open files".
+fn exhausted() -> io::Error {
+    io::Error::from_raw_os_error(24)
+}
+
+#[tokio::test]
+async fn a_listener_that_fails_is_asked_again_after_a_pause() {
+    let (rig, asked) = failing((0..6).map(|_| exhausted())).await;
+    let begun = clock::now();
+    let mut client = Client::new(rig.addr).await;
+    assert_eq!(client.get("/").await.text(), "hello");
+    let took = clock::now() - begun;
+    // 5, 10, 20, 40, 80 and 160 ms.
+    assert!((ms(300)..ms(1500)).contains(&took), "{took:?}");
+    let asked = asked.load(SeqCst);
+    assert!(asked <= 10, "asked {asked} times");
+    drop(client);
+    rig.trigger();
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_gone_costs_no_pause() {
+    let gone = || io::Error::from(io::ErrorKind::ConnectionAborted);
+    let (rig, _) = failing((0..100).map(|_| gone())).await;
+    let begun = clock::now();
+    let mut client = Client::new(rig.addr).await;
+    assert_eq!(client.get("/").await.text(), "hello");
+    let took = clock::now() - begun;
+    assert!(took < ms(200), "{took:?}");
+}
+
+/// It is in a pause of a second when the time comes.
+#[tokio::test]
+async fn a_listener_that_fails_for_good_drains_in_time() {
+    let (rig, asked) = failing((0..10_000).map(|_| exhausted())).await;
+    tokio::time::sleep(ms(700)).await;
+    let start = rig.trigger();
+    assert_eq!(rig.ended().await.exit_code(), 0);
+    let took = clock::now() - start;
+    assert!((ms(200)..ms(500)).contains(&took), "{took:?}");
+    let asked = asked.load(SeqCst);
+    assert!(asked <= 15, "asked {asked} times");
+}
+
+/// No socket at all.
+struct InMemory(mpsc::UnboundedReceiver<DuplexStream>);
+
+impl Listener for InMemory {
+    type Io = DuplexStream;
+    type Addr = ();
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(DuplexStream, ())>> {
+        match self.0.poll_recv(cx) {
+            Poll::Ready(Some(io)) => Poll::Ready(Ok((io, ()))),
+            _ => Poll::Pending,
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn anything_that_gives_connections_will_do() {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let shutdown = shutdown();
+    let server = Server::new(&shutdown).serve(InMemory(receiver), app());
+    let rig = Rig::with(shutdown, ([127, 0, 0, 1], 0).into(), server);
+    let connect = || {
+        let (client, server) = duplex(1024);
+        sender.send(server).unwrap();
+        Client::over(client)
+    };
+    let mut client = connect();
+    assert_eq!(client.get("/slow/5000").await.text(), "slow");
+    // Its idle timeout, by a clock that jumps to it.
+    let begun = clock::now();
+    assert!(
+        super::timeout(ms(100_000), client.io.get_mut().read_u8())
+            .await
+            .unwrap()
+            .is_err()
+    );
+    let took = clock::now() - begun;
+    assert!((ms(74_900)..ms(75_600)).contains(&took), "{took:?}");
+    let mut client = connect();
+    client.get("/").await;
+    rig.trigger();
+    // What waits when the listener is closed.
+    let mut late = connect();
+    assert_eq!(late.get("/").await.text(), "hello");
+    drop((client, late));
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+#[tokio::test]
+async fn the_peers_address_is_in_the_extensions() {
+    let whoami = tower::service_fn(|request: Request<Incoming>| async move {
+        let peer = request.extensions().get::<buttress_core::key::PeerAddr>();
+        Ok::<_, io::Error>(Response::new(peer.unwrap().0.to_string()))
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let shutdown = shutdown();
+    let server = Server::new(&shutdown).serve_with(listener, PeerAddrs(whoami));
+    let rig = Rig::with(shutdown, addr, server);
+    let mut client = Client::new(rig.addr).await;
+    let me = client.io.get_ref().local_addr().unwrap();
+    assert_eq!(client.get("/").await.text(), me.to_string());
+}
+
+#[cfg(unix)]
+mod unix {
+    use buttress_drain::Server;
+    use tokio::net::{UnixListener, UnixStream};
+
+    use crate::{
+        Rig,
+        app::app,
+        client::{Client, get},
+        limits, shutdown, shutdown_of, soon,
+    };
+
+    fn path(name: &str) -> std::path::PathBuf {
+        std::env::temp_dir().join(format!("buttress-{}-{name}.sock", std::process::id()))
+    }
+
+    #[tokio::test]
+    async fn a_unix_socket_is_served_and_drained() {
+        let path = path("served");
+        let listener = UnixListener::bind(&path).unwrap();
+        let shutdown = shutdown();
+        let server = Server::new(&shutdown)
+            .limits(limits().build().unwrap())
+            .serve(listener, app());
+        let rig = Rig::with(shutdown, ([127, 0, 0, 1], 0).into(), server);
+        let connect = async || Client::over(soon(UnixStream::connect(&path)).await.unwrap());
+        let mut idle = connect().await;
+        assert!(!idle.get("/").await.closes());
+        let mut busy = connect().await;
+        busy.send(get("/slow/500")).await.unwrap();
+        rig.trigger();
+        let mut new = connect().await;
+        assert!(new.get("/").await.closes());
+        assert!(idle.is_closed().await.unwrap());
+        assert_eq!(busy.answer().await.text(), "slow");
+        drop((idle, busy, new));
+        assert_eq!(rig.ended().await.exit_code(), 0);
+        assert!(UnixStream::connect(&path).await.is_err());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_has_arrived_is_answered() {
+        let path = path("races");
+        for _ in 0..10 {
+            let listener = UnixListener::bind(&path).unwrap();
+            let shutdown = shutdown_of(0, 5000, 500);
+            let server = Server::new(&shutdown)
+                .limits(limits().build().unwrap())
+                .serve(listener, app());
+            let rig = Rig::with(shutdown, ([127, 0, 0, 1], 0).into(), server);
+            let mut clients = Vec::new();
+            for _ in 0..20 {
+                let io = soon(UnixStream::connect(&path)).await.unwrap();
+                let mut client = Client::over(io);
+                client.get("/").await;
+                clients.push(client);
+            }
+            // And some in the backlog.
+            for _ in 0..5 {
+                let io = soon(UnixStream::connect(&path)).await.unwrap();
+                clients.push(Client::over(io));
+            }
+            for client in &mut clients {
+                let sent = client.io.get_ref().try_write(get("/").as_bytes());
+                assert_eq!(sent.unwrap(), get("/").len());
+            }
+            rig.trigger();
+            for client in &mut clients {
+                assert_eq!(client.answer().await.text(), "hello");
+            }
+            drop(clients);
+            assert_eq!(rig.ended().await.exit_code(), 0);
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+}

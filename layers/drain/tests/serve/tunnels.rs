@@ -1,0 +1,213 @@
+//! Upgraded connections.
+
+use std::{
+    convert::Infallible,
+    future::{Future, poll_fn},
+    pin::Pin,
+    task::Poll,
+};
+
+use buttress_core::clock;
+use buttress_drain::{CutKind, DrainLayer, Phase};
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::mpsc,
+};
+
+use tower::Layer;
+
+use crate::{Rig, app::app, client::Client, limits, ms, shutdown_of, soon, until};
+
+const UPGRADE: &str =
+    "GET /tunnel HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n";
+
+async fn tunnel(rig: &Rig) -> Client {
+    let mut client = Client::new(rig.addr).await;
+    client.send(UPGRADE).await.unwrap();
+    let (status, headers) = client.head().await.unwrap().unwrap();
+    assert_eq!(status, 101);
+    assert!(headers.contains(&("connection".to_owned(), "upgrade".to_owned())));
+    client
+}
+
+async fn echo(client: &mut Client, text: &str) {
+    client.send(text).await.unwrap();
+    let mut echo = vec![0; text.len()];
+    soon(client.io.read_exact(&mut echo)).await.unwrap();
+    assert_eq!(echo, text.as_bytes());
+}
+
+#[tokio::test]
+async fn a_tunnel_counts_until_it_is_closed() {
+    // No limit on idlers holds for it.
+    let limits = limits().idle_timeout(ms(50)).header_timeout(ms(50));
+    let rig = Rig::of(shutdown_of(100, 5000, 500), limits, app()).await;
+    let mut client = tunnel(&rig).await;
+    echo(&mut client, "before").await;
+    rig.trigger();
+    let shutdown = rig.shutdown.clone();
+    soon(shutdown.reached(Phase::Closed)).await;
+    tokio::time::sleep(ms(200)).await;
+    assert_eq!(
+        (shutdown.phase(), shutdown.connections()),
+        (Phase::Closed, 1)
+    );
+    echo(&mut client, "after").await;
+    drop(client);
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
+}
+
+#[tokio::test]
+async fn during_the_delay_there_may_be_new_ones() {
+    let rig = Rig::of(shutdown_of(300, 5000, 500), limits(), app()).await;
+    rig.trigger();
+    let mut client = tunnel(&rig).await;
+    echo(&mut client, "late").await;
+    drop(client);
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+#[tokio::test]
+async fn a_tunnel_is_cut_and_named() {
+    let rig = Rig::of(shutdown_of(0, 1000, 500), limits(), app()).await;
+    let mut client = tunnel(&rig).await;
+    echo(&mut client, "0123456789").await;
+    let start = rig.trigger();
+    let mut rest = Vec::new();
+    let _ = soon(client.io.read_to_end(&mut rest)).await;
+    let took = clock::now() - start;
+    assert!((ms(490)..ms(800)).contains(&took), "{took:?}");
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 0).await;
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 124);
+    let [cut] = report.cut() else {
+        panic!("{report}");
+    };
+    assert_eq!(cut.kind(), CutKind::Tunnel);
+    assert_eq!(cut.label().unwrap().as_str(), "/tunnel");
+    assert!(cut.bytes().unwrap() > 10);
+}
+
+/// By the layer, which knows the routes.
+#[tokio::test]
+async fn a_tunnel_is_named_as_its_request_was() {
+    let service = tower::service_fn(|mut request: Request<Incoming>| async move {
+        tokio::spawn(async move {
+            let io = hyper::upgrade::on(&mut request).await.unwrap();
+            let _ = TokioIo::new(io).read_u8().await;
+        });
+        let response = Response::builder()
+            .status(101)
+            .header("connection", "upgrade")
+            .header("upgrade", "echo");
+        Ok::<_, Infallible>(response.body(String::new()).unwrap())
+    });
+    let shutdown = shutdown_of(0, 600, 300);
+    let layer = DrainLayer::new(&shutdown).route("/live");
+    let rig = Rig::of(shutdown, limits(), layer.layer(service)).await;
+    let client = tunnel(&rig).await;
+    until(|| rig.shutdown.requests() == 0).await;
+    rig.trigger();
+    let report = rig.ended().await;
+    let [cut] = report.cut() else {
+        panic!("{report}");
+    };
+    assert_eq!(cut.kind(), CutKind::Tunnel);
+    assert_eq!(cut.label().unwrap().as_str(), "/live");
+    drop(client);
+}
+
+/// One direction is closed, and the other goes on.
+#[tokio::test]
+async fn half_a_tunnel_may_be_closed() {
+    let rig = Rig::new().await;
+    let mut client = tunnel(&rig).await;
+    let text = "x".repeat(300_000);
+    let (mut read, mut write) = client.io.get_mut().split();
+    let sent = async {
+        write.write_all(text.as_bytes()).await.unwrap();
+        write.shutdown().await.unwrap();
+    };
+    let mut back = String::new();
+    let (read, ()) = tokio::join!(soon(read.read_to_string(&mut back)), sent);
+    read.unwrap();
+    assert_eq!(back.len(), text.len());
+}
+
+/// The server's direction first: what comes after its FIN is not thrown away.
+#[tokio::test]
+async fn a_tunnel_that_was_shut_down_is_read_to_its_end() {
+    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let service = tower::service_fn(move |mut request: Request<Incoming>| {
+        let sender = sender.clone();
+        async move {
+            tokio::spawn(async move {
+                let upgraded = hyper::upgrade::on(&mut request).await.unwrap();
+                let mut io = TokioIo::new(upgraded);
+                io.shutdown().await.unwrap();
+                let mut read = Vec::new();
+                io.read_to_end(&mut read).await.unwrap();
+                sender.send(read.len()).unwrap();
+            });
+            let response = Response::builder()
+                .status(101)
+                .header("connection", "upgrade")
+                .header("upgrade", "echo");
+            Ok::<_, Infallible>(response.body(String::new()).unwrap())
+        }
+    });
+    let rig = Rig::of(shutdown_of(0, 5000, 500), limits(), service).await;
+    let mut client = tunnel(&rig).await;
+    assert!(client.is_closed().await.unwrap());
+    for _ in 0..10 {
+        tokio::time::sleep(ms(20)).await;
+        client.send("x".repeat(1000)).await.unwrap();
+    }
+    client.io.get_mut().shutdown().await.unwrap();
+    assert_eq!(soon(receiver.recv()).await, Some(10_000));
+}
+
+/// A stream of HTTP/2 that was turned into a tunnel (RFC 8441).
+#[tokio::test]
+async fn a_tunnel_in_a_stream_counts_too() {
+    let limits = limits().idle_timeout(ms(100)).header_timeout(ms(100));
+    let rig = Rig::of(shutdown_of(50, 1500, 500), limits, app()).await;
+    let io = soon(TcpStream::connect(rig.addr)).await.unwrap();
+    let (send, mut connection) = h2::client::handshake(io).await.unwrap();
+    // Until its settings are there.
+    soon(poll_fn(|cx| {
+        let _ = Pin::new(&mut connection).poll(cx);
+        match send.is_extended_connect_protocol_enabled() {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    }))
+    .await;
+    tokio::spawn(connection);
+    let request = http::Request::connect("http://test/tunnel")
+        .extension(h2::ext::Protocol::from_static("echo"))
+        .body(())
+        .unwrap();
+    let (answer, mut to) = send.clone().send_request(request, false).unwrap();
+    let answer = soon(answer).await.unwrap();
+    assert_eq!(answer.status(), 200);
+    let mut from = answer.into_body();
+    tokio::time::sleep(ms(300)).await;
+    rig.trigger();
+    let shutdown = rig.shutdown.clone();
+    soon(shutdown.reached(Phase::Closed)).await;
+    tokio::time::sleep(ms(300)).await;
+    to.send_data(Bytes::from("still"), false).unwrap();
+    let data = soon(from.data()).await.unwrap().unwrap();
+    assert_eq!(data, "still");
+    // It ends when it is cut.
+    while let Some(Ok(_)) = soon(from.data()).await {}
+    assert_eq!(rig.ended().await.exit_code(), 124);
+}
