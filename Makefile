@@ -1,7 +1,7 @@
 # Every target is one line that can be typed without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint fmt doc loom package bench demo
+.PHONY: help test lint fmt doc loom rolling package bench demo
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ doc: ## build the documentation, warnings as errors, into target/doc
 
 loom: ## the atomics in every interleaving
 	@scripts/check loom
+
+rolling: ## three processes restarted in turn under load, and not one request may fail
+	@scripts/check rolling
 
 package: ## pack what would be published, and build it from the packages
 	@scripts/check package

@@ -55,6 +55,31 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>, L>,
     >;
 
+    /// Counts requests for a shutdown, which waits for them: see
+    /// [`DrainLayer`](crate::drain::DrainLayer). It stands first.
+    ///
+    /// ```
+    /// use buttress::{ServiceBuilderExt, drain::{DrainLayer, Shutdown}};
+    /// use http::{Request, Response};
+    /// use tower::{ServiceBuilder, service_fn};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let shutdown = Shutdown::builder().build()?;
+    /// let service = ServiceBuilder::new()
+    ///     .drain_requests(DrainLayer::new(&shutdown))
+    ///     .service(service_fn(async |_: Request<String>| {
+    ///         Ok::<_, std::convert::Infallible>(Response::new(String::new()))
+    ///     }));
+    /// # let _ = service;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "drain")]
+    fn drain_requests(
+        self,
+        layer: crate::drain::DrainLayer,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::drain::DrainLayer, L>>;
+
     /// Sends a second attempt while the first is slow: see
     /// [`HedgeLayer`](crate::retry::HedgeLayer).
     #[cfg(feature = "retry")]
@@ -132,6 +157,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
     ) -> tower::ServiceBuilder<
         tower_layer::Stack<crate::circuit_breaker::CircuitBreakerLayer<V, M, C, P>, L>,
     > {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "drain")]
+    fn drain_requests(
+        self,
+        layer: crate::drain::DrainLayer,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::drain::DrainLayer, L>> {
         self.layer(layer)
     }
 

@@ -72,8 +72,8 @@ pub(crate) struct Rules {
     pub(crate) timeout: Duration,
     /// What the breakers take for a failure.
     pub(crate) judge: HttpClassifier,
-    /// What a retry around takes for one.
-    pub(crate) retried: Vec<StatusCode>,
+    /// What a retry around takes for one; `None` without a retry.
+    pub(crate) retried: Option<Vec<StatusCode>>,
 }
 
 impl Forward {
@@ -201,11 +201,19 @@ impl Rules {
             in_flight,
             hold,
             sending: source.map(Source::downgrade),
-            may_go_again: self.retried.contains(&response.status()),
+            may_go_again: self.may_go_again(&response),
             judge: self.judge,
             expected,
         }));
         Ok(response.map(|body| GuardedBody::new(body, ending)))
+    }
+
+    /// Whether a retry may want the request again after this answer.
+    fn may_go_again<B>(&self, response: &Response<B>) -> bool {
+        self.retried.as_ref().is_some_and(|statuses| {
+            statuses.contains(&response.status())
+                || GrpcCode::of(response.headers()) == Some(GrpcCode::Unavailable)
+        })
     }
 
     /// Sends the request to the endpoint, or to another one where that cannot

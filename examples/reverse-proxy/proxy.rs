@@ -231,7 +231,7 @@ impl Route {
             strip: strip.to_owned(),
             timeout: route.timeout.0,
             judge: judge.unwrap_or_default(),
-            retried: route.retry.iter().flat_map(Retry::statuses).collect(),
+            retried: route.retry.as_ref().map(|retry| retry.statuses().collect()),
         });
 
         // Outermost first: what is to be counted and named when the proxy
@@ -264,7 +264,7 @@ impl Route {
             None => Either::Right(MapResponse::new(inside, bare)),
         };
         let service = ServiceBuilder::new()
-            .layer(DrainLayer::new(&common.shutdown).route(Arc::clone(&name)))
+            .drain_requests(DrainLayer::new(&common.shutdown).route(Arc::clone(&name)))
             .service(limited);
 
         Self {

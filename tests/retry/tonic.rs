@@ -267,6 +267,23 @@ fn a_stream_that_fails_after_its_head_is_asked_again() {
     });
 }
 
+/// So does the breaker, though the trailers are dropped unread.
+#[test]
+fn each_attempt_that_fails_after_its_head_counts() {
+    run(async |_| {
+        let fails = || Act::EndAfterHead(Status::unavailable("not yet"));
+        let upstream = Upstream::start([fails(), fails(), fails()]).await;
+        let breaker = breaker();
+        let mut client = HealthClient::new(service(upstream.address, attempts(3), &breaker));
+        let mut updates = client.watch(request()).await.unwrap().into_inner();
+        updates.message().await.unwrap_err();
+        assert_eq!(
+            (upstream.calls(), breaker.breaker().status().failures),
+            (3, 3)
+        );
+    });
+}
+
 #[test]
 fn other_codes_and_pushback_are_the_answer() {
     run(async |_| {

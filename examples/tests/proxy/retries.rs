@@ -953,6 +953,7 @@ async fn what_is_given_up_on_is_gone_before_the_wait() {
 async fn who_answers_early_and_holds_on_does_not_hold_the_body() {
     for early in [
         "HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n",
+        "HTTP/1.1 200 X\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\ncontent-length: 0\r\n\r\n",
         "HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\nno",
         "HTTP/1.1 503 X\r\ncontent-length: 10\r\n\r\nhello",
         // What can be no answer to an upload.
@@ -984,9 +985,14 @@ async fn who_answers_early_and_holds_on_does_not_hold_the_body() {
         .await;
         let proxy = proxy(&[upstream.address], FAST, "").await;
         let mut raw = Raw::connect(proxy.listen).await;
-        raw.send(
-            "PUT / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 10\r\n\r\nhello",
-        )
+        let kind = if early.contains("grpc") {
+            "application/grpc"
+        } else {
+            "text/plain"
+        };
+        raw.send(&format!(
+            "PUT / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-type: {kind}\r\ncontent-length: 10\r\n\r\nhello",
+        ))
         .await;
         eventually("a second attempt", || async {
             upstream.connections.load(SeqCst) == 2

@@ -52,7 +52,7 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, Response, StatusCode, header::CONTENT_TYPE};
+use http::{Extensions, HeaderMap, Response, StatusCode, header::CONTENT_TYPE};
 
 use crate::{body::BodyEnd, respond::GRPC_STATUS};
 
@@ -236,6 +236,42 @@ impl GrpcCode {
     }
 }
 
+/// The trailers of a response that has nothing else, known before its body was
+/// read: an extension of the response, attached by a layer that looked ahead
+/// (the retry's `PeekLayer`). To a [`GrpcClassifier`] the status in them is as
+/// good as one in the headers.
+#[derive(Clone, Debug)]
+pub struct Trailers(HeaderMap);
+
+impl Trailers {
+    /// Tells them.
+    pub fn attach(fields: HeaderMap, extensions: &mut Extensions) {
+        extensions.insert(Self(fields));
+    }
+
+    /// Those that were told.
+    #[must_use]
+    pub fn of(extensions: &Extensions) -> Option<&Self> {
+        extensions.get()
+    }
+
+    /// Their fields.
+    #[must_use]
+    pub const fn fields(&self) -> &HeaderMap {
+        &self.0
+    }
+
+    /// Where the status of a gRPC response stands: in these headers, or in the
+    /// trailers that these extensions tell of. The headers if it is in neither.
+    #[must_use]
+    pub fn or_headers<'a>(headers: &'a HeaderMap, extensions: &'a Extensions) -> &'a HeaderMap {
+        if headers.contains_key(GRPC_STATUS) {
+            return headers;
+        }
+        Self::of(extensions).map_or(headers, Self::fields)
+    }
+}
+
 /// gRPC by its status, wherever it stands.
 ///
 /// In the headers (trailers-only) it is final at the head, otherwise it comes
@@ -300,7 +336,7 @@ impl GrpcClassifier {
     }
 
     fn head<B>(self, response: &Response<B>) -> Verdict {
-        match GrpcCode::of(response.headers()) {
+        match GrpcCode::of(told(response)) {
             Some(code) => self.code(code),
             None if response.status() == StatusCode::OK => Verdict::Success,
             None => self.code(GrpcCode::from_http(response.status())),
@@ -308,7 +344,7 @@ impl GrpcClassifier {
     }
 
     fn tail<B>(response: &Response<B>, content: Content) -> Expect {
-        let told = response.headers().contains_key(GRPC_STATUS)
+        let told = told(response).contains_key(GRPC_STATUS)
             || response.status() != StatusCode::OK
             || content == Content::GrpcWeb;
         if told {
@@ -351,6 +387,10 @@ impl<B, E> Classify<Response<B>, E> for GrpcClassifier {
     fn classify_end(&self, expected: Expect, trailers: Option<&HeaderMap>) -> Verdict {
         self.end(expected, trailers)
     }
+}
+
+fn told<B>(response: &Response<B>) -> &HeaderMap {
+    Trailers::or_headers(response.headers(), response.extensions())
 }
 
 fn bits(codes: impl IntoIterator<Item = GrpcCode>) -> u32 {

@@ -85,6 +85,10 @@ impl<B: Body> Body for DrainBody<B> {
         let Some(mut body) = this.body.as_mut().as_pin_mut() else {
             return Poll::Ready(None);
         };
+        if this.permit.is_none() {
+            // At once, so that the frame is made where it is returned.
+            return body.poll_frame(cx);
+        }
         let on_panic = OnPanic(this.permit, this.extra);
         let polled = body.as_mut().poll_frame(cx);
         mem::forget(on_panic);

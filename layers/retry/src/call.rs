@@ -13,7 +13,7 @@ use std::{
 use buttress_core::{
     BoxError, Head, Inspect, Refusal, RefusalKind,
     body::ResponseBody,
-    classify::Verdict,
+    classify::{GrpcCode, Verdict},
     deadline::Deadline,
     refusal::Tell,
     respond::{SharedResponder, integer},
@@ -222,17 +222,10 @@ where
     }
 
     fn gave_up(&self, reason: GiveUp, cause: Cause, _: u32) -> Self::Output {
-        let failed = || {
-            Refusal::new(RefusalKind::BadGateway)
-                .with_detail("the attempt failed, and its body could not be sent again")
-        };
-        let refusal = match (reason, cause) {
+        let refusal = match reason {
             // What it was that is no more in hand.
-            (GiveUp::Body, Cause::Status(status)) => failed().with_status(status),
-            (GiveUp::Body, Cause::Refused(kind) | Cause::Unsent(kind)) => {
-                failed().with_status(kind.status())
-            }
-            (GiveUp::Body, _) => failed(),
+            GiveUp::Body => of_lost(cause)
+                .with_detail("the attempt failed, and its body could not be sent again"),
             _ => Refusal::new(RefusalKind::TimedOut),
         };
         self.refused(&refusal)
@@ -252,6 +245,27 @@ impl<B, R, E, I> fmt::Debug for HttpCall<B, R, E, I> {
         f.debug_struct("HttpCall")
             .field("method", &self.parts.method)
             .finish_non_exhaustive()
+    }
+}
+
+/// The nearest to an answer that is lost. When it could be asked again has been
+/// waited for.
+fn of_lost(cause: Cause) -> Refusal {
+    match cause {
+        Cause::Refused(kind) | Cause::Unsent(kind) => Refusal::new(kind),
+        Cause::Status(status) => {
+            let kind = match status.as_u16() {
+                429 => RefusalKind::RateLimited,
+                503 => RefusalKind::Unavailable,
+                504 => RefusalKind::TimedOut,
+                _ => RefusalKind::BadGateway,
+            };
+            Refusal::new(kind).with_status(status)
+        }
+        Cause::Grpc(GrpcCode::ResourceExhausted) => Refusal::new(RefusalKind::RateLimited),
+        Cause::Grpc(GrpcCode::DeadlineExceeded) => Refusal::new(RefusalKind::TimedOut),
+        Cause::Grpc(_) => Refusal::new(RefusalKind::Unavailable),
+        _ => Refusal::new(RefusalKind::BadGateway),
     }
 }
 

@@ -309,8 +309,9 @@ impl<I> RetryBuilder<Http, Web<I>> {
 impl<Req: 'static, W> RetryBuilder<Any<Req>, Errors<W>> {
     /// A closure over request and result that says whether it is worth another
     /// attempt, by a `bool`, or by [`Again`], which can tell when at the
-    /// soonest. It is asked of refusals of other layers too; [`Again::of`] is
-    /// what is done with them otherwise.
+    /// soonest. It has the last word, on refusals of other layers too: one that
+    /// says `true` to all asks a breaker again that is open for a minute.
+    /// [`Again::of`] is what is done where no closure is asked.
     pub fn retry_if<Res, E, A, F>(self, judge: F) -> RetryBuilder<Any<Req>, Errors<F>>
     where
         F: Fn(&Req, Result<&Res, &E>) -> A,
@@ -342,12 +343,7 @@ impl<Req: 'static, W> RetryBuilder<Any<Req>, Errors<W>> {
     /// [`attempt_timeout`](Settings::attempt_timeout): there is no place on a
     /// request of any kind to tell a layer further in.
     pub fn build(self) -> Result<RetryLayer<Any<Req>, Errors<W>>, ConfigError> {
-        let policy = self.policy.build()?;
-        if policy.settings().attempt_timeout.is_some() {
-            return Err(ConfigError::new(
-                "an attempt timeout can be told only to services over HTTP",
-            ));
-        }
+        let policy = self.policy.without_attempt_timeout().build()?;
         Ok(RetryLayer {
             policy,
             mode: self.mode,

@@ -11,7 +11,8 @@ use http::StatusCode;
 pub enum Cause {
     /// The status of a response.
     Status(StatusCode),
-    /// The code of a gRPC response, told in its headers.
+    /// The code of a gRPC response, told in its headers, or in trailers that a
+    /// [`PeekLayer`](crate::PeekLayer) found.
     Grpc(GrpcCode),
     /// No connection: nothing was sent.
     Connect,
@@ -19,7 +20,9 @@ pub enum Cause {
     Reset,
     /// The callee said that it has not looked at it (HTTP/2's `REFUSED_STREAM`).
     RefusedStream,
-    /// A layer further in refused it.
+    /// A layer further in refused it. That is found among an error's causes,
+    /// too: a callee in this process that has begun to act, and fails because a
+    /// breaker of its own refuses, should not pass that on as a cause.
     Refused(RefusalKind),
     /// The same, and it said that nothing of it was sent, which the kind alone
     /// does not say.
@@ -70,7 +73,10 @@ pub enum GiveUp {
     Pushback,
     /// It may not be sent twice: the method, and no `Idempotency-Key`.
     Unsafe,
-    /// Its body cannot be sent again: too large, broken off, or in use.
+    /// Its body cannot be sent again: too large, broken off, or in use. Where the
+    /// answer was given up before that turned out (a connection that has
+    /// answered early and still holds the body, after a second), one of the
+    /// same status is made in its place.
     Body,
     /// [`refuse_if`](crate::RetryBuilder::refuse_if) had an answer instead.
     Refused,

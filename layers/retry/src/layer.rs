@@ -65,7 +65,9 @@ impl RetryLayer {
 }
 
 impl<Req: 'static> RetryLayer<Any<Req>, Errors> {
-    /// Starts a layer over services of any request type that can be cloned.
+    /// Starts a layer over services of any request type that can be cloned:
+    /// once for each attempt, the last one too, for what judges its result is
+    /// shown the request.
     /// Every `Err` is worth another attempt, but for refusals of other layers
     /// that say otherwise, unless a [closure](RetryBuilder::retry_if) knows
     /// better. The [total timeout](crate::Settings::total_timeout) ends the

@@ -24,6 +24,7 @@ mod settings;
 
 pub use backoff::{Backoff, Delays, Jitter};
 pub use budget::{Adaptive, Budget, RetryBudget, SharedBudget, Throttle};
+pub use buttress_core::classify::Trailers;
 pub use call::{Again, AnyCall, AnyError, Boxed, Call, HttpCall, Looks, Opaque, Plain, RetryIf};
 pub use config::{RetryBuilder, Web};
 pub use error::{ConfigError, Elapsed, Error};
@@ -31,7 +32,7 @@ pub use event::{Cause, GiveUp};
 pub use future::ResponseFuture;
 pub use hedge::{Hedge, HedgeBuilder, HedgeLayer, HedgePolicy};
 pub use layer::{Errors, Respond, RetryLayer};
-pub use peek::{Peek, PeekBody, PeekFuture, PeekLayer, Trailers};
+pub use peek::{Peek, PeekBody, PeekFuture, PeekLayer};
 pub use policy::{PolicyBuilder, RetryPolicy};
 pub use replay::{Memory, NotReplayable, ReplayBody};
 pub use rules::Outcome;

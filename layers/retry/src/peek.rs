@@ -5,8 +5,8 @@
 //! heads alone (gRFC A6), so a call that fails at once, but not in
 //! *trailers-only* form, is not repeated. [`PeekLayer`] stands further in and
 //! waits for the first frame of the body. If that is the trailers, their fields
-//! are attached to the response, and the retry (or hedge) goes by them; all
-//! else is handed on as it came.
+//! are attached to the response as [`Trailers`], and the retry (or hedge) goes
+//! by them, as a breaker between the two does; all else is handed on as it came.
 //!
 //! ```text
 //! retry ─▶ breaker ─▶ timeout ─▶ peek ─▶ transport
@@ -31,34 +31,16 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use buttress_core::{Head, classify::GrpcCode};
-use http::{Extensions, HeaderMap, Request, Response, StatusCode, response::Parts};
+use buttress_core::{
+    Head,
+    classify::{GrpcCode, Trailers},
+};
+use bytes::Buf;
+use http::{Request, Response, StatusCode, response::Parts};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
-
-/// The trailers of a response that has nothing else, as [`PeekLayer`] found
-/// them: an extension of the response.
-#[derive(Clone, Debug)]
-pub struct Trailers(HeaderMap);
-
-impl Trailers {
-    /// Their fields.
-    #[must_use]
-    pub const fn fields(&self) -> &HeaderMap {
-        &self.0
-    }
-}
-
-/// Where a gRPC response's status and pushback stand: in its head, or in
-/// trailers that were looked at.
-pub(crate) fn fields<'a>(headers: &'a HeaderMap, extensions: &'a Extensions) -> &'a HeaderMap {
-    if GrpcCode::of(headers).is_some() {
-        return headers;
-    }
-    extensions.get().map_or(headers, Trailers::fields)
-}
 
 type Only = Arc<dyn Fn(Head<'_>) -> bool + Send + Sync>;
 
@@ -228,18 +210,29 @@ where
             unreachable!("it was called");
         };
         let (_, body) = head.as_mut().expect("polled after completion");
-        let first = ready!(body.as_mut().poll_frame(cx));
+        let first = loop {
+            let frame = ready!(body.as_mut().poll_frame(cx));
+            // One without a byte tells nothing.
+            if !frame.as_ref().is_some_and(is_empty) {
+                break frame;
+            }
+        };
         let (mut parts, body) = head.take().expect("it was there");
         if let Some(Ok(frame)) = &first
             && let Some(trailers) = frame.trailers_ref()
         {
-            parts.extensions.insert(Trailers(trailers.clone()));
+            Trailers::attach(trailers.clone(), &mut parts.extensions);
         }
         Poll::Ready(Ok(Response::from_parts(
             parts,
             PeekBody::begun(first, body),
         )))
     }
+}
+
+fn is_empty<D: Buf, E>(frame: &Result<Frame<D>, E>) -> bool {
+    let data = frame.as_ref().ok().and_then(Frame::data_ref);
+    data.is_some_and(|data| !data.has_remaining())
 }
 
 fn may_have_trailers_alone<R: Body>(response: &Response<R>) -> bool {
@@ -337,7 +330,7 @@ impl<R: Body> Body for PeekBody<R> {
             Kind::Begun { first, body } => {
                 let held = match first {
                     First::Frame(frame) => frame.data_ref().map_or(0, |data| {
-                        u64::try_from(bytes::Buf::remaining(data)).unwrap_or(u64::MAX)
+                        u64::try_from(data.remaining()).unwrap_or(u64::MAX)
                     }),
                     _ => 0,
                 };

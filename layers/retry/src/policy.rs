@@ -32,6 +32,8 @@ pub(crate) struct Shared {
     pub(crate) name: Arc<str>,
     /// Read where an attempt has failed.
     settings: RwLock<Settings>,
+    /// An attempt can be told until when it is awaited.
+    tells_attempts: bool,
     /// What each request has to know of them, in nanoseconds; 0 for none.
     total: AtomicU64,
     attempt: AtomicU64,
@@ -157,6 +159,15 @@ impl Shared {
             .clone()
     }
 
+    fn check(&self, settings: &Settings) -> Result<(), ConfigError> {
+        if settings.attempt_timeout.is_some() && !self.tells_attempts {
+            return Err(ConfigError::new(
+                "an attempt timeout can be told only to services over HTTP",
+            ));
+        }
+        settings.check()
+    }
+
     fn set(&self, settings: Settings) {
         let nanos = |span: Option<Duration>| {
             span.map_or(0, |span| u64::try_from(span.as_nanos()).unwrap_or(u64::MAX))
@@ -214,9 +225,10 @@ impl RetryPolicy {
     ///
     /// # Errors
     ///
-    /// [`ConfigError`] if they make no sense; the old ones stay.
+    /// [`ConfigError`] if they make no sense, as where it was built; the old
+    /// ones stay.
     pub fn set_settings(&self, settings: Settings) -> Result<(), ConfigError> {
-        settings.check()?;
+        self.0.check(&settings)?;
         self.0.set(settings);
         Ok(())
     }
@@ -246,6 +258,7 @@ pub(crate) fn check_name(name: &str) -> Result<(), ConfigError> {
 #[must_use = "nothing is retried before `build()`"]
 pub struct PolicyBuilder {
     name: Arc<str>,
+    tells_attempts: bool,
     settings: Settings,
     budget: Option<SharedBudget>,
     random: SharedRandom,
@@ -257,6 +270,7 @@ impl Default for PolicyBuilder {
     fn default() -> Self {
         Self {
             name: "default".into(),
+            tells_attempts: true,
             settings: Settings::default(),
             budget: None,
             random: SharedRandom::default(),
@@ -317,6 +331,12 @@ impl PolicyBuilder {
         self
     }
 
+    /// For a layer over services of any kind.
+    pub(crate) fn without_attempt_timeout(mut self) -> Self {
+        self.tells_attempts = false;
+        self
+    }
+
     /// Builds it.
     ///
     /// # Errors
@@ -324,11 +344,11 @@ impl PolicyBuilder {
     /// [`ConfigError`] if the name or the settings make no sense.
     pub fn build(self) -> Result<RetryPolicy, ConfigError> {
         check_name(&self.name)?;
-        self.settings.check()?;
         let shared = Shared {
             metrics: Metrics::new(&self.name),
             name: self.name,
             settings: RwLock::new(self.settings.clone()),
+            tells_attempts: self.tells_attempts,
             total: AtomicU64::new(0),
             attempt: AtomicU64::new(0),
             budget: self.budget,
@@ -336,6 +356,7 @@ impl PolicyBuilder {
             on_retry: self.on_retry,
             on_give_up: self.on_give_up,
         };
+        shared.check(&self.settings)?;
         shared.set(self.settings);
         Ok(RetryPolicy(Arc::new(shared)))
     }

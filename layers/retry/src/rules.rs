@@ -4,14 +4,14 @@ use std::{collections::BTreeSet, error::Error, fmt, io, sync::Arc};
 
 use buttress_core::{
     Head, Refusal, RefusalKind,
-    classify::{GrpcCode, Verdict},
+    classify::{GrpcCode, Trailers, Verdict},
     clock::SharedWallClock,
     retry_after::{self, Pushback},
 };
 use http::{Extensions, HeaderMap, HeaderName, Method, StatusCode};
 
 use crate::{
-    Cause, peek,
+    Cause,
     session::{Hint, Seen},
 };
 
@@ -191,7 +191,7 @@ impl Rules {
                 status,
                 headers,
                 extensions,
-            } if head.is_grpc() => (status, peek::fields(headers, extensions)),
+            } if head.is_grpc() => (status, Trailers::or_headers(headers, extensions)),
             Outcome::Response {
                 status, headers, ..
             } => (status, headers),
@@ -238,7 +238,7 @@ impl Rules {
             return Hint::None;
         };
         if head.is_grpc() {
-            match retry_after::pushback(peek::fields(headers, extensions)) {
+            match retry_after::pushback(Trailers::or_headers(headers, extensions)) {
                 Some(Pushback::After(wait)) => return Hint::At(wait),
                 Some(Pushback::Never) => return Hint::Never,
                 None => {}
@@ -267,7 +267,7 @@ pub(crate) fn verdict(
             Verdict::Success
         };
     }
-    let fields = peek::fields(headers, extensions);
+    let fields = Trailers::or_headers(headers, extensions);
     if grpc_code(status, fields).is_none_or(|code| code == GrpcCode::Ok) {
         Verdict::Success
     } else if retry_after::pushback(fields) == Some(Pushback::Never) {

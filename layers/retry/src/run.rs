@@ -39,7 +39,7 @@ impl RetryPolicy {
     ///
     /// # Errors
     ///
-    /// [`RetryError`] with the last attempt's error.
+    /// [`RetryError`] with the last error, and what came of the last attempt.
     ///
     /// ```
     /// use buttress_retry::{RetryPolicy, Settings};
@@ -74,6 +74,7 @@ impl RetryPolicy {
     pub fn runner(&self) -> Runner<'_> {
         Runner {
             policy: self,
+            deadline: None,
             judge: AllErrors,
             stop: Never,
         }
@@ -104,6 +105,7 @@ impl RetryPolicy {
 #[must_use = "nothing runs before `run()`"]
 pub struct Runner<'a, J = AllErrors, S = Never> {
     policy: &'a RetryPolicy,
+    deadline: Option<Deadline>,
     judge: J,
     stop: S,
 }
@@ -146,11 +148,22 @@ impl<E, A: Into<Again>, J: FnMut(&E) -> A> JudgeError<E> for J {
 }
 
 impl<'a, J, S> Runner<'a, J, S> {
+    /// Until when the caller waits, if that is known: the nearer of this and
+    /// the [total timeout](crate::Settings::total_timeout()) rules. Default:
+    /// none.
+    pub fn deadline(mut self, deadline: impl Into<Option<Deadline>>) -> Self {
+        self.deadline = deadline.into();
+        self
+    }
+
     /// A closure says which errors are worth another attempt, and [when at the
-    /// soonest](Again::After) if they tell; they may be of any type.
+    /// soonest](Again::After) if they tell; they may be of any type. It has the
+    /// last word, on [refusals](buttress_core::Refusal) too; [`Again::of`] is
+    /// what is done where no closure is asked.
     pub fn retry_if<E, A: Into<Again>, K: FnMut(&E) -> A>(self, judge: K) -> Runner<'a, K, S> {
         Runner {
             policy: self.policy,
+            deadline: self.deadline,
             judge,
             stop: self.stop,
         }
@@ -162,6 +175,7 @@ impl<'a, J, S> Runner<'a, J, S> {
     pub fn stop_on<T: IntoFuture<Output = ()>>(self, stop: T) -> Runner<'a, J, T> {
         Runner {
             policy: self.policy,
+            deadline: self.deadline,
             judge: self.judge,
             stop,
         }
@@ -183,9 +197,10 @@ impl<'a, J, S> Runner<'a, J, S> {
         let shared = &*self.policy.0;
         let mut running = Running {
             shared,
-            session: shared.begin(None),
+            session: shared.begin(self.deadline),
             judge: self.judge,
             last: None,
+            cause: None,
             begun: false,
         };
         let mut stop = pin!(self.stop.into_future());
@@ -203,7 +218,8 @@ impl<'a, J, S> Runner<'a, J, S> {
             Some(Err(reason)) => Err(running.error(reason)),
             None => {
                 if running.begun {
-                    shared.gave_up(&running.session, Cause::Error, GiveUp::Aborted);
+                    let cause = running.cause.unwrap_or(Cause::Error);
+                    shared.gave_up(&running.session, cause, GiveUp::Aborted);
                 }
                 Err(running.error(Some(GiveUp::Aborted)))
             }
@@ -217,6 +233,8 @@ struct Running<'a, J, E> {
     session: Session,
     judge: J,
     last: Option<E>,
+    /// What the last attempt has told that was worth another.
+    cause: Option<Cause>,
     /// The first attempt was.
     begun: bool,
 }
@@ -244,6 +262,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
                 }
                 None => Some(Judged(Seen::new(Cause::Refused(RefusalKind::TimedOut)))),
             };
+            self.cause = judged.map(|Judged(seen)| seen.cause);
             let Some(Judged(seen)) = judged else {
                 self.shared.settled(&self.session, || Verdict::Ignored);
                 return Err(None);
@@ -271,6 +290,7 @@ impl<J: JudgeError<E>, E> Running<'_, J, E> {
     fn error(self, reason: Option<GiveUp>) -> RetryError<E> {
         RetryError {
             last: self.last,
+            cause: self.cause,
             attempts: if self.begun {
                 self.session.attempts()
             } else {
@@ -296,6 +316,7 @@ async fn within<F: Future>(until: Option<Instant>, future: F) -> Option<F::Outpu
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryError<E> {
     last: Option<E>,
+    cause: Option<Cause>,
     attempts: u32,
     reason: Option<GiveUp>,
 }
@@ -310,6 +331,13 @@ impl<E> RetryError<E> {
     /// The same, to keep.
     pub fn into_inner(self) -> Option<E> {
         self.last
+    }
+
+    /// What the last attempt has told, a [timeout](RefusalKind::TimedOut) too,
+    /// of which there is no error; `None` where it was not worth another, or
+    /// there was none.
+    pub const fn cause(&self) -> Option<Cause> {
+        self.cause
     }
 
     /// How many attempts were begun.
@@ -328,9 +356,12 @@ impl<E> fmt::Display for RetryError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plural = if self.attempts == 1 { "" } else { "s" };
         write!(f, "failed after {} attempt{plural}", self.attempts)?;
-        match self.reason {
-            Some(reason) => write!(f, ": {reason}"),
-            None => Ok(()),
+        if let Some(reason) = self.reason {
+            write!(f, ": {reason}")?;
+        }
+        match self.cause {
+            Some(Cause::Refused(RefusalKind::TimedOut)) => f.write_str(", the last took too long"),
+            _ => Ok(()),
         }
     }
 }

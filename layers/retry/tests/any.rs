@@ -15,6 +15,7 @@ use std::{
 
 use buttress_core::{
     Any, BoxError, Inspect, Refusal, RefusalKind, clock,
+    deadline::Deadline,
     testing::{ReadinessProbe, Script, Step, advance},
 };
 use buttress_retry::{
@@ -482,4 +483,75 @@ fn a_name_is_fit_to_be_a_label() {
         let error = hedge.build().unwrap_err().to_string();
         assert!(error.contains("name"), "{name:?}: {error}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_error_of_a_run_keeps_the_last_cause_and_the_last_error() {
+    let settings = settings().max_attempts(2).attempt_timeout(SECOND);
+    let policy = RetryPolicy::builder().settings(settings).build().unwrap();
+    let mut attempt = 0;
+    let error = policy
+        .run(|| {
+            attempt += 1;
+            let hangs = attempt == 2;
+            async move {
+                if hangs {
+                    pending::<()>().await;
+                }
+                Err::<(), _>(io::Error::other("boom"))
+            }
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(error.cause(), Some(Cause::Refused(RefusalKind::TimedOut)));
+    assert_eq!(error.last().unwrap().to_string(), "boom");
+    let text = "failed after 2 attempts: no attempt left, the last took too long";
+    assert_eq!(error.to_string(), text);
+
+    // Who says stop during a wait is told what the wait was for.
+    let heard = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let told = Arc::clone(&heard);
+    let policy = RetryPolicy::builder()
+        .on_give_up(move |_, cause, _| told.lock().unwrap().push(cause))
+        .build()
+        .unwrap();
+    let abort = AbortHandle::new();
+    let runs = policy.runner().stop_on(abort.aborted());
+    let mut run =
+        task::spawn(runs.run(async || Err::<(), _>(Refusal::new(RefusalKind::Overloaded))));
+    assert_pending!(run.poll());
+    abort.abort();
+    assert!(run.await.is_err());
+    let overloaded = Cause::Refused(RefusalKind::Overloaded);
+    assert_eq!(*heard.lock().unwrap(), [overloaded]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_ends_with_the_callers_deadline() {
+    let policy = RetryPolicy::builder().settings(settings()).build().unwrap();
+    let before = clock::now();
+    let deadline = Deadline::at(before + SECOND * 5 / 2);
+    let mut calls = 0;
+    let error = policy
+        .runner()
+        .deadline(deadline)
+        .run(|| {
+            calls += 1;
+            pending::<Result<(), io::Error>>()
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(clock::now() - before, SECOND * 5 / 2);
+    assert_eq!((error.reason(), calls), (Some(GiveUp::Deadline), 1));
+}
+
+#[test]
+fn what_cannot_be_built_cannot_be_set() {
+    let layer = builder().build().unwrap();
+    let limited = || settings().attempt_timeout(SECOND);
+    let refused = layer.policy().set_settings(limited()).unwrap_err();
+    assert!(refused.to_string().contains("over HTTP"), "{refused}");
+    assert!(builder().settings(limited()).build().is_err());
+    let policy = RetryPolicy::builder().build().unwrap();
+    policy.set_settings(limited()).unwrap();
 }

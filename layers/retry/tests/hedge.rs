@@ -24,7 +24,7 @@ use buttress_core::{
     },
 };
 use buttress_retry::{
-    Budget, Hedge, HedgeLayer, Opaque, Plain, ReplayBody, RetryBudget, SharedBudget,
+    Adaptive, Budget, Hedge, HedgeLayer, Opaque, Plain, ReplayBody, RetryBudget, SharedBudget,
     hedge::{HedgeBuilder, OverAny, OverHttp},
 };
 use bytes::Bytes;
@@ -409,6 +409,24 @@ async fn each_request_and_each_outcome_is_counted_once() {
         assert_eq!(budget.seen(), expected);
         script.assert_finished();
     }
+}
+
+/// What has no outcome is not counted: to the adaptive throttle it would be a
+/// request that was not accepted.
+#[tokio::test(start_paused = true)]
+async fn what_is_never_hedged_is_nothing_to_the_budget() {
+    let adaptive = Arc::new(Adaptive::default());
+    let layer = web().budget(Arc::clone(&adaptive)).build().unwrap();
+    let service = layer.layer(service_fn(async |_: Request<ReplayBody<Full<Bytes>>>| {
+        Ok::<_, Infallible>(buttress_core::testing::web::response(200, ""))
+    }));
+    for _ in 0..90 {
+        service.clone().oneshot(post("/", "")).await.unwrap();
+    }
+    for _ in 0..10 {
+        service.clone().oneshot(get("/")).await.unwrap();
+    }
+    assert!(adaptive.refusal_probability().abs() < f64::EPSILON);
 }
 
 #[tokio::test(start_paused = true)]

@@ -91,6 +91,16 @@ async fn what_has_begun_is_handed_on_frame_by_frame() {
 }
 
 #[tokio::test]
+async fn a_frame_without_a_byte_hides_nothing() {
+    let body = ScriptedBody::new().data("").data("").trailers(status("14"));
+    let (inner, _script) = script(body);
+    let service = PeekLayer::new().layer(inner);
+    let response = service.oneshot(web::grpc("/a.B/C")).await.unwrap();
+    assert!(Trailers::of(response.extensions()).is_some());
+    assert_eq!(whole(response).await.1, Some(status("14")));
+}
+
+#[tokio::test]
 async fn a_body_that_breaks_at_once_says_so_where_it_is_read() {
     let (inner, _script) = script(ScriptedBody::new().fail("it broke"));
     let service = PeekLayer::new().layer(inner);

@@ -398,7 +398,7 @@ async fn a_retry_tells_of_its_own_refusal() {
     // What the one was that is no more in hand.
     assert_eq!(response.status(), StatusCode::GATEWAY_TIMEOUT);
     let refusal = Refusal::of(response.extensions()).unwrap();
-    assert_eq!(refusal.kind(), BadGateway);
+    assert_eq!(refusal.kind(), TimedOut);
     assert!(!refusal.was_never_sent());
 }
 

@@ -73,7 +73,13 @@ impl std::error::Error for Elapsed {}
 /// As other layers and responders know it, with the name as its origin.
 impl From<Elapsed> for Refusal {
     fn from(elapsed: Elapsed) -> Self {
-        Self::new(RefusalKind::TimedOut).with_origin(elapsed.name.to_string())
+        let refusal = Self::new(RefusalKind::TimedOut).with_origin(elapsed.name.to_string());
+        if elapsed.after.is_zero() {
+            // Nobody has heard of the request, so any may go again.
+            refusal.before_sending()
+        } else {
+            refusal
+        }
     }
 }
 
@@ -146,5 +152,17 @@ impl<E: Into<BoxError>> From<Error<E>> for BoxError {
             Error::Elapsed(elapsed) => Refusal::from(elapsed).into(),
             Error::Inner(error) => error.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_never_called_for_was_never_sent() {
+        let refusal = |after| Refusal::from(Elapsed::new("api".into(), after));
+        assert!(refusal(Duration::ZERO).was_never_sent());
+        assert!(!refusal(Duration::from_nanos(1)).was_never_sent());
     }
 }

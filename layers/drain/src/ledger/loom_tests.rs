@@ -3,7 +3,7 @@
 use buttress_core::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering::SeqCst},
-    model::model,
+    model::{Builder, model},
     thread,
 };
 
@@ -111,10 +111,13 @@ fn the_last_of_a_kind_wakes() {
     });
 }
 
-/// Of those who might put an abandoned ledger back, one does.
+/// Of those who might put an abandoned ledger back, one does. Both read all of
+/// it, which is a minute's work with every interleaving there is.
 #[test]
 fn it_is_put_back_once() {
-    model(|| {
+    let mut some = Builder::new();
+    some.preemption_bound = Some(3);
+    some.check(|| {
         let drain = Drain::new();
         drain.enter(Kind::Request);
         let other = beside(&drain, |drain| {

@@ -119,7 +119,7 @@ async fn axum_is_drained_on_both() {
         drop((idle, new, busy));
         let report = rig.ended().await;
         assert_eq!(report.exit_code(), 0, "{report}");
-        assert!(report.drained_after() < ms(1000));
+        assert!(report.drained_after() < ms(1400));
     }
 }
 
@@ -173,7 +173,7 @@ async fn axum_hears_of_the_end_after_the_first_bytes() {
     drop(clients);
     assert_eq!(rig.ended().await.exit_code(), 0);
     let took = clock::now() - start;
-    assert!((ms(290)..ms(900)).contains(&took), "{took:?}");
+    assert!((ms(290)..ms(3000)).contains(&took), "{took:?}");
     drop(silent);
 }
 
@@ -211,7 +211,7 @@ async fn what_axum_has_closed_lingers() {
     crate::races::assert_lingers(&mut idle).await;
     let report = rig.ended().await;
     assert_eq!(report.exit_code(), 0);
-    assert!(report.drained_after() < ms(1000));
+    assert!(report.drained_after() < ms(3000));
 }
 
 #[tokio::test]

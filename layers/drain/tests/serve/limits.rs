@@ -57,7 +57,7 @@ async fn a_head_that_trickles_in_is_closed() {
             };
             soon(closed).await;
             let took = clock::now() - begun;
-            assert!((ms(190)..ms(600)).contains(&took), "{took:?}");
+            assert!((ms(190)..ms(3000)).contains(&took), "{took:?}");
         }
     }
     rig.trigger();
@@ -80,7 +80,7 @@ async fn idle_connections_are_closed() {
     assert!(last - begun >= ms(500));
     assert!(used.is_closed().await.unwrap());
     let took = clock::now() - last;
-    assert!((ms(150)..ms(400)).contains(&took), "{took:?}");
+    assert!((ms(150)..ms(3000)).contains(&took), "{took:?}");
     let shutdown = rig.shutdown.clone();
     until(|| shutdown.connections() == 0).await;
 }

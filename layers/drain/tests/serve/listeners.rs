@@ -71,7 +71,7 @@ async fn a_listener_that_fails_is_asked_again_after_a_pause() {
     assert_eq!(client.get("/").await.text(), "hello");
     let took = clock::now() - begun;
     // 5, 10, 20, 40, 80 and 160 ms.
-    assert!((ms(300)..ms(1500)).contains(&took), "{took:?}");
+    assert!((ms(300)..ms(3000)).contains(&took), "{took:?}");
     let asked = asked.load(SeqCst);
     assert!(asked <= 10, "asked {asked} times");
     drop(client);
@@ -87,18 +87,18 @@ async fn a_connection_that_is_gone_costs_no_pause() {
     let mut client = Client::new(rig.addr).await;
     assert_eq!(client.get("/").await.text(), "hello");
     let took = clock::now() - begun;
-    assert!(took < ms(200), "{took:?}");
+    assert!(took < ms(1000), "{took:?}");
 }
 
 /// It is in a pause of a second when the time comes.
 #[tokio::test]
 async fn a_listener_that_fails_for_good_drains_in_time() {
     let (rig, asked) = failing((0..10_000).map(|_| exhausted())).await;
-    tokio::time::sleep(ms(700)).await;
+    tokio::time::sleep(ms(1300)).await;
     let start = rig.trigger();
     assert_eq!(rig.ended().await.exit_code(), 0);
     let took = clock::now() - start;
-    assert!((ms(200)..ms(500)).contains(&took), "{took:?}");
+    assert!((ms(200)..ms(900)).contains(&took), "{took:?}");
     let asked = asked.load(SeqCst);
     assert!(asked <= 15, "asked {asked} times");
 }

@@ -6,8 +6,9 @@ use buttress_core::clock;
 use buttress_drain::{LimitsBuilder, Server, Shutdown};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional, duplex},
     net::{TcpListener, TcpStream},
+    time::sleep,
 };
 use tokio_rustls::{
     TlsConnector,
@@ -121,7 +122,7 @@ async fn http2_is_agreed_on_and_drained() {
 
 #[tokio::test]
 async fn a_silent_handshake_is_closed_and_keeps_nobody_waiting() {
-    let (rig, config) = rig(shutdown(), limits().handshake_timeout(ms(300))).await;
+    let (rig, config) = rig(shutdown(), limits().handshake_timeout(ms(1500))).await;
     let begun = clock::now();
     let mut silent = soon(TcpStream::connect(rig.addr)).await.unwrap();
     // A record of which only the beginning comes.
@@ -129,16 +130,16 @@ async fn a_silent_handshake_is_closed_and_keeps_nobody_waiting() {
     half.write_all(&[22, 3, 1, 1, 0, 1]).await.unwrap();
     let mut client = Client::over(connect(&config, &[], rig.addr).await);
     assert_eq!(client.get("/").await.text(), "hello");
-    assert!(clock::now() - begun < ms(250));
+    assert!(clock::now() - begun < ms(1400));
     for socket in [&mut silent, &mut half] {
         let _ = soon(socket.read_to_end(&mut Vec::new())).await;
         let took = clock::now() - begun;
-        assert!((ms(290)..ms(700)).contains(&took), "{took:?}");
+        assert!((ms(1490)..ms(5000)).contains(&took), "{took:?}");
     }
     let shutdown = rig.shutdown.clone();
     until(|| shutdown.connections() == 1).await;
     // The limit is the handshake's alone.
-    assert_eq!(client.get("/slow/400").await.text(), "slow");
+    assert_eq!(client.get("/slow/1600").await.text(), "slow");
 }
 
 #[tokio::test]
@@ -150,10 +151,9 @@ async fn a_silent_handshake_does_not_hold_a_drain() {
     drop(silent);
     assert_eq!(rig.ended().await.exit_code(), 0);
     let took = clock::now() - start;
-    assert!((ms(290)..ms(900)).contains(&took), "{took:?}");
+    assert!((ms(290)..ms(3000)).contains(&took), "{took:?}");
 }
 
-/// Of a record that has come in part nothing is to be seen on the socket.
 #[tokio::test]
 async fn what_has_arrived_is_answered() {
     for _ in 0..10 {
@@ -176,6 +176,44 @@ async fn what_has_arrived_is_answered() {
         drop(clients);
         assert_eq!(rig.ended().await.exit_code(), 0);
     }
+}
+
+/// Of a record that has come in part nothing is to be seen, neither on the
+/// socket nor by hyper.
+#[tokio::test]
+async fn half_a_record_is_not_closed_on() {
+    let (rig, config) = rig(shutdown_of(0, 10_000, 500), limits()).await;
+    let mut tcp = soon(TcpStream::connect(rig.addr)).await.unwrap();
+    tcp.set_nodelay(true).unwrap();
+    let (near, mut far) = duplex(64 * 1024);
+    let connector = TlsConnector::from(Arc::new(config));
+    let name = ServerName::try_from("localhost").unwrap();
+    // What the client writes goes by hand, once there was a first answer.
+    let begin = async {
+        let io = connector.connect(name, near).await.unwrap();
+        let mut client = Client::over(io);
+        assert_eq!(client.get("/").await.text(), "hello");
+        client
+    };
+    let mut client = tokio::select! {
+        client = begin => client,
+        copied = copy_bidirectional(&mut far, &mut tcp) => panic!("{copied:?}"),
+    };
+    client.send(get("/")).await.unwrap();
+    let mut record = vec![0; 1024];
+    let length = far.read(&mut record).await.unwrap();
+    let (first, rest) = record[..length].split_at(length / 2);
+    tcp.write_all(first).await.unwrap();
+    sleep(ms(50)).await;
+    rig.trigger();
+    sleep(ms(200)).await;
+    tcp.write_all(rest).await.unwrap();
+    tokio::select! {
+        answer = client.answer() => assert_eq!(answer.text(), "hello"),
+        copied = copy_bidirectional(&mut far, &mut tcp) => panic!("{copied:?}"),
+    }
+    drop((client, tcp));
+    assert_eq!(rig.ended().await.exit_code(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

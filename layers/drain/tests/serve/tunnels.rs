@@ -82,7 +82,7 @@ async fn a_tunnel_is_cut_and_named() {
     let mut rest = Vec::new();
     let _ = soon(client.io.read_to_end(&mut rest)).await;
     let took = clock::now() - start;
-    assert!((ms(490)..ms(800)).contains(&took), "{took:?}");
+    assert!((ms(490)..ms(3000)).contains(&took), "{took:?}");
     let shutdown = rig.shutdown.clone();
     until(|| shutdown.connections() == 0).await;
     let report = rig.ended().await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use buttress_core::{
     classify::Verdict,
     clock::{self, Instant},
-    random::SharedRandom,
+    random::{Random, SharedRandom},
     sync::{
         Padded,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -95,8 +95,8 @@ impl Adaptive {
 
     /// What decides who is refused. Default: the thread's own generator.
     #[must_use]
-    pub fn random(mut self, random: SharedRandom) -> Self {
-        self.random = random;
+    pub fn random(mut self, random: impl Random) -> Self {
+        self.random = SharedRandom::new(random);
         self
     }
 

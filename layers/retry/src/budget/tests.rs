@@ -3,7 +3,7 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::{clock::Instant, random::SharedRandom, testing::advance};
+use buttress_core::{clock::Instant, testing::advance};
 use proptest::prelude::*;
 
 use super::{
@@ -449,7 +449,7 @@ mod throttle {
 mod adaptive {
     use super::*;
 
-    const ALWAYS_REFUSED: fn() -> SharedRandom = || SharedRandom::new(|| 0);
+    const ALWAYS_REFUSED: fn() -> u64 = || 0;
 
     #[test]
     fn the_formula_is_the_books() {
@@ -492,7 +492,7 @@ mod adaptive {
         // 792, with a standard deviation of 13.
         assert!((720..860).contains(&refused), "{refused}");
         // And none while all is well, whatever is drawn.
-        let throttle = throttle.random(ALWAYS_REFUSED());
+        let throttle = throttle.random(ALWAYS_REFUSED);
         for _ in 0..100 {
             throttle.request_at(now);
             throttle.outcome_at(Verdict::Success, now);
@@ -503,7 +503,7 @@ mod adaptive {
 
     #[test]
     fn attempts_count_when_they_begin() {
-        let throttle = Adaptive::default().random(ALWAYS_REFUSED());
+        let throttle = Adaptive::default().random(ALWAYS_REFUSED);
         let now = Instant::from_nanos(START);
         // Ten that hang: none of them has ended.
         for _ in 0..10 {
@@ -523,7 +523,7 @@ mod adaptive {
 
     #[test]
     fn it_forgets_after_the_window() {
-        let throttle = Adaptive::default().random(ALWAYS_REFUSED());
+        let throttle = Adaptive::default().random(ALWAYS_REFUSED);
         let at = |secs: u64| Instant::from_nanos(START / SECOND / 12 * 12 * SECOND + secs * SECOND);
         // A long healthy while weighs no more than the window holds of it.
         for second in 0..10_000 {
@@ -551,7 +551,7 @@ mod adaptive {
     #[tokio::test(start_paused = true)]
     async fn the_clock_of_the_toolkit_rules_it() {
         let throttle = Adaptive::new(1000, Duration::from_secs(10)).unwrap();
-        let throttle = Arc::new(throttle.random(ALWAYS_REFUSED()));
+        let throttle = Arc::new(throttle.random(ALWAYS_REFUSED));
         let shared = SharedBudget::new(Arc::clone(&throttle));
         shared.request();
         shared.outcome(Verdict::Failure);

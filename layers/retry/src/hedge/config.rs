@@ -156,8 +156,8 @@ impl<V: View, M> HedgeBuilder<V, M> {
     /// could be sent at once. What it refuses is not asked for again. Default:
     /// [`RetryBudget::default`](crate::RetryBudget), of its own.
     ///
-    /// Every request is counted, hedged or not, and every attempt that ends
-    /// has its outcome, if it belongs to a request that may be hedged.
+    /// Every request that may be hedged is counted, whether it is or not, and
+    /// every attempt of it that ends has its outcome.
     pub fn budget(mut self, budget: impl Budget) -> Self {
         self.budget = Some(SharedBudget::new(budget));
         self.counted_outside = false;
@@ -283,7 +283,8 @@ impl<I> HedgeBuilder<Http, OverHttp<I>> {
     }
 
     /// The codes that are bad where the request is gRPC and the code stands in
-    /// the response's head (trailers-only). Default: UNAVAILABLE.
+    /// the response's head (trailers-only), or where a
+    /// [`PeekLayer`](crate::PeekLayer) found it. Default: UNAVAILABLE.
     pub fn grpc_codes(self, codes: impl IntoIterator<Item = GrpcCode>) -> Self {
         self.rules(|rules| rules.codes = codes.into_iter().collect())
     }

@@ -80,7 +80,6 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        self.shared.begin();
         let web = &self.mode.web;
         let may = self.shared.max_hedges() > 0 && web.rules.may_send_twice(Head::from(&request));
         if !may {
@@ -94,6 +93,7 @@ where
         if Deadline::of(&parts.extensions).is_some() {
             Tell::attach(&mut parts.extensions);
         }
+        self.shared.begin();
         let started = self.shared.started();
         let first = Request::from_parts(parts.clone(), body);
         let first = self.inner.call(first);
@@ -120,13 +120,13 @@ where
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        self.shared.begin();
         let hedge_if = self.mode.hedge_if.as_ref();
         let may =
             self.shared.max_hedges() > 0 && hedge_if.is_none_or(|hedge_if| hedge_if(&request));
         if !may {
             return ResponseFuture::alone(self.inner.call(request));
         }
+        self.shared.begin();
         let started = self.shared.started();
         let call = AnyCall::new(request.clone(), self.mode.judge.clone());
         let first = self.inner.call(request);

@@ -808,6 +808,46 @@ fn it_is_as_sendable_as_the_body() {
     sync::<Memory>();
 }
 
+/// Ten mebibytes of frames that each are memory of their own: no more of it is
+/// kept than may be remembered.
+#[test]
+fn a_large_body_takes_no_more_memory_than_its_cap() {
+    const FRAME: usize = 16 * 1024;
+    const CAP: usize = 64 * 1024;
+
+    /// So many frames yet.
+    struct Fresh(usize);
+
+    impl Body for Fresh {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            let left = self.0.checked_sub(1);
+            self.0 = left.unwrap_or_default();
+            Poll::Ready(left.map(|_| Ok(Frame::data(Bytes::from(vec![7; FRAME])))))
+        }
+    }
+
+    let seen = allocation_counter::measure(|| {
+        let memory = Memory::default();
+        let mut replay = Replay::new(Fresh(640), CAP, &memory);
+        let mut attempt = Box::pin(replay.attempt().unwrap());
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut bytes = 0;
+        while let Poll::Ready(Some(frame)) = attempt.as_mut().poll_frame(&mut cx) {
+            bytes += frame.unwrap().into_data().unwrap().len();
+        }
+        assert_eq!(bytes, 640 * FRAME);
+    });
+    let most = seen.bytes_max;
+    assert!(most >= CAP as u64, "{most}: nothing was remembered");
+    assert!(most <= (CAP + 2 * FRAME) as u64, "{most}");
+}
+
 #[test]
 fn what_the_hot_path_allocates() {
     fn allocations(work: impl FnOnce()) -> u64 {
