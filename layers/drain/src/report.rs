@@ -42,7 +42,7 @@ pub enum CutKind {
     /// A request, of which the layer was told to keep
     /// [track](crate::DrainLayer::route).
     Request,
-    /// A connection with requests on it.
+    /// A connection with requests on it, unless as many requests are named.
     Connection,
     /// A connection that had been upgraded.
     Tunnel,

@@ -201,14 +201,22 @@ fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let mut all: Vec<_> = tracked.collect();
 
     let connections = inner.connections.lock().clone();
-    all.extend(connections.iter().filter_map(|(_, connection)| {
+    let connections = connections.iter().filter_map(|(_, connection)| {
         Some(Cut {
             kind: CutKind::of(connection.state())?,
             label: connection.route(),
             age: now - connection.since,
             bytes: Some(connection.bytes()),
         })
-    }));
+    });
+    let (tunnels, busy): (Vec<_>, Vec<_>) =
+        connections.partition(|cut| cut.kind == CutKind::Tunnel);
+    // Where there are no more than there are requests with names, those are
+    // what they are busy with.
+    if busy.len() > all.len() {
+        all.extend(busy);
+    }
+    all.extend(tunnels);
 
     let guards = inner.guards.lock().clone();
     all.extend(guards.into_iter().map(|(_, guard)| Cut {

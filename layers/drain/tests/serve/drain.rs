@@ -3,8 +3,9 @@
 use std::io::ErrorKind;
 
 use buttress_core::clock;
-use buttress_drain::{CutKind, Phase};
+use buttress_drain::{CutKind, DrainLayer, Phase};
 use tokio::net::TcpStream;
+use tower::Layer;
 
 use crate::{
     Rig,
@@ -179,6 +180,31 @@ async fn what_ignores_the_notice_is_cut_and_reported() {
     assert_eq!(cut.kind(), CutKind::Connection);
     assert!(cut.age() >= ms(800));
     assert!(cut.bytes().unwrap() > 300);
+}
+
+/// With the layer, too, which knows the request's name: once, not as a request
+/// and as a connection that is busy with it.
+#[tokio::test]
+async fn what_is_cut_is_named_once() {
+    let shutdown = shutdown_of(0, 900, 500);
+    let named = DrainLayer::new(&shutdown).route("endless");
+    let rig = Rig::of(shutdown, limits(), named.layer(crate::app::app())).await;
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        let mut client = Client::new(rig.addr).await;
+        client.send(get("/endless")).await.unwrap();
+        client.head().await.unwrap().unwrap();
+        clients.push(client);
+    }
+    rig.trigger();
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 124);
+    let cut = report
+        .cut()
+        .iter()
+        .map(|cut| (cut.kind(), cut.label().map(ToString::to_string)));
+    let named = (CutKind::Request, Some("endless".to_owned()));
+    assert_eq!(cut.collect::<Vec<_>>(), [named.clone(), named], "{report}");
 }
 
 /// hyper does not read on a connection while what it has read is not used up.
