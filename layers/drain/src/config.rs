@@ -72,6 +72,9 @@ impl ShutdownBuilder {
     /// [forces](Shutdown::force) it.
     ///
     /// An end that goes well is yours, too: [`Report::exit`](crate::Report::exit).
+    /// When the report is there the watchdog's work is done: a `main` that
+    /// returns instead waits for what its runtime still has in
+    /// `spawn_blocking`, for ever if need be.
     pub fn exit_process(self) -> Self {
         self.exit_with(|code| std::process::exit(code))
     }

@@ -2,14 +2,14 @@
 
 use std::{
     io::{self, IsTerminal},
-    sync::mpsc,
+    sync::{atomic::Ordering, mpsc},
     thread,
 };
 
 use tokio::runtime;
 use tracing::{info, warn};
 
-use crate::Shutdown;
+use crate::{Shutdown, aside};
 
 impl Shutdown {
     /// Installs the signals that trigger it: SIGTERM and SIGINT; on Windows
@@ -21,16 +21,29 @@ impl Shutdown {
     /// SIGINT at a terminal asks for no delay: nobody else sends requests then.
     /// A second signal of any of them ends it at once: the process, with exit
     /// code 1, where that is [allowed](crate::ShutdownBuilder::exit_process),
-    /// and otherwise by [force](Self::force).
+    /// and otherwise by [force](Self::force). Signals are counted, not triggers:
+    /// the first after a trigger by code changes nothing.
     ///
     /// They are listened to on a thread of their own, for as long as the
     /// process lives, so that a runtime that is blocked does not keep them
-    /// from being heard.
+    /// from being heard. Once they are installed, another call does nothing.
     ///
     /// # Errors
     ///
     /// If there is no thread, no descriptor, or no handler to be had.
     pub fn install_signals(&self) -> io::Result<()> {
+        let installed = &self.inner.signals;
+        if installed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let result = self.listen_to_signals();
+        if result.is_err() {
+            installed.store(false, Ordering::Release);
+        }
+        result
+    }
+
+    fn listen_to_signals(&self) -> io::Result<()> {
         let shutdown = self.clone();
         let (tell, told) = mpsc::sync_channel(1);
         thread::Builder::new()
@@ -46,8 +59,9 @@ impl Shutdown {
                         Err(error) => drop(tell.send(Err(error))),
                         Ok(mut signals) => {
                             drop(tell.send(Ok(())));
+                            shutdown.signalled(signals.next().await);
                             loop {
-                                shutdown.signalled(signals.next().await);
+                                shutdown.signalled_again(signals.next().await);
                             }
                         }
                     }
@@ -57,23 +71,33 @@ impl Shutdown {
         told.recv().map_err(gone)?
     }
 
+    // Neither waits for a log: one that does not take its lines is one of the
+    // reasons why there is a second signal.
     fn signalled(&self, signal: Signal) {
-        let at_terminal = signal.interactive && at_terminal();
-        info!(signal = signal.name, at_terminal, "a signal");
-        let first = if at_terminal {
-            self.trigger_without_delay(signal.name)
-        } else {
-            self.trigger(signal.name)
-        };
-        if first {
-            return;
-        }
+        let shutdown = self.clone();
+        let Signal { name, interactive } = signal;
+        aside::run(move || {
+            let at_terminal = interactive && at_terminal();
+            if at_terminal {
+                shutdown.trigger_without_delay(name);
+            } else {
+                shutdown.trigger(name);
+            }
+            info!(signal = name, at_terminal, "a signal");
+        });
+    }
+
+    fn signalled_again(&self, signal: Signal) {
+        let name = signal.name;
         match &self.inner.settings.exit {
             Some(exit) => {
-                warn!(signal = signal.name, "a second signal: the process ends");
+                aside::say(move || warn!(signal = name, "a second signal: the process ends"));
                 exit.call(1);
             }
-            None => self.force(signal.name),
+            None => {
+                let shutdown = self.clone();
+                aside::run(move || shutdown.force(name));
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-#[cfg(any(feature = "axum", feature = "tonic"))]
 mod adapters;
+#[cfg(any(feature = "axum", feature = "tonic"))]
+mod aside;
 mod body;
 mod books;
 mod config;

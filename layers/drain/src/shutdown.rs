@@ -52,6 +52,8 @@ pub(crate) struct Inner {
     /// Nobody is to wait any longer.
     force: Notify,
     forced: AtomicBool,
+    /// The signals are listened to.
+    pub(crate) signals: AtomicBool,
     watchdog: OnceLock<Watchdog>,
     pub(crate) tracked: Tracked,
     pub(crate) connections: Mutex<Slab<Arc<Connection>>>,
@@ -130,6 +132,7 @@ impl Shutdown {
                 reached: std::array::from_fn(|_| Arc::default()),
                 force: Notify::new(),
                 forced: AtomicBool::new(false),
+                signals: AtomicBool::new(false),
                 watchdog: OnceLock::new(),
                 tracked: Tracked::new(),
                 connections: Mutex::default(),

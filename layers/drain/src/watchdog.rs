@@ -13,7 +13,7 @@ use std::{
 use buttress_core::clock;
 use tracing::{error, warn};
 
-use crate::report::CUT;
+use crate::{aside, report::CUT};
 
 /// Ends the process, or what a test has in its place.
 #[derive(Clone)]
@@ -55,7 +55,7 @@ impl Watchdog {
             while !flag.load(Ordering::Acquire) {
                 let left = end - clock::now();
                 if left.is_zero() {
-                    error!("the shutdown is stuck: the process ends");
+                    aside::say(|| error!("the shutdown is stuck: the process ends"));
                     exit.call(CUT);
                     return;
                 }

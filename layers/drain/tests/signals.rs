@@ -18,6 +18,7 @@ use rustix::{
     process::{Pid, Signal, kill_process},
     pty::{self, OpenptFlags},
 };
+use tracing::{Event, Metadata, Subscriber, span};
 
 const ROLE: &str = "BUTTRESS_DRAIN_CHILD";
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -39,6 +40,33 @@ fn builder(role: &str) -> ShutdownBuilder {
         .exit_process()
 }
 
+/// A log whose reader has gone to sleep: whoever writes waits.
+struct Mute;
+
+impl Subscriber for Mute {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, _: &Event<'_>) {
+        loop {
+            thread::park();
+        }
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
 /// The line by which a child says how far it is.
 fn say(what: &str) {
     let mut out = std::io::stdout().lock();
@@ -53,6 +81,11 @@ fn child() {
     let shutdown = builder(&role).build().unwrap();
     // Without a runtime, and before anything else.
     shutdown.install_signals().unwrap();
+    // Once is enough.
+    shutdown.install_signals().unwrap();
+    if role == "mute" {
+        tracing::subscriber::set_global_default(Mute).unwrap();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -65,8 +98,11 @@ fn child() {
             seen.await;
             say("draining");
         });
+        if role == "untracked" {
+            tokio::task::spawn_blocking(|| thread::park_timeout(PATIENCE * 2));
+        }
         say("ready");
-        if role == "blocked" {
+        if role == "mute" || role == "blocked" {
             let (_tell, never) = mpsc::channel::<()>();
             let _ = never.recv_timeout(PATIENCE * 2);
         }
@@ -257,6 +293,36 @@ fn a_blocked_runtime_is_ended_by_the_watchdog() {
     child.signal(Signal::TERM);
     let (code, took) = child.ends();
     assert_eq!(code, Some(1));
+    assert!(took < millis(1_500), "{took:?}");
+}
+
+/// So it is where not a line of the log gets through, neither to trigger it nor
+/// to end it.
+#[test]
+fn a_log_that_blocks_keeps_nothing_waiting() {
+    let mut child = Running::start("mute");
+    child.signal(Signal::TERM);
+    let (code, took) = child.ends();
+    assert_eq!(code, Some(124));
+    assert!((millis(2_300)..millis(6_000)).contains(&took), "{took:?}");
+
+    let mut child = Running::start("mute");
+    child.signal(Signal::TERM);
+    thread::park_timeout(millis(200));
+    child.signal(Signal::TERM);
+    let (code, took) = child.ends();
+    assert_eq!(code, Some(1));
+    assert!(took < millis(1_500), "{took:?}");
+}
+
+/// What nobody has a guard for is not waited for.
+#[test]
+fn work_without_a_guard_does_not_hold_the_end() {
+    let mut child = Running::start("untracked");
+    child.signal(Signal::TERM);
+    child.expect("shut down in ");
+    let (code, took) = child.ends();
+    assert_eq!(code, Some(0));
     assert!(took < millis(1_500), "{took:?}");
 }
 

@@ -114,8 +114,16 @@ async fn tick(inner: Arc<Inner>, limit: Duration) {
 
 /// Looks for changes and tells of them.
 async fn watch(inner: Arc<Inner>, outboxes: Outboxes) {
+    /// What is not watched any more is not too low.
+    struct Off<'a>(&'a Inner);
+    impl Drop for Off<'_> {
+        fn drop(&mut self) {
+            self.0.low.store(false, Relaxed);
+        }
+    }
     // What an earlier start has left is gone before this begins.
     let _turn = inner.turn.lock().await;
+    let _off = Off(&inner);
     #[cfg(feature = "grpc")]
     let _told = inner.grpc.until_dropped();
     let mut watch = Watch::new(&inner, outboxes);

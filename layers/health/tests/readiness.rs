@@ -833,3 +833,21 @@ fn what_makes_no_sense_cannot_be_built() {
             .is_ok()
     );
 }
+
+/// Nobody would take it back.
+#[tokio::test(start_paused = true)]
+async fn a_score_that_is_not_watched_any_more_is_not_too_low() {
+    let queue = Indicator::new("queue");
+    let threshold = Threshold::new(0.5).down_after(NonZeroU32::MIN);
+    let health = HealthRegistry::builder()
+        .source(queue.clone())
+        .threshold(threshold)
+        .build()
+        .unwrap();
+    let running = health.start().unwrap();
+    queue.set(0.0);
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    assert!(!health.readiness().is_ready());
+    running.stop().await;
+    assert!(health.readiness().is_ready());
+}
