@@ -2,8 +2,8 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapters;
-#[cfg(any(feature = "axum", feature = "tonic"))]
 mod aside;
+#[cfg(any(feature = "axum", feature = "tonic"))]
 mod body;
 mod books;
 mod config;
