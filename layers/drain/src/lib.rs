@@ -1,9 +1,9 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(any(feature = "axum", feature = "tonic"))]
 mod adapters;
 mod aside;
-#[cfg(any(feature = "axum", feature = "tonic"))]
 mod body;
 mod books;
 mod config;
