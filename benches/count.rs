@@ -1,7 +1,7 @@
 //! Counts allocations and live bytes, for the bench that runs it: one line
-//! for each run, tab-separated. Told `breaker`, `retry` or `drain`, it counts
-//! those of the circuit breakers, the retries or the drain, else those of the
-//! rate limiters.
+//! for each run, tab-separated. Told `breaker`, `retry`, `drain` or `serve`, it
+//! counts those of the circuit breakers, the retries, the drain or the servers,
+//! else those of the rate limiters.
 
 use std::{alloc::System, env};
 
@@ -10,6 +10,7 @@ use buttress_benches::{
     measure::drive,
     retry,
     scenarios::{self, governor_by_key, lasting, ours_by_key},
+    serve,
 };
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -23,6 +24,7 @@ fn main() {
         Some("breaker") => allocations(breaker::ALL),
         Some("retry") => allocations(retry::ALL),
         Some("drain") => allocations(drain::ALL),
+        Some("serve") => allocations(serve::ALL),
         _ => {
             allocations(scenarios::ALL);
             bytes();

@@ -8,4 +8,5 @@ pub mod drain;
 pub mod measure;
 pub mod retry;
 pub mod scenarios;
+pub mod serve;
 pub mod table;
