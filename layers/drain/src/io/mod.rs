@@ -215,13 +215,13 @@ impl<I: Socket> DrainIo<I> {
             Protocol::Tunnel => return Doing::Unknown,
             Protocol::Http2 => {
                 return Doing::Http2 {
-                    open: traffic.open > 0,
+                    open: traffic.is_busy() || self.stalled.is_some(),
                 };
             }
             Protocol::Handshake => return Doing::Handshake,
             Protocol::Http1 => {}
         }
-        if traffic.open > 0 {
+        if traffic.is_busy() {
             return Doing::Busy;
         }
         let idle = |unsure| Doing::Idle {
@@ -248,7 +248,7 @@ impl<I: Socket> DrainIo<I> {
         }
         self.mark = Some(Mark {
             begun: traffic.begun,
-            busy: traffic.open > 0,
+            busy: traffic.is_busy(),
         });
         self.closing = None;
     }
@@ -465,7 +465,13 @@ impl<I: Socket> DrainIo<I> {
     }
 
     fn stall(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
-        let since = *self.stalled.get_or_insert_with(clock::now);
+        let since = match self.stalled {
+            Some(since) => since,
+            None => {
+                self.record().traffic.stall(true);
+                *self.stalled.insert(clock::now())
+            }
+        };
         let tunnel = self.doing() == Doing::Unknown;
         let due = match self.limits.write_timeout {
             Some(timeout) if !(tunnel && self.managed) => Some(since + timeout),
@@ -503,7 +509,9 @@ impl<I: Socket> DrainIo<I> {
     ) -> Poll<io::Result<usize>> {
         match polled {
             Poll::Ready(written) => {
-                self.stalled = None;
+                if self.stalled.take().is_some() {
+                    self.record().traffic.stall(false);
+                }
                 if let Ok(bytes) = &written {
                     self.guard.wrote(*bytes as u64);
                 }

@@ -175,7 +175,13 @@ where
             let mut told = false;
             poll_fn(|cx| {
                 loop {
+                    let busy = traffic.is_busy();
                     let polled = served.as_mut().poll(cx);
+                    if polled.is_pending() && busy && !traffic.is_busy() {
+                        // The last of an answer was written after the read,
+                        // which has to know that it is idle now.
+                        continue;
+                    }
                     if polled.is_ready() || told || !traffic.is_leaving() {
                         return polled;
                     }

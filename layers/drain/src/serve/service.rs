@@ -3,12 +3,14 @@
 
 use std::{
     future::Future,
+    io::IoSlice,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
 };
 
 use buttress_core::BoxError;
+use bytes::{Buf, Bytes};
 use http::{Method, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -159,7 +161,7 @@ where
                             close(&mut head);
                         }
                     }
-                    let body = CountedBody { body, _open: open };
+                    let body = CountedBody { body, open };
                     return Poll::Ready(Ok(Response::from_parts(head, body)));
                 }
             }
@@ -176,24 +178,33 @@ fn leaves(lane: &Lane) -> bool {
 }
 
 pin_project! {
-    /// A response's body, whose request is open until hyper drops it.
+    /// A response's body, whose request is open until hyper drops it, and
+    /// whose bytes are held until hyper has written them: it drops a body as
+    /// soon as it has the last of it.
     pub(super) struct CountedBody<B> {
         #[pin]
         body: B,
-        _open: Option<Open>,
+        open: Option<Open>,
     }
 }
 
 impl<B: Body> Body for CountedBody<B> {
-    type Data = B::Data;
+    type Data = Unsent<B::Data>;
     type Error = B::Error;
 
     #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.project().body.poll_frame(cx)
+    ) -> Poll<Option<Result<Frame<Self::Data>, B::Error>>> {
+        let this = self.project();
+        let lane = this.open.as_ref().map(|open| &open.0);
+        this.body.poll_frame(cx).map_ok(|frame| {
+            frame.map_data(|data| Unsent {
+                data,
+                _held: lane.map(Held::new),
+            })
+        })
     }
 
     fn is_end_stream(&self) -> bool {
@@ -202,5 +213,53 @@ impl<B: Body> Body for CountedBody<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+/// Bytes of a body that are not written yet.
+pub(super) struct Unsent<D> {
+    data: D,
+    _held: Option<Held>,
+}
+
+struct Held(Arc<Lane>);
+
+impl Held {
+    #[inline]
+    fn new(lane: &Arc<Lane>) -> Self {
+        lane.record.traffic.hold();
+        Self(Arc::clone(lane))
+    }
+}
+
+impl Drop for Held {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.record.traffic.release();
+    }
+}
+
+impl<D: Buf> Buf for Unsent<D> {
+    #[inline]
+    fn remaining(&self) -> usize {
+        self.data.remaining()
+    }
+
+    #[inline]
+    fn chunk(&self) -> &[u8] {
+        self.data.chunk()
+    }
+
+    fn chunks_vectored<'a>(&'a self, to: &mut [IoSlice<'a>]) -> usize {
+        self.data.chunks_vectored(to)
+    }
+
+    #[inline]
+    fn advance(&mut self, bytes: usize) {
+        self.data.advance(bytes);
+    }
+
+    fn copy_to_bytes(&mut self, bytes: usize) -> Bytes {
+        self.data.copy_to_bytes(bytes)
     }
 }

@@ -50,6 +50,10 @@ async fn answer(mut request: Request<Incoming>) -> Response<Body> {
             sleep(Duration::from_millis(number(&path))).await;
             Response::new(text("slow"))
         }
+        "full" => {
+            let bytes: Vec<u8> = (0..number(&path) as usize).map(byte).collect();
+            Response::new(text(bytes))
+        }
         "paced" => Response::new(paced(number(&path))),
         "endless" => Response::new(endless()),
         "panic" => panic!("as it was asked to"),
