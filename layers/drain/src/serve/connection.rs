@@ -172,8 +172,16 @@ where
             traffic.speak(Protocol::Http2);
             let io = TokioIo::new(io);
             let mut served = pin!(http.http2.serve_connection(io, service));
-            let mut told = false;
+            let (mut told, mut waited) = (false, false);
             poll_fn(|cx| {
+                // Each stream that has something to send wakes this task at
+                // once. It lets the others go first, or each would be sent by a
+                // system call, and in a packet, of its own.
+                waited = !waited && traffic.load().open > 0;
+                if waited {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 loop {
                     let busy = traffic.is_busy();
                     let polled = served.as_mut().poll(cx);
