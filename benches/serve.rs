@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, routing::get};
+use axum::{Router, body::Body, routing::get, serve::ListenerExt};
 use buttress_drain::{DrainLayer, Server, Shutdown};
 use bytes::Bytes;
 use http::Request;
@@ -29,7 +29,7 @@ use tower::Layer;
 use crate::{measure::Run, scenarios::Named};
 
 /// Those that serve, by name.
-pub const SERVERS: [&str; 4] = [AXUM, "axum, graceful", OURS, COUNTED];
+pub const SERVERS: [&str; 5] = [AXUM, "axum, graceful", OURS, COUNTED, "axum, nodelay"];
 
 /// `axum::serve` as it is.
 pub const AXUM: &str = "axum";
@@ -71,6 +71,10 @@ pub async fn serve(name: &str, listener: TcpListener) {
             .with_graceful_shutdown(std::future::pending())
             .await
             .expect("it serves"),
+        "axum, nodelay" => {
+            let listener = listener.tap_io(|io| io.set_nodelay(true).expect("a socket"));
+            axum::serve(listener, router()).await.expect("it serves");
+        }
         OURS => server.serve(listener, router()).await,
         COUNTED => {
             let counted = DrainLayer::new(&shutdown).layer(router());
