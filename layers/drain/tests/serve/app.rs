@@ -4,7 +4,7 @@ use std::{convert::Infallible, future::Future, pin::Pin, time::Duration};
 
 use buttress_core::BoxError;
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header};
+use http::{Method, Request, Response, StatusCode, Version, header};
 use http_body_util::{BodyExt, Channel, Empty, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -23,7 +23,28 @@ pub(crate) fn app()
 + Clone
 + Send
 + 'static {
-    tower::service_fn(|request| -> Answer { Box::pin(async { Ok(answer(request).await) }) })
+    app_of()
+}
+
+/// For bodies of a framework's own.
+pub(crate) fn app_of<B>()
+-> impl Service<Request<B>, Response = Response<Body>, Error = Infallible, Future = Answer>
++ Clone
++ Send
++ Sync
++ 'static
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    tower::service_fn(|request: Request<B>| -> Answer {
+        // Over HTTP/2 hyper sends what it is given.
+        let bare = request.method() == Method::HEAD && request.version() == Version::HTTP_2;
+        Box::pin(async move {
+            let answer = answer(request).await;
+            Ok(if bare { answer.map(|_| empty()) } else { answer })
+        })
+    })
 }
 
 pub(crate) fn text(text: impl Into<Bytes>) -> Body {
@@ -41,7 +62,11 @@ fn number(path: &str) -> u64 {
     last.parse().unwrap_or_default()
 }
 
-async fn answer(mut request: Request<Incoming>) -> Response<Body> {
+async fn answer<B>(mut request: Request<B>) -> Response<Body>
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
     let path = request.uri().path().to_owned();
     let connect = request.method() == Method::CONNECT;
     let status = |status| Response::builder().status(status).body(empty()).unwrap();
@@ -55,6 +80,14 @@ async fn answer(mut request: Request<Incoming>) -> Response<Body> {
             Response::new(text(bytes))
         }
         "paced" => Response::new(paced(number(&path))),
+        "events" => Response::builder()
+            .header(header::CONTENT_TYPE, "text/event-stream")
+            .body(endless())
+            .unwrap(),
+        "echo" => {
+            let body = request.into_body().map_err(Into::into);
+            Response::new(UnsyncBoxBody::new(body))
+        }
         "endless" => Response::new(endless()),
         "panic" => panic!("as it was asked to"),
         "nothing" => status(StatusCode::NO_CONTENT),

@@ -10,6 +10,7 @@ mod http2;
 mod limits;
 mod listeners;
 mod races;
+mod stacks;
 mod tls;
 mod tunnels;
 mod unsent;

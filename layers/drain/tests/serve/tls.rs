@@ -27,12 +27,12 @@ use crate::{
     limits, ms, shutdown, shutdown_of, soon, until,
 };
 
-struct Both {
-    server: Arc<ServerConfig>,
-    client: ClientConfig,
+pub(crate) struct Both {
+    pub(crate) server: Arc<ServerConfig>,
+    pub(crate) client: ClientConfig,
 }
 
-fn configs() -> Both {
+pub(crate) fn configs() -> Both {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let certificate = made.cert.der().clone();
     let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
@@ -67,7 +67,11 @@ async fn rig(shutdown: Shutdown, limits: LimitsBuilder) -> (Rig, ClientConfig) {
     (Rig::with(shutdown, addr, server), client)
 }
 
-async fn connect(config: &ClientConfig, alpn: &[&str], addr: SocketAddr) -> TlsStream<TcpStream> {
+pub(crate) async fn connect(
+    config: &ClientConfig,
+    alpn: &[&str],
+    addr: SocketAddr,
+) -> TlsStream<TcpStream> {
     let mut config = config.clone();
     config.alpn_protocols = alpn.iter().map(|name| (*name).into()).collect();
     let connector = TlsConnector::from(Arc::new(config));
