@@ -29,10 +29,12 @@ use tower::Layer;
 use crate::{measure::Run, scenarios::Named};
 
 /// Those that serve, by name.
-pub const SERVERS: [&str; 5] = [AXUM, "axum, graceful", OURS, COUNTED, "axum, nodelay"];
+pub const SERVERS: [&str; 4] = [AXUM, NODELAY, OURS, COUNTED];
 
 /// `axum::serve` as it is.
 pub const AXUM: &str = "axum";
+/// The same with `TCP_NODELAY` set, as ours has it.
+pub const NODELAY: &str = "axum, nodelay";
 /// Our server.
 pub const OURS: &str = "ours";
 /// Our server with the layer that counts requests.
@@ -67,11 +69,7 @@ pub async fn serve(name: &str, listener: TcpListener) {
     let server = Server::new(&shutdown);
     match name {
         AXUM => axum::serve(listener, router()).await.expect("it serves"),
-        "axum, graceful" => axum::serve(listener, router())
-            .with_graceful_shutdown(std::future::pending())
-            .await
-            .expect("it serves"),
-        "axum, nodelay" => {
+        NODELAY => {
             let listener = listener.tap_io(|io| io.set_nodelay(true).expect("a socket"));
             axum::serve(listener, router()).await.expect("it serves");
         }
@@ -280,17 +278,15 @@ fn calls(name: &'static str, way: Way) -> Run {
 /// All that can be counted.
 pub const ALL: &[Named] = &[
     ("h1, axum", || calls(AXUM, Way::Http1)),
-    ("h1, axum, graceful", || calls("axum, graceful", Way::Http1)),
+    ("h1, axum, nodelay", || calls(NODELAY, Way::Http1)),
     ("h1, ours", || calls(OURS, Way::Http1)),
     ("h1, ours, counted", || calls(COUNTED, Way::Http1)),
     ("h2, axum", || calls(AXUM, Way::Http2)),
-    ("h2, axum, graceful", || calls("axum, graceful", Way::Http2)),
+    ("h2, axum, nodelay", || calls(NODELAY, Way::Http2)),
     ("h2, ours", || calls(OURS, Way::Http2)),
     ("h2, ours, counted", || calls(COUNTED, Way::Http2)),
     ("once, axum", || calls(AXUM, Way::Once)),
-    ("once, axum, graceful", || {
-        calls("axum, graceful", Way::Once)
-    }),
+    ("once, axum, nodelay", || calls(NODELAY, Way::Once)),
     ("once, ours", || calls(OURS, Way::Once)),
     ("once, ours, counted", || calls(COUNTED, Way::Once)),
 ];

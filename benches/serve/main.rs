@@ -14,7 +14,7 @@ use std::{
 use buttress_benches::{
     counts::{Counts, counted},
     measure::{Run, interleave, median, pin_to},
-    serve::{AXUM, COUNTED, Load, OURS, SERVERS, Way, load, named, process},
+    serve::{AXUM, COUNTED, Load, NODELAY, OURS, SERVERS, Way, load, named, process},
     table::{Row, Table, number},
 };
 
@@ -236,8 +236,8 @@ fn loads(table: &mut Table) {
             (OURS, what.to_owned(), Some(GOAL)),
             (COUNTED, "– with the layer".to_owned(), None),
             (
-                "axum, graceful",
-                "– axum's graceful shutdown in our place".to_owned(),
+                NODELAY,
+                "– axum with TCP_NODELAY in our place".to_owned(),
                 None,
             ),
         ] {
@@ -284,7 +284,7 @@ fn calls(table: &mut Table) {
         for (at, what) in [
             (2, what),
             (3, "– with the layer"),
-            (1, "– axum's graceful shutdown"),
+            (1, "– axum with TCP_NODELAY"),
         ] {
             table.push(Row {
                 what: what.into(),
