@@ -6,6 +6,7 @@ mod adapters;
 mod body;
 mod books;
 mod config;
+mod current;
 mod error;
 mod future;
 mod guard;

@@ -19,6 +19,7 @@ use tower_service::Service;
 
 use crate::{
     Label, Phase,
+    current::Scope,
     future::close,
     io::{Lane, Protocol},
 };
@@ -49,6 +50,7 @@ where
         let connect = request.method() == Method::CONNECT;
         let open = Some(Open::new(&self.lane));
         let mut service = self.service.clone();
+        let _scope = Scope::of(&self.lane.record);
         // Called at once if it can be: where the client goes away hyper may
         // never poll, and the service is to have heard of it.
         let mut cx = Context::from_waker(Waker::noop());
@@ -79,6 +81,10 @@ impl Open {
     fn new(lane: &Arc<Lane>) -> Self {
         lane.record.traffic.begin();
         Self(Arc::clone(lane))
+    }
+
+    fn scope(&self) -> Scope {
+        Scope::of(&self.0.record)
     }
 
     /// The request has turned its connection, or its stream of one, into a
@@ -131,6 +137,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
+        let _scope = this.open.as_ref().map(|open| open.scope());
         loop {
             match this.state.as_mut().project() {
                 StateProj::Waiting { service, request } => {
