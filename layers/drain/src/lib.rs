@@ -57,7 +57,9 @@ pub use phase::{Phase, Reached};
 pub use refuse::{Refuse, RefuseFuture, RefuseLayer};
 pub use report::{Cut, CutKind, Failure, HookOutcome, HookReport, Report};
 #[cfg(feature = "serve")]
-pub use serve::{Handshake, Limits, LimitsBuilder, Peer, PeerAddrs, Plain, Server, SetPeerAddr};
+pub use serve::{
+    Handshake, Limits, LimitsBuilder, Peer, PeerAddrs, Plain, Server, SetPeerAddr, StreamExecutor,
+};
 #[cfg(feature = "tls")]
 pub use serve::{Tls, TlsInfo};
 pub use service::Drain;

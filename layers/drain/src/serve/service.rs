@@ -17,6 +17,7 @@ use hyper::body::Incoming;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
+use super::StreamExecutor;
 use crate::{
     Label, Phase,
     current::Scope,
@@ -75,7 +76,7 @@ where
 }
 
 /// A request that is open on its connection until this is dropped.
-struct Open(Arc<Lane>);
+pub(super) struct Open(Arc<Lane>);
 
 impl Open {
     fn new(lane: &Arc<Lane>) -> Self {
@@ -88,13 +89,12 @@ impl Open {
     }
 
     /// The request has turned its connection, or its stream of one, into a
-    /// tunnel, which ends when its socket does.
+    /// tunnel, which ends when its socket does, or the stream's sending half.
     #[cold]
     fn upgraded(self, route: Option<Label>) {
         let record = &self.0.record;
         if record.traffic.protocol() == Protocol::Http2 {
-            // Counted for as long as the connection is there.
-            record.traffic.begin();
+            StreamExecutor::tunnel(self);
             return;
         }
         record.traffic.speak(Protocol::Tunnel);
