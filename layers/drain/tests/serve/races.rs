@@ -118,7 +118,12 @@ async fn what_crosses_the_close_is_not_reset() {
                 tokio::time::sleep(wait).await;
                 match client.send(get("/")).await {
                     Ok(()) => fate(&mut client).await,
-                    Err(_) => Fate::Closed,
+                    // Its FIN is no trouble to who sends: only a reset is.
+                    Err(error) => {
+                        let kinds = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+                        assert!(kinds.contains(&error.kind()), "{error}");
+                        Fate::Reset
+                    }
                 }
             })
         });
