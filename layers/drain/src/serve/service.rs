@@ -139,7 +139,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let _scope = this.open.as_ref().map(|open| open.scope());
+        let _scope = this.open.as_ref().map(Open::scope);
         loop {
             match this.state.as_mut().project() {
                 StateProj::Waiting { service, request } => {
