@@ -20,6 +20,12 @@ pub(crate) struct Traffic {
     ended: AtomicU64,
     protocol: AtomicU8,
     leaving: AtomicBool,
+    /// The last request that began has no body.
+    bare: AtomicBool,
+    /// How many answers wait for the other end to take more of them.
+    waiting: AtomicU32,
+    /// When it took something, in nanoseconds of the clock, or could have.
+    taken: AtomicU64,
     /// The first that began was the handshake.
     shaken: AtomicBool,
 }
@@ -77,8 +83,52 @@ impl Traffic {
         self.count.fetch_sub(1, Release);
     }
 
+    /// Of the request that begins.
+    #[inline]
+    pub(crate) fn bare(&self, bare: bool) {
+        self.bare.store(bare, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn is_bare(&self) -> bool {
+        self.bare.load(Relaxed)
+    }
+
+    /// Whether there were bytes of a handshake: what is read is not what was
+    /// sent then.
+    #[inline]
+    pub(crate) fn is_shaken(&self) -> bool {
+        self.shaken.load(Relaxed)
+    }
+
+    #[inline]
+    pub(crate) fn wait(&self) {
+        self.take();
+        self.waiting.fetch_add(1, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn wait_no_more(&self) {
+        self.waiting.fetch_sub(1, Relaxed);
+    }
+
+    /// The other end takes something.
+    #[inline]
+    pub(crate) fn take(&self) {
+        let now = clock::recent().as_nanos();
+        self.taken.store(now, Relaxed);
+    }
+
+    /// Since when the other end takes nothing of what there is for it; `None`
+    /// if there is nothing.
+    pub(crate) fn untaken(&self) -> Option<Instant> {
+        let waits = self.waiting.load(Relaxed) > 0 || self.held.load(Relaxed) > 0;
+        waits.then(|| Instant::from_nanos(self.taken.load(Relaxed)))
+    }
+
     #[inline]
     pub(crate) fn hold(&self) {
+        self.take();
         self.held.fetch_add(1, Relaxed);
     }
 
