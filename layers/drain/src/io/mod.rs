@@ -482,10 +482,12 @@ impl<I: Socket> DrainIo<I> {
         if phase >= Phase::Closing {
             return Some(now);
         }
-        let idle = match open {
-            true => None,
-            false => Some(self.idle_since() + self.limits.idle_timeout),
+        // Whether it is open still is looked at by then.
+        let since = match open {
+            true => now,
+            false => self.idle_since(),
         };
+        let idle = Some(since + self.limits.idle_timeout);
         let drain = match phase {
             Phase::Serving => None,
             _ => {

@@ -183,11 +183,12 @@ where
                     return Poll::Pending;
                 }
                 loop {
-                    let busy = traffic.is_busy();
+                    let busy = traffic.is_leaving() && traffic.is_busy();
                     let polled = served.as_mut().poll(cx);
                     if polled.is_pending() && busy && !traffic.is_busy() {
                         // The last of an answer was written after the read,
-                        // which has to know that it is idle now.
+                        // which has to know that it is idle now; where it is
+                        // not leaving, it finds out in time.
                         continue;
                     }
                     if polled.is_ready() || told || !traffic.is_leaving() {

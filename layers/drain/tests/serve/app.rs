@@ -42,7 +42,11 @@ where
         let bare = request.method() == Method::HEAD && request.version() == Version::HTTP_2;
         Box::pin(async move {
             let answer = answer(request).await;
-            Ok(if bare { answer.map(|_| empty()) } else { answer })
+            Ok(if bare {
+                answer.map(|_| empty())
+            } else {
+                answer
+            })
         })
     })
 }
