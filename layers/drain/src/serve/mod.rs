@@ -166,6 +166,10 @@ impl<H> Server<H> {
     /// listener; the connections that were accepted go on, and are waited for,
     /// closed and cut by the shutdown as before.
     ///
+    /// An axum `Router` is best given its state before, if only
+    /// `with_state(())`: without it, it makes each handler ready anew for each
+    /// request, which is an allocation.
+    ///
     /// # Panics
     ///
     /// When it is polled outside of a tokio runtime with a timer.
