@@ -294,3 +294,130 @@ mod unix {
         }
     }
 }
+
+mod together {
+    use std::{
+        io::{self, IoSlice},
+        pin::Pin,
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering::SeqCst},
+        },
+        task::{Context, Poll},
+    };
+
+    use buttress_drain::{Listener, Server, Socket};
+    use tokio::{
+        io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex},
+        sync::mpsc,
+    };
+
+    use crate::{app::app, shutdown, soon};
+
+    /// Counts the writes, which would be system calls.
+    struct Counting {
+        io: DuplexStream,
+        writes: Arc<AtomicUsize>,
+    }
+
+    impl AsyncRead for Counting {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Counting {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.writes.fetch_add(1, SeqCst);
+            Pin::new(&mut self.io).poll_write(cx, buf)
+        }
+
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bufs: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            self.writes.fetch_add(1, SeqCst);
+            Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            self.io.is_write_vectored()
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_shutdown(cx)
+        }
+    }
+
+    impl Socket for Counting {}
+
+    struct InMemory(mpsc::UnboundedReceiver<Counting>);
+
+    impl Listener for InMemory {
+        type Io = Counting;
+        type Addr = ();
+
+        fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(Counting, ())>> {
+            match self.0.poll_recv(cx) {
+                Poll::Ready(Some(io)) => Poll::Ready(Ok((io, ()))),
+                _ => Poll::Pending,
+            }
+        }
+    }
+
+    /// Of HTTP/2: each by itself, sixteen answers would be sixteen writes and
+    /// more. All of it is on one worker, which runs a task that was woken just
+    /// now before all others.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn streams_that_answer_at_the_same_time_are_sent_together() {
+        soon(tokio::spawn(counted())).await.unwrap();
+    }
+
+    async fn counted() {
+        const STREAMS: usize = 16;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(Server::new(&shutdown()).serve(InMemory(receiver), app()));
+        let (client, io) = duplex(64 * 1024);
+        let writes = Arc::new(AtomicUsize::new(0));
+        let counting = Counting {
+            io,
+            writes: Arc::clone(&writes),
+        };
+        assert!(sender.send(counting).is_ok());
+        let (send, connection) = h2::client::handshake(client).await.unwrap();
+        tokio::spawn(connection);
+        let mut send = soon(send.ready()).await.unwrap();
+        for round in 0..3 {
+            let before = writes.load(SeqCst);
+            let mut answers = Vec::new();
+            for _ in 0..STREAMS {
+                let request = http::Request::get("http://test/").body(()).unwrap();
+                answers.push(send.send_request(request, true).unwrap().0);
+            }
+            for answer in answers {
+                let answer = soon(answer).await.unwrap();
+                assert_eq!(answer.status(), 200);
+                let mut body = answer.into_body();
+                while let Some(data) = soon(body.data()).await {
+                    data.unwrap();
+                }
+            }
+            let took = writes.load(SeqCst) - before;
+            // The first round has the settings in it.
+            assert!(round == 0 || took <= 4, "{took} writes");
+        }
+    }
+}
