@@ -1,22 +1,12 @@
 //! The servers of both ports: how the drain's is set up here.
 
 use buttress::drain::{self, Server, Shutdown};
-use hyper::server::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use crate::settings::Limits;
 
 /// A server with these limits.
 pub(crate) fn server(shutdown: &Shutdown, limits: &Limits) -> Server {
-    Server::new(shutdown)
-        .limits(connections(limits))
-        .http2(|http2| {
-            // As it is by itself, in the place of one that offers WebSockets
-            // over HTTP/2 (RFC 8441): what nobody offers, browsers do over
-            // HTTP/1.1.
-            *http2 = http2::Builder::new(TokioExecutor::new());
-            http2.timer(TokioTimer::new());
-        })
+    Server::new(shutdown).limits(connections(limits))
 }
 
 fn connections(limits: &Limits) -> drain::Limits {

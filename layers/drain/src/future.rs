@@ -79,8 +79,23 @@ where
 #[cold]
 pub(crate) fn close(head: &mut Parts) {
     if head.status != StatusCode::SWITCHING_PROTOCOLS {
-        let close = HeaderValue::from_static("close");
-        head.headers.insert(CONNECTION, close);
+        let headers = &mut head.headers;
+        // What else it says stands: a 426 lists its `upgrade` there.
+        let mut told = Vec::new();
+        for value in headers.get_all(CONNECTION) {
+            for token in value.as_bytes().split(|byte| *byte == b',') {
+                let token = token.trim_ascii();
+                let known: [&[u8]; 3] = [b"", b"close", b"keep-alive"];
+                if !known.iter().any(|known| token.eq_ignore_ascii_case(known)) {
+                    told.extend_from_slice(token);
+                    told.extend_from_slice(b", ");
+                }
+            }
+        }
+        told.extend_from_slice(b"close");
+        let told = HeaderValue::from_bytes(&told);
+        let close = told.unwrap_or(HeaderValue::from_static("close"));
+        headers.insert(CONNECTION, close);
     }
 }
 

@@ -131,6 +131,15 @@ impl Connection {
         }
     }
 
+    /// Whether these are all the requests on it.
+    pub(crate) fn is_named_by(&self, requests: usize) -> bool {
+        #[cfg(feature = "serve")]
+        let open = self.traffic.load().open as usize;
+        #[cfg(not(feature = "serve"))]
+        let open = 0;
+        requests >= open.max(1)
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes.load(Relaxed)
     }

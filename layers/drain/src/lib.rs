@@ -7,6 +7,7 @@ mod aside;
 mod body;
 mod books;
 mod config;
+mod current;
 mod error;
 mod future;
 mod guard;
@@ -57,7 +58,9 @@ pub use phase::{Phase, Reached};
 pub use refuse::{Refuse, RefuseFuture, RefuseLayer};
 pub use report::{Cut, CutKind, Failure, HookOutcome, HookReport, Report};
 #[cfg(feature = "serve")]
-pub use serve::{Handshake, Limits, LimitsBuilder, Peer, PeerAddrs, Plain, Server, SetPeerAddr};
+pub use serve::{
+    Handshake, Limits, LimitsBuilder, Peer, PeerAddrs, Plain, Server, SetPeerAddr, StreamExecutor,
+};
 #[cfg(feature = "tls")]
 pub use serve::{Tls, TlsInfo};
 pub use service::Drain;

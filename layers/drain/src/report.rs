@@ -42,7 +42,8 @@ pub enum CutKind {
     /// A request, of which the layer was told to keep
     /// [track](crate::DrainLayer::route).
     Request,
-    /// A connection with requests on it, unless as many requests are named.
+    /// A connection with requests on it that are not named, or with an answer
+    /// that was not written to its end.
     Connection,
     /// A connection that had been upgraded.
     Tunnel,

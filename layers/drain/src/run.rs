@@ -23,6 +23,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     Label, Phase, Priority, Report, Shutdown,
+    current::ConnectionId,
     hook::Hook,
     ledger::Kind,
     report::{Cut, CutKind, Facts, HookOutcome, HookReport},
@@ -192,7 +193,12 @@ fn listeners_left(inner: &Inner) {
 fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let now = clock::now();
     let requests = inner.books.ledger.open(Kind::Request);
-    let tracked = inner.tracked.snapshot().into_iter().map(|request| Cut {
+    let tracked = inner.tracked.snapshot();
+    let mut named = HashMap::<_, usize>::new();
+    for id in tracked.iter().filter_map(|request| request.connection) {
+        *named.entry(id).or_default() += 1;
+    }
+    let tracked = tracked.into_iter().map(|request| Cut {
         kind: CutKind::Request,
         label: Some(request.route),
         age: now - request.since,
@@ -201,22 +207,23 @@ fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let mut all: Vec<_> = tracked.collect();
 
     let connections = inner.connections.lock().clone();
-    let connections = connections.iter().filter_map(|(_, connection)| {
+    all.extend(connections.iter().filter_map(|(_, connection)| {
+        let kind = CutKind::of(connection.state())?;
+        // What it is busy with is there already.
+        let requests = named
+            .get(&ConnectionId::of(connection))
+            .copied()
+            .unwrap_or(0);
+        if kind == CutKind::Connection && connection.is_named_by(requests) {
+            return None;
+        }
         Some(Cut {
-            kind: CutKind::of(connection.state())?,
+            kind,
             label: connection.route(),
             age: now - connection.since,
             bytes: Some(connection.bytes()),
         })
-    });
-    let (tunnels, busy): (Vec<_>, Vec<_>) =
-        connections.partition(|cut| cut.kind == CutKind::Tunnel);
-    // Where there are no more than there are requests with names, those are
-    // what they are busy with.
-    if busy.len() > all.len() {
-        all.extend(busy);
-    }
-    all.extend(tunnels);
+    }));
 
     let guards = inner.guards.lock().clone();
     all.extend(guards.into_iter().map(|(_, guard)| Cut {

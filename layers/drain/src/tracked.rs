@@ -12,6 +12,7 @@ use slab::Slab;
 
 use crate::{
     Label,
+    current::ConnectionId,
     stripe::{STRIPES, stripe},
 };
 
@@ -21,6 +22,8 @@ pub(crate) struct InFlight {
     pub(crate) route: Label,
     pub(crate) since: Instant,
     pub(crate) bytes: u64,
+    /// None where no server of ours called the layer.
+    pub(crate) connection: Option<ConnectionId>,
 }
 
 /// By the thread that they came on, so that two threads rarely meet. A place
@@ -50,6 +53,7 @@ impl Tracked {
             route,
             since,
             bytes: 0,
+            connection: ConnectionId::current(),
         };
         let key = self.stripes[stripe].lock().insert(request);
         Slot { stripe, key }

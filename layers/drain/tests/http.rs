@@ -309,6 +309,31 @@ async fn connections_close_while_it_drains() {
     assert_eq!(told.unwrap(), "keep-alive");
 }
 
+/// A 426 says what to upgrade to, and names the header.
+#[tokio::test(start_paused = true)]
+async fn what_else_an_answer_says_of_its_connection_stands() {
+    let shutdown = shutdown();
+    shutdown.trigger("test");
+    for (said, expected) in [
+        (&["upgrade"][..], "upgrade, close"),
+        (&["Keep-Alive, upgrade", "x"], "upgrade, x, close"),
+        (&["Close"], "close"),
+        (&[], "close"),
+    ] {
+        let service = service_fn(move |_: Request_| async move {
+            let mut response = Response::builder().status(426);
+            for value in said {
+                response = response.header("connection", *value);
+            }
+            Ok::<_, Infallible>(response.body(String::new()).unwrap())
+        });
+        let service = DrainLayer::new(&shutdown).layer(service);
+        let response = service.oneshot(Request::default()).await.unwrap();
+        let told: Vec<_> = response.headers().get_all("connection").iter().collect();
+        assert_eq!(told, [expected]);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn handlers_hear_of_it_where_that_is_asked_for() {
     let shutdown = shutdown();

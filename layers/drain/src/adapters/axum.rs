@@ -62,7 +62,10 @@ use crate::{
 /// - no GOAWAY before the listener closes, none by age, no HTTP/2 keep-alive;
 ///   `Connection: close` only by a [`DrainLayer`](crate::DrainLayer);
 /// - in the report a connection is idle, and not named, unless the layer knows
-///   of a request on it; an upgraded one too;
+///   of a request on it, or it is sent something that its client's socket does
+///   not take at the time of the cut; an upgraded one too, so that a tunnel that is cut
+///   does not make the exit code 124 by itself: hold a
+///   [`Guard`](crate::Guard) in its task for that;
 /// - a task that neither reads nor writes when the cut comes goes on until it
 ///   does.
 pub struct AxumListener<L = TcpListener> {

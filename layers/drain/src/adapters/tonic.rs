@@ -63,7 +63,10 @@ use crate::{
 /// - on HTTP/1 (gRPC-Web) an idle connection is closed whether bytes have just
 ///   arrived on it or not;
 /// - in the report a connection is idle, and not named, unless a
-///   [`DrainLayer`](crate::DrainLayer) knows of a request on it;
+///   [`DrainLayer`](crate::DrainLayer) knows of a request on it, or it is sent
+///   something that its client's socket does not take at the time of the cut;
+///   of an answer that waits for a window of HTTP/2 nobody knows once tonic has
+///   the last of it;
 /// - with tonic's own TLS it is the encrypted bytes that are counted, and
 ///   handshakes have no limit but tonic's.
 ///

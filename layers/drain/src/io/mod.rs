@@ -37,6 +37,8 @@ use crate::{
 /// What is read and thrown away while a closed connection lingers.
 const SCRAPS: usize = 4096;
 
+const TAKES_NOTHING: &str = "the client takes nothing";
+
 const THERE: &str = "there until it is dropped";
 
 /// A connection that a [`Shutdown`] waits for until it is dropped, wherever
@@ -72,6 +74,8 @@ pub struct DrainIo<I: Socket> {
     /// The traffic there was at the last bytes that were read.
     mark: Option<Mark>,
     accepted: Instant,
+    /// The last four bytes that were read.
+    tail: u32,
     /// Since when there is a head that is not complete.
     head: Option<Spell>,
     /// Since when it may be closed, and nothing was read.
@@ -162,6 +166,7 @@ impl<I: Socket> DrainIo<I> {
             reader: None,
             writer: None,
             mark: None,
+            tail: 0,
             accepted: since,
             head: None,
             closing: None,
@@ -215,13 +220,13 @@ impl<I: Socket> DrainIo<I> {
             Protocol::Tunnel => return Doing::Unknown,
             Protocol::Http2 => {
                 return Doing::Http2 {
-                    open: traffic.open > 0,
+                    open: traffic.is_busy() || self.stalled.is_some(),
                 };
             }
             Protocol::Handshake => return Doing::Handshake,
             Protocol::Http1 => {}
         }
-        if traffic.open > 0 {
+        if traffic.is_busy() {
             return Doing::Busy;
         }
         let idle = |unsure| Doing::Idle {
@@ -230,16 +235,31 @@ impl<I: Socket> DrainIo<I> {
         };
         match self.mark {
             None => idle(false),
-            // The request that began after it has taken it.
-            Some(mark) if mark.begun != traffic.begun => idle(false),
+            // The request that began after it has taken it; what there is
+            // after its head is the next one's, or its body.
+            Some(mark) if mark.begun != traffic.begun => match self.ended_in_a_head() {
+                true => idle(false),
+                false if record.traffic.is_bare() => Doing::Head,
+                false => idle(true),
+            },
             Some(mark) if mark.busy => idle(true),
             Some(_) => Doing::Head,
         }
     }
 
+    /// Whether what was read ends where a head does, as far as it can be seen.
+    fn ended_in_a_head(&self) -> bool {
+        let tail = self.tail.to_be_bytes();
+        let ends = tail.ends_with(b"\n\r\n") || tail.ends_with(b"\n\n");
+        ends || self.record().traffic.is_shaken()
+    }
+
     /// Writes down that bytes were read.
     #[inline]
-    fn stirs(&mut self) {
+    fn stirs(&mut self, read: &[u8]) {
+        for byte in &read[read.len().saturating_sub(4)..] {
+            self.tail = self.tail << 8 | u32::from(*byte);
+        }
         let traffic = self.record().traffic.load();
         if self.mark.is_none()
             && let Some(slot) = &mut self.slot
@@ -248,7 +268,7 @@ impl<I: Socket> DrainIo<I> {
         }
         self.mark = Some(Mark {
             begun: traffic.begun,
-            busy: traffic.open > 0,
+            busy: traffic.is_busy(),
         });
         self.closing = None;
     }
@@ -333,10 +353,16 @@ impl<I: Socket> DrainIo<I> {
                     None if self.get_ref().has_unread() => (None, Phase::Cut),
                     None => return Poll::Ready(Ending::Over),
                 },
-                Doing::Http2 { open } => match self.http2(now, phase, open) {
-                    Some((due, until)) => (due, until),
-                    None => return Poll::Ready(Ending::Over),
-                },
+                Doing::Http2 { open } => {
+                    let late = self.untaken(now, open);
+                    if late.is_some_and(|late| late <= now) {
+                        return Poll::Ready(Ending::Failed(TAKES_NOTHING));
+                    }
+                    match self.http2(now, phase, open) {
+                        Some((due, until)) => (due.into_iter().chain(late).min(), until),
+                        None => return Poll::Ready(Ending::Over),
+                    }
+                }
             };
             let reader = self.reader.get_or_insert_with(|| Box::pin(Watch::new()));
             let shutdown = self.guard.shared().0;
@@ -444,6 +470,13 @@ impl<I: Socket> DrainIo<I> {
         (due > now).then_some((Some(due), Phase::Cut))
     }
 
+    /// When its answers have waited for a window for too long; if none does, a
+    /// time to look again.
+    fn untaken(&self, now: Instant, open: bool) -> Option<Instant> {
+        let timeout = self.limits.write_timeout.filter(|_| open)?;
+        Some(self.record().traffic.untaken().unwrap_or(now) + timeout)
+    }
+
     /// When it gets its GOAWAY.
     fn leaves(&mut self, now: Instant, phase: Phase, open: bool) -> Option<Instant> {
         if phase >= Phase::Closing {
@@ -465,7 +498,13 @@ impl<I: Socket> DrainIo<I> {
     }
 
     fn stall(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
-        let since = *self.stalled.get_or_insert_with(clock::now);
+        let since = match self.stalled {
+            Some(since) => since,
+            None => {
+                self.record().traffic.stall(true);
+                *self.stalled.insert(clock::now())
+            }
+        };
         let tunnel = self.doing() == Doing::Unknown;
         let due = match self.limits.write_timeout {
             Some(timeout) if !(tunnel && self.managed) => Some(since + timeout),
@@ -473,7 +512,7 @@ impl<I: Socket> DrainIo<I> {
         };
         loop {
             if due.is_some_and(|due| due <= clock::now()) {
-                return Poll::Ready(Ending::Failed("the client takes nothing"));
+                return Poll::Ready(Ending::Failed(TAKES_NOTHING));
             }
             if self.guard.is_cut() {
                 return Poll::Ready(Ending::Cut);
@@ -503,7 +542,9 @@ impl<I: Socket> DrainIo<I> {
     ) -> Poll<io::Result<usize>> {
         match polled {
             Poll::Ready(written) => {
-                self.stalled = None;
+                if self.stalled.take().is_some() {
+                    self.record().traffic.stall(false);
+                }
                 if let Ok(bytes) = &written {
                     self.guard.wrote(*bytes as u64);
                 }
@@ -574,7 +615,7 @@ impl<I: Socket> AsyncRead for DrainIo<I> {
         let before = buf.filled().len();
         if let Poll::Ready(read) = this.pinned().poll_read(cx, buf) {
             if buf.filled().len() > before {
-                this.stirs();
+                this.stirs(&buf.filled()[before..]);
             } else if read.is_ok() && buf.remaining() > 0 {
                 this.ends();
             }

@@ -86,8 +86,8 @@ impl Rig {
     }
 
     async fn request(&mut self) {
-        self.client.write_all(b"GET").await.unwrap();
-        assert_eq!(self.read().await.1.unwrap(), 3);
+        self.client.write_all(b"GET\r\n\r\n").await.unwrap();
+        assert_eq!(self.read().await.1.unwrap(), 7);
         self.traffic().begin();
     }
 }

@@ -2,7 +2,7 @@
 
 use buttress_core::clock::{self, Instant};
 use std::sync::atomic::{
-    AtomicBool, AtomicU8, AtomicU64,
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64,
     Ordering::{Acquire, Relaxed, Release},
 };
 
@@ -11,10 +11,21 @@ use std::sync::atomic::{
 pub(crate) struct Traffic {
     /// How many have begun, in the upper half, and how many are open.
     count: AtomicU64,
-    /// When the last one ended, in nanoseconds of the clock; 0 if none has.
+    /// How many pieces of answers there are that are not written yet: the
+    /// request may be over by then.
+    held: AtomicU32,
+    /// A write waits for the other end to take something.
+    stalled: AtomicBool,
+    /// When the last of either ended, in nanoseconds of the clock; 0 if none has.
     ended: AtomicU64,
     protocol: AtomicU8,
     leaving: AtomicBool,
+    /// The last request that began has no body.
+    bare: AtomicBool,
+    /// How many answers wait for the other end to take more of them.
+    waiting: AtomicU32,
+    /// When it took something, in nanoseconds of the clock, or could have.
+    taken: AtomicU64,
     /// The first that began was the handshake.
     shaken: AtomicBool,
 }
@@ -24,6 +35,14 @@ pub(crate) struct Count {
     /// Goes round.
     pub(crate) begun: u32,
     pub(crate) open: u32,
+    pub(crate) held: u32,
+}
+
+impl Count {
+    #[inline]
+    pub(crate) const fn is_busy(self) -> bool {
+        self.open > 0 || self.held > 0
+    }
 }
 
 /// What is spoken on a connection.
@@ -47,6 +66,8 @@ impl Traffic {
             begun: (count >> 32) as u32,
             #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
             open: count as u32,
+            // After it: what an answer leaves behind is held before it ends.
+            held: self.held.load(Acquire),
         }
     }
 
@@ -57,13 +78,78 @@ impl Traffic {
 
     #[inline]
     pub(crate) fn end(&self) {
-        let now = clock::recent().as_nanos();
-        self.ended.store(now.max(1), Relaxed);
+        self.ends();
         // Who sees that it has ended sees when.
         self.count.fetch_sub(1, Release);
     }
 
-    /// When the last request ended.
+    /// Of the request that begins.
+    #[inline]
+    pub(crate) fn bare(&self, bare: bool) {
+        self.bare.store(bare, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn is_bare(&self) -> bool {
+        self.bare.load(Relaxed)
+    }
+
+    /// Whether there were bytes of a handshake: what is read is not what was
+    /// sent then.
+    #[inline]
+    pub(crate) fn is_shaken(&self) -> bool {
+        self.shaken.load(Relaxed)
+    }
+
+    #[inline]
+    pub(crate) fn wait(&self) {
+        self.take();
+        self.waiting.fetch_add(1, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn wait_no_more(&self) {
+        self.waiting.fetch_sub(1, Relaxed);
+    }
+
+    /// The other end takes something.
+    #[inline]
+    pub(crate) fn take(&self) {
+        let now = clock::recent().as_nanos();
+        self.taken.store(now, Relaxed);
+    }
+
+    /// Since when the other end takes nothing of what there is for it; `None`
+    /// if there is nothing.
+    pub(crate) fn untaken(&self) -> Option<Instant> {
+        let waits = self.waiting.load(Relaxed) > 0 || self.held.load(Relaxed) > 0;
+        waits.then(|| Instant::from_nanos(self.taken.load(Relaxed)))
+    }
+
+    #[inline]
+    pub(crate) fn hold(&self) {
+        self.take();
+        self.held.fetch_add(1, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn release(&self) {
+        self.ends();
+        self.held.fetch_sub(1, Release);
+    }
+
+    #[inline]
+    fn ends(&self) {
+        let now = clock::recent().as_nanos();
+        self.ended.store(now.max(1), Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn stall(&self, stalled: bool) {
+        self.stalled.store(stalled, Relaxed);
+    }
+
+    /// When the last request ended, or the last of an answer was written.
     #[inline]
     pub(crate) fn ended(&self) -> Option<Instant> {
         match self.ended.load(Relaxed) {
@@ -72,8 +158,9 @@ impl Traffic {
         }
     }
 
+    /// Whether something would be lost with it.
     pub(crate) fn is_busy(&self) -> bool {
-        self.load().open > 0
+        self.load().is_busy() || self.stalled.load(Relaxed)
     }
 
     /// What was read so far was the handshake's; it counts as a request that

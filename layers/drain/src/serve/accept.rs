@@ -25,6 +25,10 @@ use crate::{
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// How often it is tried again, at the end, to accept what waits in the
+/// backlog: a descriptor may be free in a moment.
+const LAST_TRIES: u8 = 4;
+
 /// What may wait in a backlog, at most: whoever comes faster than they are
 /// accepted does not keep the listener open.
 const BACKLOG: usize = 65_536;
@@ -38,6 +42,8 @@ pub(crate) struct Acceptor<L> {
     pause: Option<Pin<Box<Sleep>>>,
     next_pause: Duration,
     backlog: usize,
+    last_tries: u8,
+    last_pause: Option<Pin<Box<Sleep>>>,
     shutdown: Shutdown,
     limits: Arc<Limits>,
     slots: Arc<Slots>,
@@ -62,6 +68,8 @@ impl<L: Listener> Acceptor<L> {
             pause: None,
             next_pause: FIRST_PAUSE,
             backlog: BACKLOG,
+            last_tries: LAST_TRIES,
+            last_pause: None,
             shutdown: shutdown.clone(),
             limits: Arc::new(limits),
             slots: Slots::new(limits.max_connections),
@@ -101,7 +109,7 @@ impl<L: Listener> Acceptor<L> {
                 return Poll::Ready(None);
             };
             if self.closing.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(self.next_of_backlog());
+                return self.poll_backlog(cx);
             }
             if let Some(pause) = &mut self.pause {
                 ready!(pause.as_mut().poll(cx));
@@ -127,23 +135,31 @@ impl<L: Listener> Acceptor<L> {
     }
 
     /// What is there already, and then nothing: the listener is dropped.
-    fn next_of_backlog(&mut self) -> Option<Accepted<L>> {
-        while let Some(left) = self.backlog.checked_sub(1) {
+    fn poll_backlog(&mut self, cx: &mut Context<'_>) -> Poll<Option<Accepted<L>>> {
+        while let (Some(listener), Some(left)) = (&mut self.listener, self.backlog.checked_sub(1)) {
+            if let Some(pause) = &mut self.last_pause {
+                ready!(pause.as_mut().poll(cx));
+                self.last_pause = None;
+            }
             self.backlog = left;
-            match self.listener.as_mut()?.accept_now() {
-                Ok(Some((io, addr))) => return Some((self.wrap(io), addr)),
+            match listener.accept_now() {
+                Ok(Some((io, addr))) => return Poll::Ready(Some((self.wrap(io), addr))),
                 Ok(None) => break,
                 Err(error) if is_of_connection(&error) => {}
                 Err(error) => {
                     warn!(server = %self.guard.name(), %error, "cannot accept what waits in the backlog");
-                    break;
+                    let Some(left) = self.last_tries.checked_sub(1) else {
+                        break;
+                    };
+                    self.last_tries = left;
+                    self.last_pause = Some(Box::pin(sleep(FIRST_PAUSE)));
                 }
             }
         }
         drop(mem::take(&mut self.listener));
         self.guard.listener_closed();
         debug!(server = %self.guard.name(), "the listener is closed");
-        None
+        Poll::Ready(None)
     }
 
     fn wrap(&self, io: L::Io) -> DrainIo<L::Io> {

@@ -16,14 +16,14 @@ use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use tokio::io::AsyncWriteExt;
 use tower_service::Service;
 use tracing::debug;
 
 use super::{
-    Handshake, Peer,
+    Handshake, Peer, StreamExecutor,
     limits::{DEFAULT_HEADERS, Limits},
     rewind::{Rewind, Version},
     service::OnConnection,
@@ -38,7 +38,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) struct Http {
     pub(super) http1: http1::Builder,
-    pub(super) http2: http2::Builder<TokioExecutor>,
+    pub(super) http2: http2::Builder<StreamExecutor>,
 }
 
 impl Http {
@@ -46,8 +46,8 @@ impl Http {
         let mut http1 = http1::Builder::new();
         // Its timer would run between requests as well, with the head's limit.
         http1.header_read_timeout(None);
-        let mut http2 = http2::Builder::new(TokioExecutor::new());
-        http2.timer(TokioTimer::new()).enable_connect_protocol();
+        let mut http2 = http2::Builder::new(StreamExecutor);
+        http2.timer(TokioTimer::new());
         Self { http1, http2 }
     }
 
@@ -175,7 +175,13 @@ where
             let mut told = false;
             poll_fn(|cx| {
                 loop {
+                    let busy = traffic.is_busy();
                     let polled = served.as_mut().poll(cx);
+                    if polled.is_pending() && busy && !traffic.is_busy() {
+                        // The last of an answer was written after the read,
+                        // which has to know that it is idle now.
+                        continue;
+                    }
                     if polled.is_ready() || told || !traffic.is_leaving() {
                         return polled;
                     }

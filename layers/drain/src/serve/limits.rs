@@ -11,9 +11,13 @@ const SMALLEST_BUFFER: usize = 8192;
 /// not leave together.
 const JITTER: f64 = 0.1;
 
-/// What a connection may take, so that a silent or slow client holds neither a
-/// drain nor a place. Cheap to copy; the [crate's front page](crate) has the
-/// table of defaults.
+/// What a connection may take, so that a client that sends no requests, or
+/// takes no answers, holds neither a drain nor a place. Cheap to copy; the
+/// [crate's front page](crate) has the table of defaults.
+///
+/// None of them is of a request's body: a handler that waits for bytes that
+/// never come holds its place, and a drain until the cut. The timeout layer
+/// ends it.
 ///
 /// ```
 /// use std::time::Duration;
@@ -107,7 +111,8 @@ impl LimitsBuilder {
     }
 
     /// How long a request's head may take from its first byte to its last,
-    /// however steadily it trickles in; and a connection over HTTP/2 to close
+    /// however steadily it trickles in (by TLS: from its first bytes that do not
+    /// come with the request before it); and a connection over HTTP/2 to close
     /// when it was told to and has no request. Above 0, at most a day. Default
     /// 10 s.
     pub const fn header_timeout(mut self, timeout: Duration) -> Self {
@@ -124,8 +129,10 @@ impl LimitsBuilder {
     }
 
     /// How long a client may take nothing of what is sent to it, not one byte,
-    /// before its connection is dropped; not of upgraded ones. Above 0, at most
-    /// a day. Default 60 s.
+    /// before its connection is dropped; not of upgraded ones. Over HTTP/2 that
+    /// is a client, too, that opens no window for an answer and takes nothing of
+    /// any other: on a [`Server`](crate::Server), which is twice as long about
+    /// it at most. Above 0, at most a day. Default 60 s.
     pub fn write_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.limits.write_timeout = timeout.into();
         self

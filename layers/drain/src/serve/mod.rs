@@ -2,6 +2,7 @@
 
 mod accept;
 mod connection;
+mod executor;
 mod handshake;
 mod limits;
 mod peer;
@@ -24,7 +25,6 @@ use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
 };
-use hyper_util::rt::TokioExecutor;
 use tower_service::Service;
 
 pub(crate) use self::accept::Acceptor;
@@ -32,6 +32,7 @@ use self::connection::{Http, Same, connection};
 #[cfg(feature = "tls")]
 pub use self::handshake::{Tls, TlsInfo};
 pub use self::{
+    executor::StreamExecutor,
     handshake::{Handshake, Plain},
     limits::{Limits, LimitsBuilder},
     peer::{Peer, PeerAddrs, SetPeerAddr},
@@ -141,8 +142,18 @@ impl<H> Server<H> {
     }
 
     /// Sets what else hyper can be told of HTTP/2: windows, frames; the limits
-    /// are set after it.
-    pub fn http2(mut self, set: impl FnOnce(&mut http2::Builder<TokioExecutor>)) -> Self {
+    /// are set after it. WebSockets over HTTP/2 (RFC 8441) are offered where
+    /// they are asked for:
+    ///
+    /// ```
+    /// # let shutdown = buttress_drain::Shutdown::builder().build()?;
+    /// let server = buttress_drain::Server::new(&shutdown).http2(|http2| {
+    ///     http2.enable_connect_protocol();
+    /// });
+    /// # let _ = server;
+    /// # Ok::<(), buttress_drain::ConfigError>(())
+    /// ```
+    pub fn http2(mut self, set: impl FnOnce(&mut http2::Builder<StreamExecutor>)) -> Self {
         set(&mut self.http.http2);
         self
     }

@@ -3,20 +3,24 @@
 
 use std::{
     future::Future,
+    io::IoSlice,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
 };
 
 use buttress_core::BoxError;
+use bytes::{Buf, Bytes};
 use http::{Method, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
+use super::StreamExecutor;
 use crate::{
     Label, Phase,
+    current::Scope,
     future::close,
     io::{Lane, Protocol},
 };
@@ -45,8 +49,11 @@ where
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let connect = request.method() == Method::CONNECT;
+        let traffic = &self.lane.record.traffic;
+        traffic.bare(request.body().is_end_stream());
         let open = Some(Open::new(&self.lane));
         let mut service = self.service.clone();
+        let _scope = Scope::of(&self.lane.record);
         // Called at once if it can be: where the client goes away hyper may
         // never poll, and the service is to have heard of it.
         let mut cx = Context::from_waker(Waker::noop());
@@ -71,7 +78,7 @@ where
 }
 
 /// A request that is open on its connection until this is dropped.
-struct Open(Arc<Lane>);
+pub(super) struct Open(Arc<Lane>);
 
 impl Open {
     fn new(lane: &Arc<Lane>) -> Self {
@@ -79,14 +86,17 @@ impl Open {
         Self(Arc::clone(lane))
     }
 
+    fn scope(&self) -> Scope {
+        Scope::of(&self.0.record)
+    }
+
     /// The request has turned its connection, or its stream of one, into a
-    /// tunnel, which ends when its socket does.
+    /// tunnel, which ends when its socket does, or the stream's sending half.
     #[cold]
     fn upgraded(self, route: Option<Label>) {
         let record = &self.0.record;
         if record.traffic.protocol() == Protocol::Http2 {
-            // Counted for as long as the connection is there.
-            record.traffic.begin();
+            StreamExecutor::tunnel(self);
             return;
         }
         record.traffic.speak(Protocol::Tunnel);
@@ -129,6 +139,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
+        let _scope = this.open.as_ref().map(Open::scope);
         loop {
             match this.state.as_mut().project() {
                 StateProj::Waiting { service, request } => {
@@ -159,7 +170,11 @@ where
                             close(&mut head);
                         }
                     }
-                    let body = CountedBody { body, _open: open };
+                    let body = CountedBody {
+                        body,
+                        waits: open.as_ref().and_then(Waits::new),
+                        open,
+                    };
                     return Poll::Ready(Ok(Response::from_parts(head, body)));
                 }
             }
@@ -176,24 +191,41 @@ fn leaves(lane: &Lane) -> bool {
 }
 
 pin_project! {
-    /// A response's body, whose request is open until hyper drops it.
+    /// A response's body, whose request is open until hyper drops it, and
+    /// whose bytes are held until hyper has written them: it drops a body as
+    /// soon as it has the last of it.
     pub(super) struct CountedBody<B> {
         #[pin]
         body: B,
-        _open: Option<Open>,
+        // While it has, or may have, something to take.
+        waits: Option<Waits>,
+        open: Option<Open>,
     }
 }
 
 impl<B: Body> Body for CountedBody<B> {
-    type Data = B::Data;
+    type Data = Unsent<B::Data>;
     type Error = B::Error;
 
     #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.project().body.poll_frame(cx)
+    ) -> Poll<Option<Result<Frame<Self::Data>, B::Error>>> {
+        let this = self.project();
+        let polled = this.body.poll_frame(cx);
+        if polled.is_pending() {
+            *this.waits = None;
+        } else if this.waits.is_none() {
+            *this.waits = this.open.as_ref().and_then(Waits::new);
+        }
+        let lane = this.open.as_ref().map(|open| &open.0);
+        polled.map_ok(|frame| {
+            frame.map_data(|data| Unsent {
+                data,
+                held: lane.map(Held::new),
+            })
+        })
     }
 
     fn is_end_stream(&self) -> bool {
@@ -202,5 +234,79 @@ impl<B: Body> Body for CountedBody<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+/// A body over HTTP/2 that hyper does not ask for more, since there is no room
+/// for it in the client's windows.
+struct Waits(Arc<Lane>);
+
+impl Waits {
+    #[inline]
+    fn new(open: &Open) -> Option<Self> {
+        let traffic = &open.0.record.traffic;
+        if traffic.protocol() != Protocol::Http2 {
+            return None;
+        }
+        traffic.wait();
+        Some(Self(Arc::clone(&open.0)))
+    }
+}
+
+impl Drop for Waits {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.record.traffic.wait_no_more();
+    }
+}
+
+/// Bytes of a body that are not written yet.
+pub(super) struct Unsent<D> {
+    data: D,
+    held: Option<Held>,
+}
+
+struct Held(Arc<Lane>);
+
+impl Held {
+    #[inline]
+    fn new(lane: &Arc<Lane>) -> Self {
+        lane.record.traffic.hold();
+        Self(Arc::clone(lane))
+    }
+}
+
+impl Drop for Held {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.record.traffic.release();
+    }
+}
+
+impl<D: Buf> Buf for Unsent<D> {
+    #[inline]
+    fn remaining(&self) -> usize {
+        self.data.remaining()
+    }
+
+    #[inline]
+    fn chunk(&self) -> &[u8] {
+        self.data.chunk()
+    }
+
+    fn chunks_vectored<'a>(&'a self, to: &mut [IoSlice<'a>]) -> usize {
+        self.data.chunks_vectored(to)
+    }
+
+    #[inline]
+    fn advance(&mut self, bytes: usize) {
+        self.data.advance(bytes);
+        if let Some(Held(lane)) = &self.held {
+            lane.record.traffic.take();
+        }
+    }
+
+    fn copy_to_bytes(&mut self, bytes: usize) -> Bytes {
+        self.data.copy_to_bytes(bytes)
     }
 }

@@ -47,6 +47,7 @@ fn router() -> Router {
                 "slow"
             }),
         )
+        .route("/large", on_get(|| async { vec![0; 60_000_000] }))
         .route(
             "/echo",
             any(|mut request: axum::extract::Request| async move {
@@ -127,7 +128,9 @@ async fn axum_is_drained_on_both() {
 async fn tunnels_of_axum_are_waited_for_and_cut_on_both() {
     for of in [(0, 1000, 500), (0, 8000, 500)] {
         let shutdown = || shutdown_of(of.0, of.1, of.2);
-        for rig in [ours(shutdown()).await, theirs(shutdown(), limits()).await] {
+        let rigs = [ours(shutdown()).await, theirs(shutdown(), limits()).await];
+        // axum's own knows of no upgrades.
+        for (rig, code) in rigs.into_iter().zip([124, 0]) {
             let mut client = Client::new(rig.addr).await;
             let upgrade =
                 "GET /echo HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n";
@@ -149,8 +152,26 @@ async fn tunnels_of_axum_are_waited_for_and_cut_on_both() {
                 drop(client);
             }
             let report = rig.ended().await;
+            let cut = of.1 == 1000;
+            assert_eq!(report.exit_code(), if cut { code } else { 0 }, "{report}");
             assert!(report.drained_after() < ms(3000), "{report}");
         }
+    }
+}
+
+/// The layer's part is over when axum has the whole of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_is_cut_is_reported_on_both() {
+    let shutdown = || shutdown_of(0, 1000, 500);
+    for rig in [ours(shutdown()).await, theirs(shutdown(), limits()).await] {
+        let mut client = Client::new(rig.addr).await;
+        client.send(get("/large")).await.unwrap();
+        assert_eq!(client.head().await.unwrap().unwrap().0, 200);
+        sleep(ms(100)).await;
+        assert_eq!(rig.shutdown.requests(), 0);
+        rig.trigger();
+        crate::unsent::assert_cut(&rig.ended().await);
+        drop(client);
     }
 }
 
@@ -190,10 +211,10 @@ async fn axum_never_resets() {
     let tasks = clients.into_iter().enumerate().map(|(n, mut client)| {
         tokio::spawn(async move {
             sleep(std::time::Duration::from_micros(n as u64 * 150)).await;
-            if client.send(get("/")).await.is_ok() {
-                // Answered, or closed without an answer.
-                client.try_answer("GET").await.unwrap();
-            }
+            // Its FIN is no trouble to who sends: only a reset is.
+            client.send(get("/")).await.unwrap();
+            // Answered, or closed without an answer.
+            client.try_answer("GET").await.unwrap();
         })
     });
     for task in tasks.collect::<Vec<_>>() {

@@ -50,6 +50,11 @@ async fn answer(mut request: Request<Incoming>) -> Response<Body> {
             sleep(Duration::from_millis(number(&path))).await;
             Response::new(text("slow"))
         }
+        "full" => {
+            let bytes: Vec<u8> = (0..number(&path) as usize).map(byte).collect();
+            Response::new(text(bytes))
+        }
+        "pause" => Response::new(pause(number(&path))),
         "paced" => Response::new(paced(number(&path))),
         "endless" => Response::new(endless()),
         "panic" => panic!("as it was asked to"),
@@ -102,6 +107,17 @@ fn paced(bytes: u64) -> Body {
             sent = next;
             sleep(Duration::from_millis(3)).await;
         }
+    });
+    UnsyncBoxBody::new(body)
+}
+
+/// Two frames, and so many milliseconds between them.
+fn pause(millis: u64) -> Body {
+    let (mut sender, body) = Channel::<Bytes, BoxError>::new(1);
+    tokio::spawn(async move {
+        let _ = sender.send_data("slow".into()).await;
+        sleep(Duration::from_millis(millis)).await;
+        let _ = sender.send_data("slow".into()).await;
     });
     UnsyncBoxBody::new(body)
 }

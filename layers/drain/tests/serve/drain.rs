@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use buttress_core::clock;
 use buttress_drain::{CutKind, DrainLayer, Phase};
 use tokio::net::TcpStream;
-use tower::Layer;
+use tower::{Layer, ServiceExt};
 
 use crate::{
     Rig,
@@ -205,6 +205,31 @@ async fn what_is_cut_is_named_once() {
         .map(|cut| (cut.kind(), cut.label().map(ToString::to_string)));
     let named = (CutKind::Request, Some("endless".to_owned()));
     assert_eq!(cut.collect::<Vec<_>>(), [named.clone(), named], "{report}");
+}
+
+/// A request that is named on one connection, and one that nobody names on
+/// another, of another server: each is told of.
+#[tokio::test]
+async fn a_connection_is_told_of_unless_its_own_requests_are_named() {
+    let shutdown = shutdown_of(0, 900, 500);
+    let named = DrainLayer::new(&shutdown).route("endless");
+    // Called on the first poll, as it is behind a router.
+    let named = named.layer(crate::app::app());
+    let named = tower::service_fn(move |request| named.clone().oneshot(request));
+    let rig = Rig::of(shutdown.clone(), limits(), named).await;
+    let other = Rig::of(shutdown, limits(), crate::app::app()).await;
+    let mut clients = Vec::new();
+    for addr in [rig.addr, other.addr] {
+        let mut client = Client::new(addr).await;
+        client.send(get("/endless")).await.unwrap();
+        client.head().await.unwrap().unwrap();
+        clients.push(client);
+    }
+    rig.trigger();
+    let report = rig.ended().await;
+    let cut = report.cut().iter().map(buttress_drain::Cut::kind);
+    let kinds = [CutKind::Request, CutKind::Connection];
+    assert_eq!(cut.collect::<Vec<_>>(), kinds, "{report}");
 }
 
 /// hyper does not read on a connection while what it has read is not used up.

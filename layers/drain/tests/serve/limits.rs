@@ -1,6 +1,7 @@
 //! Silent and slow clients.
 
 use buttress_core::clock;
+use tokio::net::TcpStream;
 
 use crate::{
     Rig,
@@ -62,6 +63,66 @@ async fn a_head_that_trickles_in_is_closed() {
     }
     rig.trigger();
     assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// One that came in the same read as the request before it, too.
+#[tokio::test]
+async fn a_head_that_was_sent_ahead_and_stops_is_closed() {
+    let rig = Rig::of(shutdown(), limits().header_timeout(ms(200)), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    client.send([&get("/"), "GET /"].concat()).await.unwrap();
+    assert_eq!(client.answer().await.text(), "hello");
+    let begun = clock::now();
+    assert!(client.is_closed().await.unwrap());
+    let took = clock::now() - begun;
+    assert!((ms(150)..ms(3000)).contains(&took), "{took:?}");
+}
+
+/// Over HTTP/2 nothing is written, and nothing stalls, where a client opens no
+/// window.
+#[tokio::test]
+async fn a_client_that_opens_no_window_is_dropped() {
+    let limits = limits().write_timeout(ms(300));
+    let rig = Rig::of(shutdown(), limits, app()).await;
+    // Of none at all, and of one that is full.
+    for (window, path) in [(0, "/full/100"), (65_535, "/full/1000000")] {
+        let io = soon(TcpStream::connect(rig.addr)).await.unwrap();
+        let mut builder = h2::client::Builder::new();
+        let client = builder.initial_window_size(window);
+        let (mut send, connection) = client.handshake::<_, bytes::Bytes>(io).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let request = http::Request::get(format!("http://test{path}"));
+        let (answer, _) = send.send_request(request.body(()).unwrap(), true).unwrap();
+        let answer = soon(answer).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        let begun = clock::now();
+        let _ = soon(connection).await;
+        let took = clock::now() - begun;
+        assert!((ms(250)..ms(3000)).contains(&took), "{took:?}");
+        let shutdown = rig.shutdown.clone();
+        until(|| shutdown.connections() == 0).await;
+        drop((answer, send));
+    }
+}
+
+/// Whoever waits for a handler, or takes what there is, is not.
+#[tokio::test]
+async fn a_client_that_waits_for_a_stream_is_not() {
+    let rig = Rig::of(shutdown(), limits().write_timeout(ms(300)), app()).await;
+    let io = soon(TcpStream::connect(rig.addr)).await.unwrap();
+    let (mut send, connection) = h2::client::handshake(io).await.unwrap();
+    let connection = tokio::spawn(connection);
+    for path in ["/slow/1000", "/pause/1000"] {
+        let request = http::Request::get(format!("http://test{path}"));
+        let (answer, _) = send.send_request(request.body(()).unwrap(), true).unwrap();
+        let mut body = soon(answer).await.unwrap().into_body();
+        let mut all = Vec::new();
+        while let Some(data) = soon(body.data()).await {
+            all.extend_from_slice(&data.unwrap());
+        }
+        assert!(all.starts_with(b"slow"), "{path}");
+        assert!(!connection.is_finished());
+    }
 }
 
 #[tokio::test]

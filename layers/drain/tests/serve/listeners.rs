@@ -58,6 +58,41 @@ async fn failing(errors: impl IntoIterator<Item = io::Error>) -> (Rig, Arc<Atomi
     (Rig::with(shutdown, addr, server), asked)
 }
 
+/// Errors for the backlog only, and room for one connection until then.
+struct FailingLater(Failing);
+
+impl Listener for FailingLater {
+    type Io = TcpStream;
+    type Addr = std::net::SocketAddr;
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(TcpStream, Self::Addr)>> {
+        Listener::poll_accept(&mut self.0.listener, cx)
+    }
+
+    fn accept_now(&mut self) -> io::Result<Option<(TcpStream, Self::Addr)>> {
+        match self.0.errors.pop_front() {
+            Some(error) => Err(error),
+            None => self.0.listener.accept_now(),
+        }
+    }
+}
+
+async fn failing_later(errors: impl IntoIterator<Item = io::Error>) -> Rig {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let listener = FailingLater(Failing {
+        listener,
+        errors: errors.into_iter().collect(),
+        asked: Arc::default(),
+    });
+    let shutdown = shutdown();
+    let limits = limits().max_connections(1);
+    let server = Server::new(&shutdown)
+        .limits(limits.build().unwrap())
+        .serve(listener, app());
+    Rig::with(shutdown, addr, server)
+}
+
 /// EMFILE, "too many open files".
 fn exhausted() -> io::Error {
     io::Error::from_raw_os_error(24)
@@ -101,6 +136,21 @@ async fn a_listener_that_fails_for_good_drains_in_time() {
     assert!((ms(200)..ms(900)).contains(&took), "{took:?}");
     let asked = asked.load(SeqCst);
     assert!(asked <= 15, "asked {asked} times");
+}
+
+/// What waits in the backlog is not given up with the first error, which may
+/// be over in a moment.
+#[tokio::test]
+async fn a_listener_that_fails_at_the_end_is_asked_again() {
+    let rig = failing_later((0..4).map(|_| exhausted())).await;
+    let mut first = Client::new(rig.addr).await;
+    first.get("/").await;
+    let mut second = Client::new(rig.addr).await;
+    second.send(crate::client::get("/")).await.unwrap();
+    // No room for it until then.
+    rig.trigger();
+    assert_eq!(second.answer().await.text(), "hello");
+    assert_eq!(rig.ended().await.exit_code(), 0);
 }
 
 /// No socket at all.

@@ -12,6 +12,7 @@ mod listeners;
 mod races;
 mod tls;
 mod tunnels;
+mod unsent;
 
 use std::{future::Future, net::SocketAddr, time::Duration};
 

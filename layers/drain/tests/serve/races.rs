@@ -118,7 +118,12 @@ async fn what_crosses_the_close_is_not_reset() {
                 tokio::time::sleep(wait).await;
                 match client.send(get("/")).await {
                     Ok(()) => fate(&mut client).await,
-                    Err(_) => Fate::Closed,
+                    // Its FIN is no trouble to who sends: only a reset is.
+                    Err(error) => {
+                        let kinds = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+                        assert!(kinds.contains(&error.kind()), "{error}");
+                        Fate::Reset
+                    }
                 }
             })
         });
@@ -211,6 +216,39 @@ async fn half_a_head_that_was_sent_ahead_is_not_closed_on() {
     client.send(rest).await.unwrap();
     assert_eq!(client.answer().await.text(), "hello");
     assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// The same in one read with the request before it, which is over when the rest
+/// comes.
+#[tokio::test]
+async fn half_a_head_in_one_read_with_another_is_not_closed_on() {
+    let rig = Rig::of(shutdown_of(0, 5000, 500), limits(), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    let two = [get("/"), get("/")].concat();
+    let (first, rest) = two.split_at(get("/").len() + 9);
+    client.send(first).await.unwrap();
+    assert_eq!(client.answer().await.text(), "hello");
+    rig.trigger();
+    tokio::time::sleep(ms(500)).await;
+    client.send(rest).await.unwrap();
+    assert_eq!(client.answer().await.text(), "hello");
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// And what ends with its head is idle, at once: with a body in the same read
+/// nobody can tell, and it has a moment.
+#[tokio::test]
+async fn a_request_with_a_body_in_one_read_holds_no_drain() {
+    let rig = Rig::of(shutdown_of(0, 5000, 500), limits(), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    let post = "POST /size HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\n\r\n12345";
+    client.send(post).await.unwrap();
+    assert_eq!(client.answer().await.text(), "5");
+    rig.trigger();
+    assert!(client.is_closed().await.unwrap());
+    drop(client);
+    let report = rig.ended().await;
+    assert!(report.drained_after() < ms(2000), "{report}");
 }
 
 /// A client that has closed its half, as some do after their last request.

@@ -3,20 +3,22 @@
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
-    pin::Pin,
-    task::Poll,
+    pin::{Pin, pin},
 };
 
 use buttress_core::clock;
-use buttress_drain::{CutKind, DrainLayer, Phase};
+use buttress_drain::{CutKind, DrainLayer, Phase, Server};
 use bytes::Bytes;
+use h2::client::SendRequest;
 use http::{Request, Response};
+use http_body_util::Empty;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     sync::mpsc,
+    task::JoinHandle,
 };
 
 use tower::Layer;
@@ -174,28 +176,47 @@ async fn a_tunnel_that_was_shut_down_is_read_to_its_end() {
     assert_eq!(soon(receiver.recv()).await, Some(10_000));
 }
 
-/// A stream of HTTP/2 that was turned into a tunnel (RFC 8441).
+/// A client of HTTP/2, once it knows of extended CONNECT (RFC 8441) or that
+/// there is none.
+async fn http2(rig: &Rig, extended: bool) -> (SendRequest<Bytes>, JoinHandle<()>) {
+    let io = soon(TcpStream::connect(rig.addr)).await.unwrap();
+    let (send, mut connection) = h2::client::handshake(io).await.unwrap();
+    let mut ping = connection.ping_pong().unwrap();
+    let mut pong = pin!(ping.ping(h2::Ping::opaque()));
+    // What comes before it, the settings, is there then.
+    soon(poll_fn(|cx| {
+        assert!(Pin::new(&mut connection).poll(cx).is_pending());
+        pong.as_mut().poll(cx)
+    }))
+    .await
+    .unwrap();
+    assert_eq!(send.is_extended_connect_protocol_enabled(), extended);
+    let connection = tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    (send, connection)
+}
+
+/// A stream that was turned into a tunnel.
 #[tokio::test]
 async fn a_tunnel_in_a_stream_counts_too() {
     let limits = limits().idle_timeout(ms(100)).header_timeout(ms(100));
-    let rig = Rig::of(shutdown_of(50, 1500, 500), limits, app()).await;
-    let io = soon(TcpStream::connect(rig.addr)).await.unwrap();
-    let (send, mut connection) = h2::client::handshake(io).await.unwrap();
-    // Until its settings are there.
-    soon(poll_fn(|cx| {
-        let _ = Pin::new(&mut connection).poll(cx);
-        match send.is_extended_connect_protocol_enabled() {
-            true => Poll::Ready(()),
-            false => Poll::Pending,
-        }
-    }))
-    .await;
-    tokio::spawn(connection);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let shutdown = shutdown_of(50, 1500, 500);
+    let server = Server::new(&shutdown)
+        .limits(limits.build().unwrap())
+        .http2(|http2| {
+            http2.enable_connect_protocol();
+        })
+        .serve(listener, app());
+    let rig = Rig::with(shutdown, addr, server);
+    let (mut send, _connection) = http2(&rig, true).await;
     let request = http::Request::connect("http://test/tunnel")
         .extension(h2::ext::Protocol::from_static("echo"))
         .body(())
         .unwrap();
-    let (answer, mut to) = send.clone().send_request(request, false).unwrap();
+    let (answer, mut to) = send.send_request(request, false).unwrap();
     let answer = soon(answer).await.unwrap();
     assert_eq!(answer.status(), 200);
     let mut from = answer.into_body();
@@ -210,4 +231,43 @@ async fn a_tunnel_in_a_stream_counts_too() {
     // It ends when it is cut.
     while let Some(Ok(_)) = soon(from.data()).await {}
     assert_eq!(rig.ended().await.exit_code(), 124);
+}
+
+/// And no longer than it is there.
+#[tokio::test]
+async fn a_tunnel_in_a_stream_that_is_over_keeps_no_connection() {
+    let limits = || limits().idle_timeout(ms(200)).header_timeout(ms(100));
+    // Ended by the client, by its reset, and one that nobody on the server
+    // takes up.
+    for end in ["end", "reset", "none"] {
+        let service = tower::service_fn(move |mut request: Request<Incoming>| async move {
+            tokio::spawn(async move {
+                let upgraded = hyper::upgrade::on(&mut request).await.unwrap();
+                let mut io = TokioIo::new(upgraded);
+                if end != "none" {
+                    let _ = io.read_to_end(&mut Vec::new()).await;
+                }
+            });
+            Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
+        });
+        let rig = Rig::of(shutdown_of(50, 1500, 500), limits(), service).await;
+        let (mut send, connection) = http2(&rig, false).await;
+        let request = http::Request::connect("test:443").body(()).unwrap();
+        let (answer, mut to) = send.send_request(request, false).unwrap();
+        let answer = soon(answer).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        if end != "none" {
+            // Not idle, whatever it does.
+            tokio::time::sleep(ms(500)).await;
+            assert!(!connection.is_finished());
+        }
+        match end {
+            "end" => to.send_data(Bytes::new(), true).unwrap(),
+            "reset" => to.send_reset(h2::Reason::CANCEL),
+            _ => {}
+        }
+        soon(connection).await.unwrap();
+        until(|| rig.shutdown.connections() == 0).await;
+        drop((answer, to, send));
+    }
 }

@@ -1,0 +1,64 @@
+//! Tasks for the streams of HTTP/2, and for the tunnels that they turn into.
+
+use std::{
+    cell::Cell,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use hyper::rt::Executor;
+use pin_project_lite::pin_project;
+
+use super::service::Open;
+
+thread_local! {
+    static TUNNEL: Cell<Option<Open>> = const { Cell::new(None) };
+}
+
+/// Runs the streams of HTTP/2 of a [`Server`](crate::Server), as tasks of
+/// tokio's.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct StreamExecutor;
+
+impl StreamExecutor {
+    /// The stream that is being polled turns into a tunnel, which hyper makes a
+    /// task of before it returns: the request is open until that ends.
+    pub(super) fn tunnel(open: Open) {
+        TUNNEL.set(Some(open));
+    }
+}
+
+impl<F: Future + Send + 'static> Executor<F> for StreamExecutor
+where
+    F::Output: Send + 'static,
+{
+    fn execute(&self, future: F) {
+        let open = TUNNEL.take();
+        tokio::spawn(Task {
+            future,
+            _open: open,
+        });
+    }
+}
+
+pin_project! {
+    struct Task<F> {
+        #[pin]
+        future: F,
+        _open: Option<Open>,
+    }
+}
+
+impl<F: Future> Future for Task<F> {
+    type Output = F::Output;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let output = ready!(self.project().future.poll(cx));
+        // Where hyper made none of it: it could not send the answer.
+        drop(TUNNEL.take());
+        Poll::Ready(output)
+    }
+}
