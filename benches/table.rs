@@ -82,6 +82,25 @@ impl Table {
     }
 }
 
+/// A part of a bench, and what it is called.
+pub type Section = (&'static str, fn(&mut Table));
+
+/// Runs the sections whose name begins so, and tells what came of them; says
+/// nothing where there is none. `figure` is what the figures are.
+#[expect(clippy::print_stdout, reason = "it is what a bench is for")]
+pub fn tell(only: &str, sections: &[Section], figure: &str) {
+    let mut chosen = sections.iter().filter(|(name, _)| name.starts_with(only));
+    let Some(first) = chosen.next() else {
+        return;
+    };
+    let mut table = Table::default();
+    for (_, section) in std::iter::once(first).chain(chosen) {
+        section(&mut table);
+    }
+    println!("{}", table.render());
+    println!("figure: {figure}");
+}
+
 /// Three digits that count.
 #[must_use]
 pub fn number(value: f64) -> String {

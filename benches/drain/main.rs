@@ -9,7 +9,7 @@ use buttress_benches::{
     counts::{Counts, counted},
     drain::{apart, named, shared},
     measure::{Run, alone, both, interleave, median},
-    table::{Row, Table, number},
+    table::{self, Row, Section, Table, number},
 };
 
 fn main() {
@@ -27,25 +27,17 @@ fn main() {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "it is a program")]
 fn tell(only: &str) {
-    let mut table = Table::default();
-    let mut told = false;
-    for (name, section) in [
-        ("drain-calls", calls as fn(&mut Table)),
+    let sections: [Section; 3] = [
+        ("drain-calls", calls),
         ("drain-threads", threads),
         ("drain-counts", allocations),
-    ] {
-        if name.starts_with(only) {
-            section(&mut table);
-            told = true;
-        }
-    }
-    if !told {
-        return;
-    }
-    println!("{}", table.render());
-    println!("figure: nanoseconds over the bare service, or what the goal bounds.");
+    ];
+    table::tell(
+        only,
+        &sections,
+        "nanoseconds over the bare service, or what the goal bounds.",
+    );
 }
 
 fn nanos(cost: f64) -> String {

@@ -9,31 +9,20 @@ use buttress_benches::{
     counts::Counts,
     measure::{Run, interleave},
     retry::named,
-    table::{Row, Table, number},
+    table::{self, Row, Section, Table, number},
 };
 
-#[expect(clippy::print_stdout, reason = "it is a program")]
 fn main() {
     let only = env::args().skip(1).find(|arg| arg != "--bench");
-    let only = only.unwrap_or_default();
-    let mut table = Table::default();
-    let mut told = false;
-    for (name, section) in [
-        ("retry-calls", calls as fn(&mut Table)),
+    let sections: [Section; 3] = [
+        ("retry-calls", calls),
         ("retry-bodies", bodies),
         ("retry-counts", allocations),
-    ] {
-        if name.starts_with(&only) {
-            section(&mut table);
-            told = true;
-        }
-    }
-    if !told {
-        return;
-    }
-    println!("{}", table.render());
-    println!(
-        "figure: ours over the peer's, or what the goal bounds; times: the thread's own, a call."
+    ];
+    table::tell(
+        &only.unwrap_or_default(),
+        &sections,
+        "ours over the peer's, or what the goal bounds; times: the thread's own, a call.",
     );
 }
 

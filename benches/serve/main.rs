@@ -15,7 +15,7 @@ use buttress_benches::{
     counts::{Counts, counted},
     measure::{Run, interleave, median, pin_to},
     serve::{AXUM, COUNTED, Load, NODELAY, OURS, SERVERS, Way, load, named, process},
-    table::{Row, Table, number},
+    table::{self, Row, Section, Table, number},
 };
 
 /// Of the peer's requests per second, 0.95.
@@ -37,26 +37,18 @@ fn main() {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "it is a program")]
 fn tell(only: &str) {
-    let mut table = Table::default();
-    let mut told = false;
-    for (name, section) in [
-        ("serve-load", loads as fn(&mut Table)),
+    let sections: [Section; 3] = [
+        ("serve-load", loads),
         ("serve-calls", calls),
         ("serve-counts", allocations),
-    ] {
-        if name.starts_with(only) {
-            section(&mut table);
-            told = true;
-        }
-    }
-    if !told {
-        return;
-    }
-    println!("{}", table.render());
-    println!("figure: axum's requests per second over ours, our processor time over axum's,");
-    println!("or allocations beyond axum's.");
+    ];
+    table::tell(
+        only,
+        &sections,
+        "axum's requests per second over ours, our processor time over axum's,\n\
+         or allocations beyond axum's.",
+    );
 }
 
 /// A server in a process of its own.

@@ -276,43 +276,28 @@ fn a_deadline_is_124_and_the_hooks_run() {
     assert_eq!(child.ends().0, Some(124));
 }
 
-/// Nothing in the runtime runs any more: the signal is heard, and the watchdog
-/// bites half a second after the timeout.
+/// Nothing in the runtime runs any more, and then not a line of the log gets
+/// through either: the signal is heard, the watchdog bites half a second after
+/// the timeout, and a second signal ends it at once.
 #[test]
-fn a_blocked_runtime_is_ended_by_the_watchdog() {
-    let mut child = Running::start("blocked");
-    child.signal(Signal::TERM);
-    let (code, took) = child.ends();
-    assert_eq!(code, Some(124));
-    assert!((millis(2_300)..millis(6_000)).contains(&took), "{took:?}");
+fn neither_a_blocked_runtime_nor_a_blocked_log_keeps_the_end_waiting() {
+    for role in ["blocked", "mute"] {
+        let mut child = Running::start(role);
+        child.signal(Signal::TERM);
+        let (code, took) = child.ends();
+        assert_eq!(code, Some(124), "{role}");
+        let range = millis(2_300)..millis(6_000);
+        assert!(range.contains(&took), "{role}: {took:?}");
 
-    let mut child = Running::start("blocked");
-    child.signal(Signal::TERM);
-    // Two that come at once may be one.
-    thread::park_timeout(millis(200));
-    child.signal(Signal::TERM);
-    let (code, took) = child.ends();
-    assert_eq!(code, Some(1));
-    assert!(took < millis(1_500), "{took:?}");
-}
-
-/// So it is where not a line of the log gets through, neither to trigger it nor
-/// to end it.
-#[test]
-fn a_log_that_blocks_keeps_nothing_waiting() {
-    let mut child = Running::start("mute");
-    child.signal(Signal::TERM);
-    let (code, took) = child.ends();
-    assert_eq!(code, Some(124));
-    assert!((millis(2_300)..millis(6_000)).contains(&took), "{took:?}");
-
-    let mut child = Running::start("mute");
-    child.signal(Signal::TERM);
-    thread::park_timeout(millis(200));
-    child.signal(Signal::TERM);
-    let (code, took) = child.ends();
-    assert_eq!(code, Some(1));
-    assert!(took < millis(1_500), "{took:?}");
+        let mut child = Running::start(role);
+        child.signal(Signal::TERM);
+        // Two that come at once may be one.
+        thread::park_timeout(millis(200));
+        child.signal(Signal::TERM);
+        let (code, took) = child.ends();
+        assert_eq!(code, Some(1), "{role}");
+        assert!(took < millis(1_500), "{role}: {took:?}");
+    }
 }
 
 /// What nobody has a guard for is not waited for.

@@ -2,6 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
+use buttress_core::label;
+
 /// Settings that make no sense; the message says what they must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError(Problem);
@@ -76,11 +78,9 @@ impl std::error::Error for StartError {}
 
 /// Names are labels of metrics, and shown to people.
 pub(crate) fn name(what: &'static str, name: &str) -> Result<(), ConfigError> {
-    let printable = name
-        .bytes()
-        .all(|byte| byte.is_ascii_graphic() || byte == b' ');
-    if name.is_empty() || name.len() > 128 || !printable {
-        return Err(Problem::Name(what).into());
+    if label::is_sound(name, 128) {
+        Ok(())
+    } else {
+        Err(Problem::Name(what).into())
     }
-    Ok(())
 }
