@@ -44,6 +44,10 @@ pub use buttress_retry as retry;
 #[cfg(feature = "timeout")]
 pub use buttress_timeout as timeout;
 
+/// Signing and verifying requests: the crate `buttress-webhook`.
+#[cfg(feature = "webhook")]
+pub use buttress_webhook as webhook;
+
 #[cfg(feature = "tower")]
 pub use buttress_core::tower_errors;
 pub use buttress_core::{

@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod collect;
+mod error;
+mod keyring;
+mod mac;
+mod scheme;
+mod schemes;
+mod secret;
+mod signer;
+mod text;
+mod verifier;
+
+pub use collect::WholeBody;
+pub use error::{SecretError, SignError};
+pub use keyring::Keyring;
+pub use mac::{Key, TAG, Tag};
+pub use scheme::{Envelope, LONGEST_ID, MOST_SIGNATURES, Message, Reason, Scheme};
+pub use schemes::{GitHub, Sha256, Shopify, Slack, Standard, Stripe};
+pub use secret::Secret;
+pub use signer::Signer;
+pub use verifier::{Verified, Verifier};

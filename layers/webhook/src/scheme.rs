@@ -1,0 +1,360 @@
+//! What a way of signing decides, and nothing else: where in a request its
+//! signature stands, and which bytes it is of.
+
+use std::fmt;
+
+use buttress_core::Head;
+use http::request::Parts;
+
+use crate::{Key, Secret, SecretError, SignError, Tag};
+
+/// How many signatures of one request are looked at: a rotation has two or
+/// three, and whoever sends more makes this end compute.
+pub const MOST_SIGNATURES: usize = 16;
+/// How long an id may be, in bytes: it is kept for as long as a replay could
+/// come.
+pub const LONGEST_ID: usize = 256;
+
+/// A way of signing: [`Sha256`](crate::Sha256), [`Standard`](crate::Standard),
+/// [`Stripe`](crate::Stripe) and the others, or your own.
+///
+/// It computes no MAC and compares none: it says which bytes are signed, and
+/// finds what is claimed of them. Time, secrets and the comparison, in constant
+/// time, are the same for all.
+///
+/// ```
+/// use buttress_core::Head;
+/// use buttress_webhook::{
+///     Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, Tag,
+/// };
+/// use http::{HeaderValue, request::Parts};
+///
+/// /// `x-acme-mac: <hex>` over the body.
+/// #[derive(Debug)]
+/// struct Acme;
+///
+/// impl Scheme for Acme {
+///     fn name(&self) -> &'static str {
+///         "acme"
+///     }
+///
+///     fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
+///         Key::of(secret)
+///     }
+///
+///     fn sign(
+///         &self,
+///         request: &mut Parts,
+///         message: &Message<'_>,
+///         keys: &[Key],
+///     ) -> Result<(), SignError> {
+///         let tag = keys[0].tag(&[message.body]);
+///         let value = HeaderValue::from_str(&hex::encode(tag.as_bytes())).expect("hex is ASCII");
+///         request.headers.insert("x-acme-mac", value);
+///         Ok(())
+///     }
+///
+///     fn read<'r>(&self, request: Head<'r>) -> Result<Envelope<'r>, Reason> {
+///         let value = request.headers.get("x-acme-mac").ok_or(Reason::MissingSignature)?;
+///         let mut tag = [0; 32];
+///         hex::decode_to_slice(value, &mut tag).map_err(|_| Reason::Malformed)?;
+///         Ok(Envelope::new().tag(Tag::new(tag)))
+///     }
+/// }
+/// ```
+pub trait Scheme: fmt::Debug + Send + Sync + 'static {
+    /// Its name: a label in metrics and logs.
+    fn name(&self) -> &'static str;
+
+    /// Reads a secret as this scheme writes it down.
+    ///
+    /// # Errors
+    ///
+    /// If this scheme has no such secrets.
+    fn key(&self, secret: &Secret) -> Result<Key, SecretError>;
+
+    /// How many keys can sign one message. Default: 1, for a scheme whose
+    /// header has room for one signature.
+    fn most_keys(&self) -> usize {
+        1
+    }
+
+    /// Whether the message's id is among the signed bytes, so that a repeat is
+    /// known by it. Default: no.
+    fn signs_id(&self) -> bool {
+        false
+    }
+
+    /// Whether a time is among the signed bytes, so that an old message is
+    /// known by it. Default: no.
+    fn signs_time(&self) -> bool {
+        false
+    }
+
+    /// Writes the signature into the request's headers, in the place of one
+    /// that may be there. There are 1 to [`most_keys`](Self::most_keys) keys.
+    ///
+    /// # Errors
+    ///
+    /// If the message cannot be signed; the request is then as it was.
+    fn sign(
+        &self,
+        request: &mut Parts,
+        message: &Message<'_>,
+        keys: &[Key],
+    ) -> Result<(), SignError>;
+
+    /// What the request claims. Nothing of it is believed yet.
+    ///
+    /// # Errors
+    ///
+    /// If it is not signed in this way, or not clearly.
+    fn read<'r>(&self, request: Head<'r>) -> Result<Envelope<'r>, Reason>;
+}
+
+/// What is to be signed.
+#[derive(Clone, Copy, Debug)]
+pub struct Message<'a> {
+    /// The message's id: the same for each attempt to deliver it.
+    pub id: &'a str,
+    /// The time of this attempt, in seconds since the Unix epoch.
+    pub timestamp: u64,
+    /// The very bytes of the body.
+    pub body: &'a [u8],
+}
+
+/// What a request claims of itself: see [`Scheme::read`].
+#[derive(Clone, Debug)]
+pub struct Envelope<'r> {
+    pub(crate) id: Option<&'r str>,
+    pub(crate) timestamp: Option<u64>,
+    pub(crate) expires: Option<u64>,
+    pub(crate) before: [&'r [u8]; 4],
+    pub(crate) base: Vec<u8>,
+    pub(crate) covers: Covers,
+    pub(crate) tags: Tags,
+}
+
+/// How the body is bound to the signature.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum Covers {
+    /// It is among the signed bytes.
+    #[default]
+    Body,
+    /// Its digest is, by SHA-256.
+    Sha256([u8; 32]),
+}
+
+impl<'r> Envelope<'r> {
+    /// One whose signature is of the body alone.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            id: None,
+            timestamp: None,
+            expires: None,
+            before: [&[]; 4],
+            base: Vec::new(),
+            covers: Covers::Body,
+            tags: Tags::new(),
+        }
+    }
+
+    /// The message's id, which is signed: it is among the bytes
+    /// [before](Self::signed_before) the body.
+    #[must_use]
+    pub const fn id(mut self, id: &'r str) -> Self {
+        self.id = Some(id);
+        self
+    }
+
+    /// The time of signing in seconds since the Unix epoch, which is signed.
+    #[must_use]
+    pub const fn timestamp(mut self, timestamp: u64) -> Self {
+        self.timestamp = Some(timestamp);
+        self
+    }
+
+    /// The time, in seconds since the Unix epoch, from which the signature is
+    /// worth nothing, which is signed.
+    #[must_use]
+    pub const fn expires(mut self, expires: u64) -> Self {
+        self.expires = Some(expires);
+        self
+    }
+
+    /// What is signed before the body, as it stands in the request.
+    #[must_use]
+    pub const fn signed_before(mut self, pieces: [&'r [u8]; 4]) -> Self {
+        self.before = pieces;
+        self
+    }
+
+    /// What is signed in the place of the body, and the SHA-256 of the body,
+    /// which is among it.
+    #[must_use]
+    pub fn signed_instead(mut self, base: Vec<u8>, sha256_of_body: [u8; 32]) -> Self {
+        self.base = base;
+        self.covers = Covers::Sha256(sha256_of_body);
+        self
+    }
+
+    /// One more signature: one that is right is enough. Those beyond
+    /// [`MOST_SIGNATURES`] are why [`is_full`](Self::is_full) is to be asked
+    /// before.
+    #[must_use]
+    pub const fn tag(mut self, tag: Tag) -> Self {
+        self.tags.push(tag);
+        self
+    }
+
+    /// Whether there is no room for another signature: such a request is
+    /// [malformed](Reason::Malformed).
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.tags.count == MOST_SIGNATURES
+    }
+
+    /// Whether there is no signature yet.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.tags.count == 0
+    }
+}
+
+impl Default for Envelope<'_> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Some signatures, without an allocation.
+#[derive(Clone, Debug)]
+pub(crate) struct Tags {
+    tags: [Tag; MOST_SIGNATURES],
+    count: usize,
+}
+
+impl Tags {
+    const fn new() -> Self {
+        Self {
+            tags: [Tag::new([0; 32]); MOST_SIGNATURES],
+            count: 0,
+        }
+    }
+
+    const fn push(&mut self, tag: Tag) {
+        if self.count < MOST_SIGNATURES {
+            self.tags[self.count] = tag;
+            self.count += 1;
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Tag> {
+        self.tags.iter().take(self.count)
+    }
+}
+
+/// Why a request is not believed: a class, that tells who sends rightly what
+/// to mend, and a forger nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reason {
+    /// There is no id.
+    MissingId,
+    /// There is no time.
+    MissingTimestamp,
+    /// There is no signature.
+    MissingSignature,
+    /// There is no digest of the body.
+    MissingDigest,
+    /// Something of it cannot be read, or is too much.
+    Malformed,
+    /// No signature is that of this message by a secret of ours.
+    SignatureMismatch,
+    /// It was signed longer ago than is tolerated, or has expired.
+    TimestampTooOld,
+    /// It was signed further in the future than is tolerated.
+    TimestampTooNew,
+    /// It is signed, but by no algorithm or version that is accepted here.
+    UnsupportedScheme,
+    /// Something stands twice that may stand once.
+    DuplicateHeader,
+    /// The signature leaves out something that must be signed.
+    CoverageMissing,
+}
+
+impl Reason {
+    /// A word for programs: the `reason` of the answer, and a label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::MissingId => "missing_id",
+            Self::MissingTimestamp => "missing_timestamp",
+            Self::MissingSignature => "missing_signature",
+            Self::MissingDigest => "missing_digest",
+            Self::Malformed => "malformed",
+            Self::SignatureMismatch => "signature_mismatch",
+            Self::TimestampTooOld => "timestamp_too_old",
+            Self::TimestampTooNew => "timestamp_too_new",
+            Self::UnsupportedScheme => "unsupported_scheme",
+            Self::DuplicateHeader => "duplicate_header",
+            Self::CoverageMissing => "coverage_missing",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MissingId => "the message has no id",
+            Self::MissingTimestamp => "the message has no timestamp",
+            Self::MissingSignature => "the message is not signed",
+            Self::MissingDigest => "the message has no digest of its body",
+            Self::Malformed => "the signature's headers cannot be read",
+            Self::SignatureMismatch => "no signature matches the message",
+            Self::TimestampTooOld => "the message was signed too long ago",
+            Self::TimestampTooNew => "the message was signed in the future",
+            Self::UnsupportedScheme => "the message is signed in a way that is not accepted here",
+            Self::DuplicateHeader => "a header of the signature stands twice",
+            Self::CoverageMissing => "the signature does not cover what it must",
+        })
+    }
+}
+
+impl std::error::Error for Reason {}
+
+impl<S: Scheme + ?Sized> Scheme for Box<S> {
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+
+    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
+        (**self).key(secret)
+    }
+
+    fn most_keys(&self) -> usize {
+        (**self).most_keys()
+    }
+
+    fn signs_id(&self) -> bool {
+        (**self).signs_id()
+    }
+
+    fn signs_time(&self) -> bool {
+        (**self).signs_time()
+    }
+
+    fn sign(
+        &self,
+        request: &mut Parts,
+        message: &Message<'_>,
+        keys: &[Key],
+    ) -> Result<(), SignError> {
+        (**self).sign(request, message, keys)
+    }
+
+    fn read<'r>(&self, request: Head<'r>) -> Result<Envelope<'r>, Reason> {
+        (**self).read(request)
+    }
+}
