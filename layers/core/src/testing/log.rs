@@ -341,7 +341,8 @@ impl fmt::Debug for LogEvent {
 
 impl PartialEq<str> for LogEvent {
     fn eq(&self, line: &str) -> bool {
-        self.to_string() == line
+        let own = self.to_string();
+        own == line
     }
 }
 
