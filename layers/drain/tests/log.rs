@@ -52,7 +52,7 @@ async fn each_phase_and_all_that_is_lost() {
     let lines = Arc::clone(&log.0);
     let _here = set_default(log);
 
-    let shutdown = Shutdown::builder().build().unwrap();
+    let shutdown = Shutdown::builder().name("orders").build().unwrap();
     let handler = service_fn(async |_: http::Request<_>| {
         Ok::<_, std::convert::Infallible>(Response::new(ScriptedBody::new().hang()))
     });
@@ -78,23 +78,23 @@ async fn each_phase_and_all_that_is_lost() {
     assert_eq!(
         *lines.lock().unwrap(),
         [
-            "INFO message=shutdown phase=draining reason=SIGTERM requests=2 connections=1 guards=1",
-            "INFO message=shutting down already reason=SIGTERM",
-            "INFO message=hook hook=leave priority=50 took_ms=0 result=done",
-            "INFO message=shutdown phase=closing reason=SIGTERM requests=2 connections=1 guards=1",
-            "INFO message=shutdown phase=closed reason=SIGTERM requests=2 connections=1 guards=1",
-            "WARN message=cut off kind=request route=/export age_ms=25000 bytes=0",
-            "WARN message=cut off kind=tunnel age_ms=25000 bytes=12",
-            "WARN message=cut off kind=guard route=job age_ms=25000",
-            "WARN message=cut off, not tracked requests=1",
-            "INFO message=shutdown phase=cut reason=SIGTERM requests=2 connections=1 guards=1",
-            "WARN message=what was cut is still there requests=2 connections=1 guards=1",
-            "INFO message=shutdown phase=hooks reason=SIGTERM requests=2 connections=1 guards=1",
-            "ERROR message=hook hook=flush priority=100 took_ms=0 result=failed why=disk full",
-            "WARN message=hook hook=slow priority=50 took_ms=4500 result=timed_out",
-            "WARN message=hook hook=never priority=1 took_ms=0 result=skipped",
-            "INFO message=shutdown phase=done reason=SIGTERM requests=2 connections=1 guards=1",
-            "INFO message=shut down took_ms=30000 exit_code=124",
+            "INFO message=shutdown name=orders phase=draining reason=SIGTERM requests=2 connections=1 guards=1",
+            "INFO message=shutting down already name=orders reason=SIGTERM",
+            "INFO message=hook name=orders hook=leave priority=50 took_ms=0 result=done",
+            "INFO message=shutdown name=orders phase=closing reason=SIGTERM requests=2 connections=1 guards=1",
+            "INFO message=shutdown name=orders phase=closed reason=SIGTERM requests=2 connections=1 guards=1",
+            "WARN message=cut off name=orders kind=request route=/export age_ms=25000 bytes=0",
+            "WARN message=cut off name=orders kind=tunnel age_ms=25000 bytes=12",
+            "WARN message=cut off name=orders kind=guard route=job age_ms=25000",
+            "WARN message=cut off, not tracked name=orders requests=1",
+            "INFO message=shutdown name=orders phase=cut reason=SIGTERM requests=2 connections=1 guards=1",
+            "WARN message=what was cut is still there name=orders requests=2 connections=1 guards=1",
+            "INFO message=shutdown name=orders phase=hooks reason=SIGTERM requests=2 connections=1 guards=1",
+            "ERROR message=hook name=orders hook=flush priority=100 took_ms=0 result=failed why=disk full",
+            "WARN message=hook name=orders hook=slow priority=50 took_ms=4500 result=timed_out",
+            "WARN message=hook name=orders hook=never priority=1 took_ms=0 result=skipped",
+            "INFO message=shutdown name=orders phase=done reason=SIGTERM requests=2 connections=1 guards=1",
+            "INFO message=shut down name=orders took_ms=30000 exit_code=124",
         ]
     );
 }
