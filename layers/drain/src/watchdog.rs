@@ -56,7 +56,7 @@ impl Watchdog {
                 let left = end - clock::now();
                 if left.is_zero() {
                     aside::say(move || {
-                        error!(name = &*name, "the shutdown is stuck: the process ends")
+                        error!(name = &*name, "the shutdown is stuck: the process ends");
                     });
                     exit.call(CUT);
                     return;

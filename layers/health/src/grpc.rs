@@ -121,7 +121,8 @@ impl HealthRegistry {
     /// It says UNKNOWN unless the registry is [started](Self::start). Whoever
     /// watches hears of a change when the background does: within 50 ms, unless
     /// [set otherwise](crate::HealthRegistryBuilder::look_every), and at once
-    /// after [`look`](Self::look), which belongs where a drain is begun.
+    /// after [`look`](Self::look), which belongs where a drain is begun. On a
+    /// port that drains, [`grpc_server_until`](Self::grpc_server_until).
     #[must_use]
     pub fn grpc_server(&self) -> GrpcServer {
         self.serve_grpc(None)
