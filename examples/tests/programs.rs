@@ -49,7 +49,13 @@ fn the_grpc_client_heeds_the_pushback() {
     let output = output("tonic");
     assert_eq!(output.matches(": Serving").count(), 3, "{output}");
     assert_eq!(output.matches("ResourceExhausted").count(), 1, "{output}");
-    assert_eq!(output.matches("exit code 0").count(), 1, "{output}");
+    for line in [
+        "the watch: NotServing",
+        "the watch: Unavailable",
+        "exit code 0",
+    ] {
+        assert_eq!(output.matches(line).count(), 1, "{output}");
+    }
 }
 
 #[test]

@@ -104,7 +104,11 @@ async fn busy(proxy: &Proxy, requests: f64) {
 }
 
 async fn phase(proxy: &Proxy, phase: &str) {
-    proxy.logged(phase, |line| line["phase"] == phase).await;
+    proxy
+        .logged(phase, |line| {
+            line["phase"] == phase && line["name"] == "proxy"
+        })
+        .await;
 }
 
 /// Waits for the end: its code, and how long after `start` it was.

@@ -15,7 +15,7 @@ async fn each_phase_and_all_that_is_lost() {
     let log = Log::new().target("buttress");
     let _here = log.here();
 
-    let shutdown = Shutdown::builder().build().unwrap();
+    let shutdown = Shutdown::builder().name("orders").build().unwrap();
     let handler = service_fn(async |_: http::Request<_>| {
         Ok::<_, std::convert::Infallible>(Response::new(ScriptedBody::new().hang()))
     });
@@ -41,23 +41,23 @@ async fn each_phase_and_all_that_is_lost() {
     assert_eq!(
         log.take(),
         [
-            "INFO shutdown phase=draining reason=SIGTERM requests=2 connections=1 guards=1",
-            "INFO shutting down already reason=SIGTERM",
-            "INFO hook hook=leave priority=50 took_ms=0 result=done",
-            "INFO shutdown phase=closing reason=SIGTERM requests=2 connections=1 guards=1",
-            "INFO shutdown phase=closed reason=SIGTERM requests=2 connections=1 guards=1",
-            "WARN cut off kind=request route=/export age_ms=25000 bytes=0",
-            "WARN cut off kind=tunnel age_ms=25000 bytes=12",
-            "WARN cut off kind=guard route=job age_ms=25000",
-            "WARN cut off, not tracked requests=1",
-            "INFO shutdown phase=cut reason=SIGTERM requests=2 connections=1 guards=1",
-            "WARN what was cut is still there requests=2 connections=1 guards=1",
-            "INFO shutdown phase=hooks reason=SIGTERM requests=2 connections=1 guards=1",
-            "ERROR hook hook=flush priority=100 took_ms=0 result=failed why=disk full",
-            "WARN hook hook=slow priority=50 took_ms=4500 result=timed_out",
-            "WARN hook hook=never priority=1 took_ms=0 result=skipped",
-            "INFO shutdown phase=done reason=SIGTERM requests=2 connections=1 guards=1",
-            "INFO shut down took_ms=30000 exit_code=124",
+            "INFO shutdown name=orders phase=draining reason=SIGTERM requests=2 connections=1 guards=1",
+            "INFO shutting down already name=orders reason=SIGTERM",
+            "INFO hook name=orders hook=leave priority=50 took_ms=0 result=done",
+            "INFO shutdown name=orders phase=closing reason=SIGTERM requests=2 connections=1 guards=1",
+            "INFO shutdown name=orders phase=closed reason=SIGTERM requests=2 connections=1 guards=1",
+            "WARN cut off name=orders kind=request route=/export age_ms=25000 bytes=0",
+            "WARN cut off name=orders kind=tunnel age_ms=25000 bytes=12",
+            "WARN cut off name=orders kind=guard route=job age_ms=25000",
+            "WARN cut off, not tracked name=orders requests=1",
+            "INFO shutdown name=orders phase=cut reason=SIGTERM requests=2 connections=1 guards=1",
+            "WARN what was cut is still there name=orders requests=2 connections=1 guards=1",
+            "INFO shutdown name=orders phase=hooks reason=SIGTERM requests=2 connections=1 guards=1",
+            "ERROR hook name=orders hook=flush priority=100 took_ms=0 result=failed why=disk full",
+            "WARN hook name=orders hook=slow priority=50 took_ms=4500 result=timed_out",
+            "WARN hook name=orders hook=never priority=1 took_ms=0 result=skipped",
+            "INFO shutdown name=orders phase=done reason=SIGTERM requests=2 connections=1 guards=1",
+            "INFO shut down name=orders took_ms=30000 exit_code=124",
         ]
     );
 }
