@@ -297,9 +297,7 @@ impl Rules {
                         Some(Cut::Client) => Refusal::new(RefusalKind::BadRequest)
                             .with_detail("the request body broke off")
                             .into(),
-                        Some(Cut::Stalled) => Refusal::new(RefusalKind::BadRequest)
-                            .with_status(StatusCode::REQUEST_TIMEOUT)
-                            .with_reason("request_timeout")
+                        Some(Cut::Stalled) => Refusal::new(RefusalKind::RequestTimeout)
                             .with_detail("the request body stalled")
                             .into(),
                         _ if unsent => Failed::unsent(RefusalKind::BadGateway),
