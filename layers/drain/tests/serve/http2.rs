@@ -73,8 +73,13 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
     }
 
     async fn get(&mut self, stream: u32, path: &str) {
-        // GET, http, and literals by the static table.
-        let mut head = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
+        // GET by the static table.
+        self.ask(stream, &[0x82], path).await;
+    }
+
+    async fn ask(&mut self, stream: u32, method: &[u8], path: &str) {
+        // http, and literals by the static table.
+        let mut head = [method, &[0x86, 0x04, u8::try_from(path.len()).unwrap()]].concat();
         head.extend(path.as_bytes());
         head.extend([0x01, 4]);
         head.extend(b"test");
@@ -371,4 +376,44 @@ async fn no_stream_that_was_taken_is_lost() {
         assert!(answered.unwrap() > 5);
     }
     assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// hyper would send a body that no such answer has.
+#[tokio::test]
+async fn answers_without_a_body_end_with_their_head() {
+    let rig = Rig::of(shutdown(), limits(), app()).await;
+    let mut frames = Frames::new(rig.addr).await;
+    // The method by its name, that of the static table's second.
+    let head: &[u8] = &[0x02, 4, b'H', b'E', b'A', b'D'];
+    let get: &[u8] = &[0x82];
+    for (n, (method, path)) in [
+        (head, "/"),
+        (head, "/paced/100000"),
+        (head, "/endless"),
+        (get, "/odd/204"),
+        (get, "/odd/304"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let stream = 2 * n as u32 + 1;
+        frames.ask(stream, method, path).await;
+        loop {
+            let frame = frames.next().await.unwrap().unwrap();
+            if frame.stream == stream {
+                assert_eq!((frame.kind, frame.flags & END), (HEADERS, END), "{path}");
+                break;
+            }
+        }
+    }
+    // If one of them counted still, this would be cut.
+    rig.trigger();
+    frames.next_of(GOAWAY).await;
+    let ping = frames.next_of(PING).await;
+    frames.acknowledge(&ping).await;
+    frames.next_of(GOAWAY).await;
+    assert!(frames.is_closed().await);
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
+    assert!(report.drained_after() < ms(1400), "{report}");
 }
