@@ -46,7 +46,7 @@ impl Frame {
 }
 
 impl Frames {
-    async fn new(addr: SocketAddr) -> Self {
+    pub(crate) async fn new(addr: SocketAddr) -> Self {
         let io = soon(TcpStream::connect(addr)).await.unwrap();
         io.set_nodelay(true).unwrap();
         Self::over(io).await
@@ -72,7 +72,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
         self.io.flush().await.unwrap();
     }
 
-    async fn get(&mut self, stream: u32, path: &str) {
+    pub(crate) async fn get(&mut self, stream: u32, path: &str) {
         // GET by the static table.
         self.ask(stream, &[0x82], path).await;
     }
@@ -121,7 +121,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
     }
 
     /// Of status 200, with its body.
-    async fn answer(&mut self, stream: u32) -> Vec<u8> {
+    pub(crate) async fn answer(&mut self, stream: u32) -> Vec<u8> {
         let head = self.next_of(HEADERS).await;
         assert_eq!((head.stream, head.payload[0]), (stream, 0x88), "{head:?}");
         let mut body = Vec::new();
@@ -175,6 +175,27 @@ where
     assert_eq!(client.answer(5).await, b"slow");
     assert!(client.is_closed().await);
     took
+}
+
+/// Answers the PING between the GOAWAYs with more behind it than the server
+/// reads at once, and after a while with more still; gives the socket back at
+/// its end, which is a FIN.
+pub(crate) async fn crosses_the_close(mut client: Frames, wait: Duration) -> TcpStream {
+    assert_eq!(client.next_of(GOAWAY).await.last_stream(), ANY_STREAM);
+    let ping = client.next_of(PING).await;
+    // WINDOW_UPDATE of the connection by 1: nothing that is answered.
+    let update = [0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    let mut frames = vec![0, 0, 8, PING, ACK, 0, 0, 0, 0];
+    frames.extend(&ping.payload);
+    frames.extend(update.repeat(5000));
+    client.io.write_all(&frames).await.unwrap();
+    tokio::time::sleep(wait).await;
+    // Its FIN is no trouble to who sends: only a reset is.
+    client.io.write_all(&update.repeat(100)).await.unwrap();
+    // The end of the GOAWAYs, and of the connection.
+    assert_eq!(client.next_of(GOAWAY).await.last_stream(), 1);
+    assert!(client.is_closed().await);
+    client.io
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ mod stacks;
 mod talk;
 mod tls;
 mod tunnels;
+mod unread;
 mod unsent;
 
 use std::{future::Future, net::SocketAddr, time::Duration};
