@@ -104,7 +104,7 @@ fn child() {
         }
         say(&format!("at {addr} {probes}"));
         shutdown.run().await.exit()
-    })
+    });
 }
 
 async fn listen() -> (TcpListener, SocketAddr) {
