@@ -22,6 +22,7 @@ use tower::{
 use crate::{
     access::{Facts, Line, Meters},
     balance::Balance,
+    body::SILENCE,
     forward::{self, Forward, Rules},
     grpc_timeout::GrpcTimeout,
     headers,
@@ -230,6 +231,7 @@ impl Route {
             grpc_timeout: common.grpc_timeout.clone(),
             strip: strip.to_owned(),
             timeout: route.timeout.0,
+            silence: SILENCE,
             judge: judge.unwrap_or_default(),
             retried: route.retry.as_ref().map(|retry| retry.statuses().collect()),
         });

@@ -10,5 +10,9 @@ mod retries;
 mod settings;
 mod stopping;
 mod streaming;
+mod stuck;
 mod support;
+#[path = "../../../layers/drain/tests/serve/talk.rs"]
+mod talk;
+mod talking;
 mod tls;

@@ -47,6 +47,7 @@ use crate::{Label, Phase, Shutdown, io::Told, listen::Listener};
 /// (`hyper::upgrade::on`) work, and are counted and cut as the rest is; the
 /// report names them by the [`Label`] in the extensions of their response,
 /// where a [`DrainLayer`](crate::DrainLayer) that was told of routes puts one.
+/// Bodies of answers that have none (to HEAD, a 204, a 304) are left out.
 /// Each connection has a task of its own, and each request a clone of the
 /// service.
 ///

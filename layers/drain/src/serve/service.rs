@@ -11,7 +11,7 @@ use std::{
 
 use buttress_core::BoxError;
 use bytes::{Buf, Bytes};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, header::CONTENT_LENGTH, response::Parts};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
@@ -49,6 +49,7 @@ where
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let connect = request.method() == Method::CONNECT;
+        let head = request.method() == Method::HEAD;
         let traffic = &self.lane.record.traffic;
         traffic.bare(request.body().is_end_stream());
         let open = Some(Open::new(&self.lane));
@@ -71,6 +72,7 @@ where
         };
         CountedFuture {
             connect,
+            head,
             open,
             state,
         }
@@ -117,6 +119,7 @@ pin_project! {
         // None once the body has it.
         open: Option<Open>,
         connect: bool,
+        head: bool,
     }
 }
 
@@ -159,8 +162,13 @@ where
                         StatusCode::SWITCHING_PROTOCOLS => true,
                         status => *this.connect && status.is_success(),
                     };
+                    let mut body = Some(body);
                     if let Some(request) = &open {
                         let lane = &*request.0;
+                        let bare = *this.head || is_bare(head.status);
+                        if bare && lane.record.traffic.protocol() == Protocol::Http2 {
+                            leave_out(&mut body, &mut head);
+                        }
                         if tunnel {
                             let route = head.extensions.remove::<Label>();
                             if let Some(open) = open.take() {
@@ -182,6 +190,26 @@ where
     }
 }
 
+/// Whether such an answer has no body, whatever was asked.
+const fn is_bare(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// Drops a body that is not to be sent (RFC 9110, 6.4.1), which hyper does over
+/// HTTP/1 only: over HTTP/2 a client resets the stream, or reads for as long as
+/// there is something. Its length is told as it would be to a GET.
+#[cold]
+fn leave_out<B: Body>(body: &mut Option<B>, head: &mut Parts) {
+    let body = body.take().filter(|body| !body.is_end_stream());
+    let length = body.and_then(|body| body.size_hint().exact());
+    if let Some(length) = length
+        && head.status != StatusCode::NO_CONTENT
+        && !head.headers.contains_key(CONTENT_LENGTH)
+    {
+        head.headers.insert(CONTENT_LENGTH, length.into());
+    }
+}
+
 /// Whether the next request on this connection is better sent elsewhere, and
 /// an answer can say so.
 #[inline]
@@ -195,8 +223,9 @@ pin_project! {
     /// whose bytes are held until hyper has written them: it drops a body as
     /// soon as it has the last of it.
     pub(super) struct CountedBody<B> {
+        // None where it is not to be sent.
         #[pin]
-        body: B,
+        body: Option<B>,
         // While it has, or may have, something to take.
         waits: Option<Waits>,
         open: Option<Open>,
@@ -213,7 +242,10 @@ impl<B: Body> Body for CountedBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, B::Error>>> {
         let this = self.project();
-        let polled = this.body.poll_frame(cx);
+        let Some(body) = this.body.as_pin_mut() else {
+            return Poll::Ready(None);
+        };
+        let polled = body.poll_frame(cx);
         if polled.is_pending() {
             *this.waits = None;
         } else if this.waits.is_none() {
@@ -229,11 +261,12 @@ impl<B: Body> Body for CountedBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let body = self.body.as_ref();
+        body.map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
     }
 }
 

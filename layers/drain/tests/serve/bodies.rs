@@ -78,6 +78,9 @@ async fn answers_without_a_body_count_no_longer_than_they_take() {
     for (method, path, status) in [
         ("HEAD", "/", 200),
         ("HEAD", "/paced/100000", 200),
+        ("HEAD", "/endless", 200),
+        ("GET", "/odd/204", 204),
+        ("GET", "/odd/304", 304),
         ("GET", "/nothing", 204),
         ("GET", "/same", 304),
     ] {

@@ -46,7 +46,7 @@ impl Frame {
 }
 
 impl Frames {
-    async fn new(addr: SocketAddr) -> Self {
+    pub(crate) async fn new(addr: SocketAddr) -> Self {
         let io = soon(TcpStream::connect(addr)).await.unwrap();
         io.set_nodelay(true).unwrap();
         Self::over(io).await
@@ -72,9 +72,14 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
         self.io.flush().await.unwrap();
     }
 
-    async fn get(&mut self, stream: u32, path: &str) {
-        // GET, http, and literals by the static table.
-        let mut head = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
+    pub(crate) async fn get(&mut self, stream: u32, path: &str) {
+        // GET by the static table.
+        self.ask(stream, &[0x82], path).await;
+    }
+
+    async fn ask(&mut self, stream: u32, method: &[u8], path: &str) {
+        // http, and literals by the static table.
+        let mut head = [method, &[0x86, 0x04, u8::try_from(path.len()).unwrap()]].concat();
         head.extend(path.as_bytes());
         head.extend([0x01, 4]);
         head.extend(b"test");
@@ -116,7 +121,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
     }
 
     /// Of status 200, with its body.
-    async fn answer(&mut self, stream: u32) -> Vec<u8> {
+    pub(crate) async fn answer(&mut self, stream: u32) -> Vec<u8> {
         let head = self.next_of(HEADERS).await;
         assert_eq!((head.stream, head.payload[0]), (stream, 0x88), "{head:?}");
         let mut body = Vec::new();
@@ -170,6 +175,27 @@ where
     assert_eq!(client.answer(5).await, b"slow");
     assert!(client.is_closed().await);
     took
+}
+
+/// Answers the PING between the GOAWAYs with more behind it than the server
+/// reads at once, and after a while with more still; gives the socket back at
+/// its end, which is a FIN.
+pub(crate) async fn crosses_the_close(mut client: Frames, wait: Duration) -> TcpStream {
+    assert_eq!(client.next_of(GOAWAY).await.last_stream(), ANY_STREAM);
+    let ping = client.next_of(PING).await;
+    // WINDOW_UPDATE of the connection by 1: nothing that is answered.
+    let update = [0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    let mut frames = vec![0, 0, 8, PING, ACK, 0, 0, 0, 0];
+    frames.extend(&ping.payload);
+    frames.extend(update.repeat(5000));
+    client.io.write_all(&frames).await.unwrap();
+    tokio::time::sleep(wait).await;
+    // Its FIN is no trouble to who sends: only a reset is.
+    client.io.write_all(&update.repeat(100)).await.unwrap();
+    // The end of the GOAWAYs, and of the connection.
+    assert_eq!(client.next_of(GOAWAY).await.last_stream(), 1);
+    assert!(client.is_closed().await);
+    client.io
 }
 
 #[tokio::test]
@@ -371,4 +397,44 @@ async fn no_stream_that_was_taken_is_lost() {
         assert!(answered.unwrap() > 5);
     }
     assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// hyper would send a body that no such answer has.
+#[tokio::test]
+async fn answers_without_a_body_end_with_their_head() {
+    let rig = Rig::of(shutdown(), limits(), app()).await;
+    let mut frames = Frames::new(rig.addr).await;
+    // The method by its name, that of the static table's second.
+    let head: &[u8] = &[0x02, 4, b'H', b'E', b'A', b'D'];
+    let get: &[u8] = &[0x82];
+    for (n, (method, path)) in [
+        (head, "/"),
+        (head, "/paced/100000"),
+        (head, "/endless"),
+        (get, "/odd/204"),
+        (get, "/odd/304"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let stream = 2 * n as u32 + 1;
+        frames.ask(stream, method, path).await;
+        loop {
+            let frame = frames.next().await.unwrap().unwrap();
+            if frame.stream == stream {
+                assert_eq!((frame.kind, frame.flags & END), (HEADERS, END), "{path}");
+                break;
+            }
+        }
+    }
+    // If one of them counted still, this would be cut.
+    rig.trigger();
+    frames.next_of(GOAWAY).await;
+    let ping = frames.next_of(PING).await;
+    frames.acknowledge(&ping).await;
+    frames.next_of(GOAWAY).await;
+    assert!(frames.is_closed().await);
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
+    assert!(report.drained_after() < ms(1400), "{report}");
 }

@@ -1,7 +1,10 @@
 //! Silent and slow clients.
 
+use axum::{Router, routing::post};
 use buttress_core::clock;
-use tokio::net::TcpStream;
+use bytes::Bytes;
+use tokio::{net::TcpStream, time::sleep};
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::{
     Rig,
@@ -204,4 +207,89 @@ async fn heads_have_a_size() {
     }
     let mut client = Client::new(rig.addr).await;
     assert_eq!(client.get("/").await.status, 200);
+}
+
+/// As the front page has it for what is not ours to limit.
+fn uploads() -> Router {
+    let poll = async |body: Bytes| {
+        sleep(ms(900)).await;
+        body
+    };
+    Router::new()
+        .route("/size", post(async |body: Bytes| body.len().to_string()))
+        .route("/poll", post(poll))
+        .layer(RequestBodyTimeoutLayer::new(ms(300)))
+}
+
+fn post_of(path: &str, length: usize, body: &str) -> String {
+    format!("POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n{body}")
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_gives_its_place_back() {
+    let rig = Rig::of(shutdown(), limits().max_connections(1), uploads()).await;
+    let mut stalled = Client::new(rig.addr).await;
+    let begun = clock::now();
+    stalled.send(post_of("/size", 9, "half")).await.unwrap();
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 1).await;
+    let mut next = Client::new(rig.addr).await;
+    next.send(post_of("/size", 5, "whole")).await.unwrap();
+    let answer = stalled.answer().await;
+    assert_eq!(answer.status, 400);
+    let took = clock::now() - begun;
+    assert!((ms(290)..ms(3000)).contains(&took), "{took:?}");
+    assert!(stalled.is_closed().await.unwrap());
+    drop(stalled);
+    assert_eq!(next.answer().await.text(), "5");
+}
+
+/// Over HTTP/2 it is one of the streams of its connection.
+#[tokio::test]
+async fn a_body_that_stalls_takes_no_other_stream_with_it() {
+    let rig = Rig::of(shutdown(), limits(), uploads()).await;
+    let io = soon(TcpStream::connect(rig.addr)).await.unwrap();
+    let (mut send, connection) = h2::client::handshake(io).await.unwrap();
+    tokio::spawn(connection);
+    let request = |path: &str| {
+        let request = http::Request::post(format!("http://test{path}"));
+        request.body(()).unwrap()
+    };
+    let (stalled, mut half) = send.send_request(request("/size"), false).unwrap();
+    half.send_data(Bytes::from("half"), false).unwrap();
+    let (polled, mut whole) = send.send_request(request("/poll"), false).unwrap();
+    whole.send_data(Bytes::from("whole"), true).unwrap();
+    assert_eq!(soon(stalled).await.unwrap().status(), 400);
+    assert_eq!(soon(polled).await.unwrap().status(), 200);
+    assert_eq!(rig.shutdown.connections(), 1);
+}
+
+#[tokio::test]
+async fn neither_a_slow_upload_nor_a_long_poll_stalls() {
+    let rig = Rig::of(shutdown(), limits(), uploads()).await;
+    let mut slow = Client::new(rig.addr).await;
+    slow.send(post_of("/size", 8, "")).await.unwrap();
+    for _ in 0..8 {
+        sleep(ms(100)).await;
+        slow.send("x").await.unwrap();
+    }
+    assert_eq!(slow.answer().await.text(), "8");
+    let mut polls = Client::new(rig.addr).await;
+    polls.send(post_of("/poll", 5, "whole")).await.unwrap();
+    assert_eq!(polls.answer().await.text(), "whole");
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_holds_no_drain() {
+    let rig = Rig::of(shutdown(), limits(), uploads()).await;
+    let mut stalled = Client::new(rig.addr).await;
+    stalled.send(post_of("/size", 9, "half")).await.unwrap();
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 1).await;
+    rig.trigger();
+    assert_eq!(stalled.answer().await.status, 400);
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
+    // Long before the cut.
+    assert!(report.took() < ms(1400), "{report}");
 }
