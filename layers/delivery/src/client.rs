@@ -17,9 +17,10 @@
 
 use std::{
     fmt,
-    future::Future,
+    future::{self, Future},
     net::SocketAddr,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -39,7 +40,7 @@ use tokio::{net::TcpStream, time};
 use tokio_rustls::rustls::ClientConfig;
 use tower_service::Service;
 
-use crate::guard::{Guard, GuardedConnector, timed_out};
+use crate::guard::{Denied, Guard, GuardedConnector, timed_out};
 
 #[cfg(any(feature = "webpki-roots", feature = "native-roots"))]
 mod roots;
@@ -145,6 +146,7 @@ impl<R: Clone> ClientBuilder<R> {
             tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         }
         Connector {
+            guard: self.dial.guard(),
             https: HttpsConnector::from((self.dial, tls)),
             timeout: self.connect_timeout,
         }
@@ -189,6 +191,7 @@ impl<R> fmt::Debug for ClientBuilder<R> {
 /// As [`GuardedConnector`], and what TLS says.
 #[derive(Clone)]
 pub struct Connector<R = GaiResolver> {
+    guard: Arc<Guard>,
     https: HttpsConnector<GuardedConnector<R>>,
     timeout: Duration,
 }
@@ -209,16 +212,21 @@ where
     }
 
     fn call(&mut self, uri: Uri) -> Connecting {
+        // Asked before TLS makes a name of the host: its complaint that
+        // `127.1` is none would hide the denial.
+        if let Err(denied) = self.guard.check_uri(&uri) {
+            return Connecting(State::Denied(future::ready(denied)));
+        }
         let connect = self.https.call(uri);
         let limit = self.timeout;
-        Connecting(Box::pin(async move {
+        Connecting(State::Connecting(Box::pin(async move {
             // Whoever accepts and never shakes hands would be waited for
             // without an end, by a task of the pool that no caller can drop.
             match time::timeout(limit, connect).await {
                 Ok(connected) => connected,
                 Err(_) => Err(timed_out()),
             }
-        }))
+        })))
     }
 }
 
@@ -230,18 +238,25 @@ impl<R> fmt::Debug for Connector<R> {
     }
 }
 
-type Boxed =
-    Pin<Box<dyn Future<Output = Result<MaybeHttpsStream<TokioIo<TcpStream>>, BoxError>> + Send>>;
+type Connected = Result<MaybeHttpsStream<TokioIo<TcpStream>>, BoxError>;
 
 /// Future of [`Connector`].
 #[must_use = "futures do nothing unless polled"]
-pub struct Connecting(Boxed);
+pub struct Connecting(State);
+
+enum State {
+    Denied(future::Ready<Denied>),
+    Connecting(Pin<Box<dyn Future<Output = Connected> + Send>>),
+}
 
 impl Future for Connecting {
-    type Output = Result<MaybeHttpsStream<TokioIo<TcpStream>>, BoxError>;
+    type Output = Connected;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.as_mut().poll(cx)
+        match &mut self.0 {
+            State::Denied(denied) => Pin::new(denied).poll(cx).map(|denied| Err(denied.into())),
+            State::Connecting(connecting) => connecting.as_mut().poll(cx),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Whoever registers a webhook chooses where this service's machine sends
 //! requests to, and that machine may reach what they cannot: the cloud's
 //! metadata, databases, the neighbour's port. A [`Guard`] says which addresses
-//! may be dialled, and [`GuardedConnector`] asks it at the moment of dialling,
+//! may be dialled, and the connector (`GuardedConnector`, feature `connector`) asks it at the moment of dialling,
 //! of the very address that the socket is then opened to. So a name that
 //! answered with a public address at registration and with `127.0.0.1` today
 //! (DNS rebinding) gets no connection.
@@ -39,7 +39,7 @@
 //! - **A proxy resolves for itself.** Behind a forward proxy the guard sees the
 //!   proxy's address and nothing else: let the proxy judge. None is taken from
 //!   the environment.
-//! - **A client that is not built on [`GuardedConnector`] is not guarded.**
+//! - **A client that is not built on `GuardedConnector` is not guarded.**
 //!   [`check_uri`](Guard::check_uri) at registration is good manners towards
 //!   those who mistype, and no protection.
 //! - **A redirect is a new request.** On a guarded client it is judged like the
@@ -169,7 +169,7 @@ impl Guard {
     /// What can be said of a URI before its name is resolved.
     ///
     /// For the moment somebody registers it: a good answer promises nothing of
-    /// what the name will resolve to. [`GuardedConnector`] asks the same, and
+    /// what the name will resolve to. `GuardedConnector` asks the same, and
     /// then of each address.
     ///
     /// # Errors

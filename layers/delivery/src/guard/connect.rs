@@ -105,6 +105,11 @@ impl<R: Clone> GuardedConnector<R> {
         Self::assemble(self.guard, self.resolver, timeout)
     }
 
+    #[cfg(feature = "client")]
+    pub(crate) fn guard(&self) -> Arc<Guard> {
+        Arc::clone(&self.guard)
+    }
+
     fn assemble(guard: Arc<Guard>, resolver: R, timeout: Duration) -> Self {
         let guarded = Resolver {
             guard: Arc::clone(&guard),
