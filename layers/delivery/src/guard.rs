@@ -3,10 +3,10 @@
 //! Whoever registers a webhook chooses where this service's machine sends
 //! requests to, and that machine may reach what they cannot: the cloud's
 //! metadata, databases, the neighbour's port. A [`Guard`] says which addresses
-//! may be dialled, and the connector (`GuardedConnector`, feature `connector`) asks it at the moment of dialling,
-//! of the very address that the socket is then opened to. So a name that
-//! answered with a public address at registration and with `127.0.0.1` today
-//! (DNS rebinding) gets no connection.
+//! may be dialled. The connector (`GuardedConnector`, feature `connector`) asks
+//! it at the moment of dialling, of the very address that the socket is then
+//! opened to. So a name that answered with a public address at registration
+//! and with `127.0.0.1` today (DNS rebinding) gets no connection.
 //!
 //! ```text
 //! URI ─▶ scheme, userinfo, port, host ─┬─ an address ─────────────▶ judged ─▶ dialled
