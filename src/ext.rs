@@ -109,6 +109,49 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         layer: crate::retry::RetryLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::retry::RetryLayer<V, M>, L>>;
 
+    /// Signs requests as webhooks, the body and what goes with it: see
+    /// [`SignLayer`](crate::webhook::SignLayer). It stands last, before the
+    /// transport.
+    ///
+    /// ```
+    /// use buttress::{
+    ///     ServiceBuilderExt,
+    ///     webhook::{GitHub, Secret, SignLayer, Signer, WholeBody},
+    /// };
+    /// use http::{Request, Response};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let secret = Secret::new("It's a Secret to Everybody")?;
+    /// let sign = SignLayer::builder(Signer::new(GitHub, [secret])?).build()?;
+    /// let service = ServiceBuilder::new()
+    ///     .sign_webhooks(sign)
+    ///     .service(service_fn(async |request: Request<WholeBody>| {
+    ///         let signature = request.headers()["x-hub-signature-256"].clone();
+    ///         Ok::<_, std::convert::Infallible>(Response::new(signature))
+    ///     }));
+    /// let request = Request::post("/hooks").body(String::from("Hello, World!"))?;
+    /// let response = service.oneshot(request).await.unwrap();
+    /// assert!(response.body().to_str()?.starts_with("sha256=757107ea"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "webhook")]
+    fn sign_webhooks<M>(
+        self,
+        layer: crate::webhook::SignLayer<M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::webhook::SignLayer<M>, L>>;
+
+    /// Gives each message an id, which its attempts share: see
+    /// [`MessageIdLayer`](crate::webhook::MessageIdLayer). It stands outside of
+    /// a retry.
+    #[cfg(feature = "webhook")]
+    fn message_ids(
+        self,
+        layer: crate::webhook::MessageIdLayer,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::webhook::MessageIdLayer, L>>;
+
     /// Lets requests wait for their turn: see
     /// [`WaitLayer`](crate::rate_limit::WaitLayer).
     #[cfg(feature = "wait")]
@@ -189,6 +232,22 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
         self,
         layer: crate::retry::RetryLayer<V, M>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::retry::RetryLayer<V, M>, L>> {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "webhook")]
+    fn sign_webhooks<M>(
+        self,
+        layer: crate::webhook::SignLayer<M>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::webhook::SignLayer<M>, L>> {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "webhook")]
+    fn message_ids(
+        self,
+        layer: crate::webhook::MessageIdLayer,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::webhook::MessageIdLayer, L>> {
         self.layer(layer)
     }
 

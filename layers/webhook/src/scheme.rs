@@ -4,7 +4,7 @@
 use std::fmt;
 
 use buttress_core::Head;
-use http::request::Parts;
+use http::{HeaderName, request::Parts};
 
 use crate::{Key, Secret, SecretError, SignError, Tag};
 
@@ -85,6 +85,12 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         false
     }
 
+    /// The header that the message's id stands in, where the scheme has one for
+    /// it: what is there already is signed. Default: none.
+    fn id_header(&self) -> Option<&HeaderName> {
+        None
+    }
+
     /// Whether a time is among the signed bytes, so that an old message is
     /// known by it. Default: no.
     fn signs_time(&self) -> bool {
@@ -115,7 +121,8 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
 /// What is to be signed.
 #[derive(Clone, Copy, Debug)]
 pub struct Message<'a> {
-    /// The message's id: the same for each attempt to deliver it.
+    /// The message's id: the same for each attempt to deliver it. May be empty
+    /// where no scheme of the signer [signs it](Scheme::signs_id).
     pub id: &'a str,
     /// The time of this attempt, in seconds since the Unix epoch.
     pub timestamp: u64,
@@ -339,6 +346,10 @@ impl<S: Scheme + ?Sized> Scheme for Box<S> {
 
     fn signs_id(&self) -> bool {
         (**self).signs_id()
+    }
+
+    fn id_header(&self) -> Option<&HeaderName> {
+        (**self).id_header()
     }
 
     fn signs_time(&self) -> bool {

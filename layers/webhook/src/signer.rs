@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use buttress_core::Head;
 use http::request::Parts;
 
-use crate::{Key, Keyring, Message, Scheme, Secret, SecretError, SignError};
+use crate::{Key, Keyring, Message, MessageId, Scheme, Secret, SecretError, SignError};
 
 /// Signs requests, by one scheme or by several at once.
 ///
@@ -98,9 +99,35 @@ impl Signer {
 
     /// The names of the schemes.
     pub fn schemes(&self) -> impl Iterator<Item = &'static str> {
+        self.parts().map(|part| part.scheme.name())
+    }
+
+    /// Whether one of the schemes signs the message's id.
+    #[must_use]
+    pub fn signs_id(&self) -> bool {
+        self.parts().any(|part| part.scheme.signs_id())
+    }
+
+    /// The id that stands in a [header](Scheme::id_header) of one of the
+    /// schemes.
+    pub(crate) fn id(&self, request: Head<'_>) -> Result<Option<MessageId>, SignError> {
+        let headers = self.parts().filter_map(|part| part.scheme.id_header());
+        for header in headers {
+            let mut values = request.headers.get_all(header).iter();
+            let Some(value) = values.next() else {
+                continue;
+            };
+            let only = values.next().is_none();
+            let id = value.to_str().ok().filter(|_| only);
+            return MessageId::new(id.ok_or(SignError::Id)?).map(Some);
+        }
+        Ok(None)
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &Part> {
         std::iter::once(&self.first)
             .chain(&self.more)
-            .map(|part| part.scheme.name())
+            .map(|part| &**part)
     }
 }
 

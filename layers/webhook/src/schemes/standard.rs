@@ -101,6 +101,10 @@ impl Scheme for Standard {
         true
     }
 
+    fn id_header(&self) -> Option<&HeaderName> {
+        Some(&self.id)
+    }
+
     fn signs_time(&self) -> bool {
         true
     }
