@@ -9,8 +9,11 @@ mod scheme;
 mod schemes;
 mod secret;
 mod signer;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod text;
 mod verifier;
+mod verify;
 
 pub use collect::WholeBody;
 pub use error::{SecretError, SignError};
@@ -21,3 +24,8 @@ pub use schemes::{GitHub, Sha256, Shopify, Slack, Standard, Stripe};
 pub use secret::Secret;
 pub use signer::Signer;
 pub use verifier::{Verified, Verifier};
+pub use verify::{
+    Claim, ClaimKey, ClaimToken, Lookup, LookupFn, OnStoreError, Repeat, ReplayStore, Settle,
+    StoreFuture, Verify, VerifyBody, VerifyBuilder, VerifyConfigError, VerifyFuture, VerifyHandle,
+    VerifyLayer, lookup_fn,
+};
