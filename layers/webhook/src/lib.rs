@@ -10,8 +10,11 @@ mod schemes;
 mod secret;
 pub mod sign;
 mod signer;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod text;
 mod verifier;
+mod verify;
 
 pub use collect::WholeBody;
 pub use error::{SecretError, SignError};
@@ -23,3 +26,8 @@ pub use secret::Secret;
 pub use sign::{MessageId, MessageIdLayer, MessageIds, Sign, SignBuilder, SignHandle, SignLayer};
 pub use signer::Signer;
 pub use verifier::{Verified, Verifier};
+pub use verify::{
+    Claim, ClaimKey, ClaimToken, Lookup, LookupFn, OnStoreError, Repeat, ReplayStore, Settle,
+    StoreFuture, Verify, VerifyBody, VerifyBuilder, VerifyConfigError, VerifyFuture, VerifyHandle,
+    VerifyLayer, lookup_fn,
+};

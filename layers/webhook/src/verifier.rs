@@ -6,7 +6,7 @@ use buttress_core::Head;
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
-use crate::{Keyring, Reason, Scheme, Secret, SecretError, Tag, scheme::Covers};
+use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, scheme::Covers};
 
 /// Tells what was signed by who has the secret, and lately.
 ///
@@ -87,7 +87,7 @@ impl Verifier {
         body: &[u8],
         now: Duration,
     ) -> Result<Verified, Reason> {
-        verify(
+        judge(
             &*self.scheme,
             &self.keys,
             self.tolerance,
@@ -95,6 +95,7 @@ impl Verifier {
             body,
             now,
         )
+        .map(|(verified, _)| verified)
     }
 }
 
@@ -113,19 +114,18 @@ pub struct Verified {
     pub key_index: usize,
     /// The scheme's [name](Scheme::name).
     pub scheme: &'static str,
-    /// What a repeat is known by where no id is signed.
-    pub(crate) tag: Tag,
+    /// Whether it came before, and the layer was told to
+    /// [let repeats pass](crate::Repeat::Pass).
+    pub repeat: bool,
 }
 
-/// The checks that are the same for all schemes.
-pub(crate) fn verify(
+/// Reads what the request claims, and whether that is timely.
+pub(crate) fn screen<'r>(
     scheme: &dyn Scheme,
-    keys: &Keyring,
     tolerance: Duration,
-    request: Head<'_>,
-    body: &[u8],
+    request: Head<'r>,
     now: Duration,
-) -> Result<Verified, Reason> {
+) -> Result<Envelope<'r>, Reason> {
     let envelope = scheme.read(request)?;
     // Whole seconds, as the timestamps are.
     let now = now.as_secs();
@@ -140,6 +140,19 @@ pub(crate) fn verify(
     if envelope.expires.is_some_and(|expires| expires <= now) {
         return Err(Reason::TimestampTooOld);
     }
+    Ok(envelope)
+}
+
+/// The checks that are the same for all schemes, and what passed them.
+pub(crate) fn judge<'r>(
+    scheme: &dyn Scheme,
+    keys: &Keyring,
+    tolerance: Duration,
+    request: Head<'r>,
+    body: &[u8],
+    now: Duration,
+) -> Result<(Verified, Envelope<'r>), Reason> {
+    let envelope = screen(scheme, tolerance, request, now)?;
     let [first, second, third, fourth] = envelope.before;
     let (last, digested) = match &envelope.covers {
         Covers::Body => (body, 1.into()),
@@ -151,23 +164,38 @@ pub(crate) fn verify(
     // Every key and every signature, whichever is right: how long it takes
     // tells nobody which.
     let mut right = u64::MAX;
-    let mut tag = Tag::new([0; 32]);
     for (index, key) in (0_u64..).zip(keys.keys()) {
         let computed = key.tag(&[first, second, third, fourth, last]);
         for claimed in envelope.tags.iter() {
             let matches = computed.ct_eq(claimed) & digested & right.ct_eq(&u64::MAX);
             right.conditional_assign(&index, matches);
-            tag.0.conditional_assign(&computed.0, matches);
         }
     }
     if right == u64::MAX {
         return Err(Reason::SignatureMismatch);
     }
-    Ok(Verified {
+    let verified = Verified {
         id: envelope.id.map(Arc::from),
         timestamp: envelope.timestamp,
         key_index: usize::try_from(right).unwrap_or(usize::MAX),
         scheme: scheme.name(),
-        tag,
-    })
+        repeat: false,
+    };
+    Ok((verified, envelope))
+}
+
+/// What a message is known by where it has no id: the SHA-256 of the bytes that
+/// are signed. Not its MAC, which is another one under each secret: who drops
+/// the first of two signatures, or waits until the secrets are replaced, would
+/// have a message that looks new.
+pub(crate) fn digest(envelope: &Envelope<'_>, body: &[u8]) -> [u8; 32] {
+    let mut running = Sha256::new();
+    for piece in envelope.before {
+        running.update(piece);
+    }
+    running.update(match envelope.covers {
+        Covers::Body => body,
+        Covers::Sha256(_) => &envelope.base,
+    });
+    running.finalize().into()
 }
