@@ -9,7 +9,7 @@ mod scheme;
 mod schemes;
 mod secret;
 mod signer;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod text;
 mod verifier;
