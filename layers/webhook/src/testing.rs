@@ -11,7 +11,8 @@ pub const KEEP: Duration = Duration::from_millis(600);
 /// none of them may be known to the store. `pass` has the store's time go by: it
 /// advances a paused clock, or sleeps.
 ///
-/// On a tokio runtime.
+/// On a tokio runtime. A store that frees what is in progress after a while
+/// takes more than two seconds for it here.
 ///
 /// # Panics
 ///

@@ -7,7 +7,7 @@ use std::{
     fmt,
     future::{Future, poll_fn},
     num::NonZeroUsize,
-    pin::{Pin, pin},
+    pin::pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
@@ -1382,19 +1382,4 @@ async fn the_wall_clock_can_be_given() {
     is_problem(&response, 401, "timestamp_too_old");
     clock.store(NOW + 300, SeqCst);
     assert_eq!(status(&service, signed("msg_1", "x")).await, 200);
-}
-
-/// Boxes nothing where claims are in memory: the future is as large as what it
-/// holds, and can be named.
-#[test]
-fn the_future_has_a_name() {
-    fn named<S, B>(_: &Verify<S>) -> Option<Pin<Box<buttress_webhook::VerifyFuture<S, B>>>>
-    where
-        S: Service<Request<WholeBody>>,
-        B: Body,
-    {
-        None
-    }
-    let service = standard().build().unwrap().layer(handler().0);
-    assert!(named::<_, Full<Bytes>>(&service).is_none());
 }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::testing::settle;
+use buttress_core::testing::{settle, web};
 use buttress_webhook::{
     Claim, ClaimKey, ClaimToken, Message, OnStoreError, ReplayStore, Secret, Signer, Standard,
     StoreFuture, VerifyLayer, WholeBody, lookup_fn,
@@ -123,11 +123,17 @@ async fn what_is_logged_is_plain() {
     assert_eq!(send(&layer, forged).await, 401);
     assert_eq!(send(&layer, signed("msg_hidden")).await, 200);
     assert_eq!(send(&layer, signed("msg_hidden")).await, 200);
+    let plain = web::post("/", "");
+    assert_eq!(send(&layer, plain).await, 401);
+    let large = web::post("/", vec![0; 2 << 20]);
+    assert_eq!(send(&layer, large).await, 413);
     assert_eq!(
         take(),
         [
             "DEBUG message=webhook refused name=orders scheme=standard reason=signature_mismatch",
             "DEBUG message=webhook repeated name=orders kind=completed",
+            "DEBUG message=webhook refused name=orders scheme=standard reason=missing_id",
+            "DEBUG message=webhook refused name=orders scheme=standard reason=body_too_large",
         ]
     );
 
@@ -143,7 +149,8 @@ async fn what_is_logged_is_plain() {
     assert_eq!(send(&layer, signed("msg_hidden")).await, 503);
     *works.lock().unwrap() = true;
     assert_eq!(send(&layer, signed("msg_hidden")).await, 200);
-    let refused = "DEBUG message=webhook refused without its store name=orders";
+    let refused =
+        "DEBUG message=webhook refused name=orders scheme=standard reason=store_unavailable";
     assert_eq!(
         take(),
         [
