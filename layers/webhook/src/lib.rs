@@ -10,7 +10,7 @@ mod schemes;
 mod secret;
 pub mod sign;
 mod signer;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod text;
 mod verifier;

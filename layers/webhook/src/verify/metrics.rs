@@ -123,15 +123,15 @@ mod on {
         }
 
         pub(crate) fn judged(&self, verdict: Verdict) {
-            add(&VERDICTS, &self.verifications, verdict);
+            add(&VERDICTS, &self.verifications, &verdict);
         }
 
         pub(crate) fn repeated(&self, kind: Kind) {
-            add(&KINDS, &self.replays, kind);
+            add(&KINDS, &self.replays, &kind);
         }
 
         pub(crate) fn store_failed(&self, operation: &'static str) {
-            add(&OPERATIONS, &self.store_errors, operation);
+            add(&OPERATIONS, &self.store_errors, &operation);
         }
 
         /// Not set: layers of one name have one gauge.
@@ -143,8 +143,8 @@ mod on {
         }
     }
 
-    fn add<T: PartialEq>(labels: &[T], counters: &[Counter], label: T) {
-        let at = labels.iter().position(|other| *other == label);
+    fn add<T: PartialEq>(labels: &[T], counters: &[Counter], label: &T) {
+        let at = labels.iter().position(|other| other == label);
         if let Some(counter) = at.and_then(|at| counters.get(at)) {
             counter.increment(1);
         }

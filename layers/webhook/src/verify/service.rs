@@ -87,6 +87,10 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
+        // Only the polled instance was promised ready: it is called, or dropped
+        // with what it was promised.
+        let fresh = self.inner.clone();
+        let ready = mem::replace(&mut self.inner, fresh);
         let most = self.shared.max_body as u64;
         let least = request.body().size_hint().lower();
         // The body says it where the server has it from the header; another
@@ -95,9 +99,6 @@ where
             let refused = self.shared.refuse(Verdict::TooLarge, Head::from(&request));
             return VerifyFuture::answered(refused);
         }
-        // Only the polled instance was promised ready.
-        let fresh = self.inner.clone();
-        let ready = mem::replace(&mut self.inner, fresh);
         VerifyFuture::collecting(ready, request, Arc::clone(&self.shared))
     }
 }

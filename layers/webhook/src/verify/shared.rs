@@ -208,12 +208,6 @@ impl Shared {
     #[cold]
     pub(crate) fn refuse(&self, verdict: Verdict, request: Head<'_>) -> Response<Bytes> {
         self.metrics.judged(verdict);
-        debug!(
-            name = &*self.name,
-            scheme = self.scheme.name(),
-            reason = verdict.as_str(),
-            "webhook refused"
-        );
         let refusal = match verdict {
             Verdict::TooLarge => Refusal::new(RefusalKind::BodyTooLarge),
             Verdict::Broken => Refusal::new(RefusalKind::BadRequest)
@@ -231,6 +225,12 @@ impl Shared {
     }
 
     fn respond(&self, refusal: Refusal, request: Head<'_>) -> Response<Bytes> {
+        debug!(
+            name = &*self.name,
+            scheme = self.scheme.name(),
+            reason = refusal.reason(),
+            "webhook refused"
+        );
         let refusal = refusal.with_origin(self.name.to_string()).before_sending();
         self.responder.respond(&refusal, request)
     }
@@ -249,7 +249,9 @@ impl Shared {
             Claim::Completed | Claim::New(_) => (Kind::Completed, replays.completed),
         };
         self.metrics.repeated(kind);
-        debug!(name = &*self.name, kind = kind.as_str(), "webhook repeated");
+        if kind != Kind::Full {
+            debug!(name = &*self.name, kind = kind.as_str(), "webhook repeated");
+        }
         match repeat {
             Repeat::Pass => return None,
             // An empty answer of gRPC is an error of its own.
@@ -352,7 +354,6 @@ impl Shared {
     /// What a genuine message gets whose claim the store has not decided.
     #[cold]
     pub(crate) fn unclaimed(&self, request: Head<'_>) -> Response<Bytes> {
-        debug!(name = &*self.name, "webhook refused without its store");
         self.respond(Refusal::new(RefusalKind::StoreUnavailable), request)
     }
 
