@@ -15,10 +15,11 @@ use std::{
     time::Duration,
 };
 
-use buttress::Head;
+use buttress::{BoxError, Head};
 use bytes::Bytes;
 use http::{HeaderMap, Version};
 use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
 use tokio::{
     sync::oneshot,
     time::{Instant, Sleep, sleep_until},
@@ -71,7 +72,7 @@ impl fmt::Display for Cut {
 impl std::error::Error for Cut {}
 
 /// What the client sends, as the layers around give it to us.
-type Live = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error> + Send>>;
+type Live = Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>;
 
 /// The one body that the client sends, shared by the attempts to send it on.
 #[derive(Clone)]
@@ -126,14 +127,13 @@ impl Inner {
 }
 
 impl Source {
-    pub(crate) fn new(
-        body: impl Body<Data = Bytes, Error = hyper::Error> + Send + 'static,
-        limit: u64,
-        silence: Option<Duration>,
-    ) -> Self {
+    pub(crate) fn new<B>(body: B, limit: u64, silence: Option<Duration>) -> Self
+    where
+        B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    {
         Self {
             inner: Arc::new(Mutex::new(Inner {
-                body: Some(Box::pin(body)),
+                body: Some(Box::pin(body.map_err(Into::into))),
                 seen: 0,
                 limit,
                 silence,

@@ -86,7 +86,7 @@ impl Forward {
 
 impl<B> Service<Request<B>> for Forward
 where
-    B: HttpBody<Data = Bytes, Error = hyper::Error> + Send + 'static,
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
     type Response = Response<Body>;
     type Error = Failed;
@@ -105,7 +105,7 @@ where
 impl Rules {
     async fn forward<B>(&self, mut request: Request<B>) -> Result<Response<Body>, Failed>
     where
-        B: HttpBody<Data = Bytes, Error = hyper::Error> + Send + 'static,
+        B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
         self.screen(&request)?;
         let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();

@@ -26,6 +26,7 @@ mod proxy;
 mod serve;
 mod settings;
 mod upstream;
+mod webhook;
 
 use std::{
     convert::Infallible,
