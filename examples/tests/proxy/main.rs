@@ -16,3 +16,4 @@ mod support;
 mod talk;
 mod talking;
 mod tls;
+mod webhooks;
