@@ -102,7 +102,7 @@ async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
         inner.advance(Phase::Closing);
     }
     if inner.phase() < Phase::Closed {
-        let listeners = inner.emptied(|inner| inner.books.ledger.open(Kind::Listener) == 0);
+        let listeners = inner.emptied(|inner| inner.books.ledger.is_idle_of(Kind::Listener));
         match callbacks.with(by(inner, plan.cut, listeners)).await {
             Some(()) => inner.advance(Phase::Closed),
             None => listeners_left(inner),
