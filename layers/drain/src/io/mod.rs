@@ -382,6 +382,7 @@ impl<I: Socket> DrainIo<I> {
                     }
                     match self.http2(now, phase, open) {
                         Some((due, until)) => (due.into_iter().chain(late).min(), until),
+                        None if self.get_ref().has_unread() => (None, Phase::Cut),
                         None => return Poll::Ready(Ending::Over),
                     }
                 }
