@@ -486,8 +486,14 @@ impl<I: Socket> DrainIo<I> {
                 *self.left.insert(now)
             }
         };
+        // Who goes on opening streams has not heard of it, or does not care.
+        let refuses = left + self.limits.header_timeout;
+        let refuses = (refuses > now).then_some(refuses);
+        if refuses.is_none() {
+            self.record().traffic.refuse();
+        }
         if open {
-            return Some((None, Phase::Cut));
+            return Some((refuses, Phase::Cut));
         }
         let due = left.max(self.idle_since()) + self.limits.header_timeout;
         (due > now).then_some((Some(due), Phase::Cut))

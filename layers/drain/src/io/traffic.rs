@@ -22,6 +22,7 @@ pub(crate) struct Traffic {
     ended: AtomicU64,
     protocol: AtomicU8,
     leaving: AtomicBool,
+    refusing: AtomicBool,
     /// The last request that began has no body.
     bare: AtomicBool,
     /// How many answers wait for the other end to take more of them.
@@ -202,6 +203,16 @@ impl Traffic {
     #[inline]
     pub(crate) fn is_leaving(&self) -> bool {
         self.leaving.load(Relaxed)
+    }
+
+    /// It was told so long ago that those which come all the same are refused.
+    pub(crate) fn refuse(&self) {
+        self.refusing.store(true, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn is_refusing(&self) -> bool {
+        self.refusing.load(Relaxed)
     }
 }
 

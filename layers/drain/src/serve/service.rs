@@ -50,6 +50,9 @@ where
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let connect = request.method() == Method::CONNECT;
         let traffic = &self.lane.record.traffic;
+        if traffic.is_refusing() {
+            return refused();
+        }
         traffic.bare(request.body().is_end_stream());
         let open = Some(Open::new(&self.lane));
         let mut service = self.service.clone();
@@ -74,6 +77,19 @@ where
             open,
             state,
         }
+    }
+}
+
+/// Of a request that nothing was done for: its client may send it again.
+#[cold]
+fn refused<S, F>() -> CountedFuture<S, F> {
+    let error = h2::Error::from(h2::Reason::REFUSED_STREAM);
+    CountedFuture {
+        connect: false,
+        open: None,
+        state: State::Failed {
+            error: Some(error.into()),
+        },
     }
 }
 
