@@ -84,6 +84,8 @@ pub struct DrainIo<I: Socket> {
     expires: Option<Instant>,
     goaway: Option<Instant>,
     left: Option<Instant>,
+    /// Something was read since.
+    heard: bool,
     /// Since when nothing can be written.
     stalled: Option<Instant>,
     end: End,
@@ -173,6 +175,7 @@ impl<I: Socket> DrainIo<I> {
             expires,
             goaway: None,
             left: None,
+            heard: false,
             stalled: None,
             end: End::Open,
         }
@@ -277,6 +280,7 @@ impl<I: Socket> DrainIo<I> {
     #[inline]
     fn stirs(&mut self, read: &[u8]) {
         let traffic = self.record().traffic.load();
+        self.heard |= self.left.is_some();
         if read.iter().all(|byte| matches!(byte, b'\r' | b'\n')) && self.passes_over(traffic) {
             return;
         }
@@ -492,7 +496,9 @@ impl<I: Socket> DrainIo<I> {
         if refuses.is_none() {
             self.record().traffic.refuse();
         }
-        if open {
+        // hyper knows of the other half, and ends it with the last stream, if
+        // the client is there to answer its ping.
+        if open || self.heard && self.record().has_half_a_tunnel() {
             return Some((refuses, Phase::Cut));
         }
         let due = left.max(self.idle_since()) + self.limits.header_timeout;
@@ -710,6 +716,7 @@ impl<I: Socket> AsyncWrite for DrainIo<I> {
         let this = self.get_mut();
         if matches!(this.end, End::Open | End::Over | End::Eof) {
             let shut = ready!(this.pinned().poll_shutdown(cx));
+            this.record().has_no_tunnels();
             let over = matches!(this.end, End::Eof) || this.limits.linger.is_zero();
             this.end = match this.doing() {
                 _ if over || shut.is_err() || this.guard.is_cut() => End::Closed,

@@ -112,7 +112,11 @@ impl Open {
     fn upgraded(self, route: Option<Label>) {
         let record = &self.0.record;
         if record.traffic.protocol() == Protocol::Http2 {
-            StreamExecutor::tunnel(self);
+            StreamExecutor::tunnel(Tunnel {
+                open: self,
+                route,
+                key: None,
+            });
             return;
         }
         record.traffic.speak(Protocol::Tunnel);
@@ -123,6 +127,29 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.record.traffic.end();
+    }
+}
+
+/// A stream that is a tunnel, until hyper has sent the last of it.
+pub(super) struct Tunnel {
+    open: Open,
+    route: Option<Label>,
+    /// None before hyper has made a tunnel of it.
+    key: Option<usize>,
+}
+
+impl Tunnel {
+    pub(super) fn begins(&mut self) {
+        let key = self.open.0.record.tunnel_begins(self.route.take());
+        self.key = Some(key);
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            self.open.0.record.tunnel_sent(key);
+        }
     }
 }
 
@@ -171,12 +198,15 @@ where
                     let response = ready!(call.poll(cx)).map_err(Into::into)?;
                     let (mut head, body) = response.into_parts();
                     let mut open = this.open.take();
-                    let tunnel = match head.status {
-                        StatusCode::SWITCHING_PROTOCOLS => true,
-                        status => *this.connect && status.is_success(),
-                    };
                     if let Some(request) = &open {
                         let lane = &*request.0;
+                        let tunnel = match head.status {
+                            // There is none over HTTP/2.
+                            StatusCode::SWITCHING_PROTOCOLS => {
+                                lane.record.traffic.protocol() != Protocol::Http2
+                            }
+                            status => *this.connect && status.is_success(),
+                        };
                         if tunnel {
                             let route = head.extensions.remove::<Label>();
                             if let Some(open) = open.take() {
