@@ -103,7 +103,7 @@ async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
         inner.advance(Phase::Closing);
     }
     if inner.phase() < Phase::Closed {
-        let listeners = inner.emptied(|inner| inner.books.ledger.open(Kind::Listener) == 0);
+        let listeners = inner.emptied(|inner| inner.books.ledger.is_idle_of(Kind::Listener));
         match callbacks.with(by(inner, plan.cut, listeners)).await {
             Some(()) => inner.advance(Phase::Closed),
             None => listeners_left(inner),
@@ -208,23 +208,29 @@ fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let mut all: Vec<_> = tracked.collect();
 
     let connections = inner.connections.lock().clone();
-    all.extend(connections.iter().filter_map(|(_, connection)| {
-        let kind = CutKind::of(connection.state())?;
-        // What it is busy with is there already.
+    for (_, connection) in &connections {
+        let tunnels = connection.tunnels();
         let requests = named
             .get(&ConnectionId::of(connection))
             .copied()
             .unwrap_or(0);
-        if kind == CutKind::Connection && connection.is_named_by(requests) {
-            return None;
-        }
-        Some(Cut {
+        // What it is busy with is there already, or will be.
+        let kind = CutKind::of(connection.state()).filter(|kind| {
+            *kind != CutKind::Connection || !connection.is_named_by(requests + tunnels.len())
+        });
+        all.extend(kind.map(|kind| Cut {
             kind,
             label: connection.route(),
             age: now - connection.since,
             bytes: Some(connection.bytes()),
-        })
-    }));
+        }));
+        all.extend(tunnels.into_iter().map(|tunnel| Cut {
+            kind: CutKind::Tunnel,
+            label: tunnel.label,
+            age: now - tunnel.since,
+            bytes: Some(connection.bytes()),
+        }));
+    }
 
     let guards = inner.guards.lock().clone();
     all.extend(guards.into_iter().map(|(_, guard)| Cut {

@@ -122,8 +122,8 @@ impl LimitsBuilder {
     /// How long a request's head may take from its first byte to its last,
     /// however steadily it trickles in (by TLS: from its first bytes that do not
     /// come with the request before it); and a connection over HTTP/2 to close
-    /// when it was told to and has no request. Above 0, at most a day. Default
-    /// 10 s.
+    /// when it was told to and has no request; streams that its client opens
+    /// later than so are refused. Above 0, at most a day. Default 10 s.
     pub const fn header_timeout(mut self, timeout: Duration) -> Self {
         self.limits.header_timeout = timeout;
         self

@@ -51,6 +51,12 @@ use crate::{Label, Phase, Shutdown, io::Told, listen::Listener};
 /// Each connection has a task of its own, and each request a clone of the
 /// service.
 ///
+/// Of a tunnel in a stream of HTTP/2 hyper tells when this end has sent all that
+/// it will, not when the other has. From then on its connection gets a GOAWAY
+/// like an idle one, and stays, for as long as the client answers it, until
+/// hyper has seen the stream's end: a drain waits for that, up to the cut, and
+/// reports the last such tunnel of a connection if nothing else is open on it.
+///
 /// ```
 /// use std::{convert::Infallible, time::Duration};
 /// use buttress_drain::{Limits, Server, Shutdown};

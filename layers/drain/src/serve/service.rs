@@ -51,6 +51,9 @@ where
         let connect = request.method() == Method::CONNECT;
         let head = request.method() == Method::HEAD;
         let traffic = &self.lane.record.traffic;
+        if traffic.is_refusing() {
+            return refused();
+        }
         traffic.bare(request.body().is_end_stream());
         let open = Some(Open::new(&self.lane));
         let mut service = self.service.clone();
@@ -79,6 +82,20 @@ where
     }
 }
 
+/// Of a request that nothing was done for: its client may send it again.
+#[cold]
+fn refused<S, F>() -> CountedFuture<S, F> {
+    let error = h2::Error::from(h2::Reason::REFUSED_STREAM);
+    CountedFuture {
+        connect: false,
+        head: false,
+        open: None,
+        state: State::Failed {
+            error: Some(error.into()),
+        },
+    }
+}
+
 /// A request that is open on its connection until this is dropped.
 pub(super) struct Open(Arc<Lane>);
 
@@ -98,7 +115,11 @@ impl Open {
     fn upgraded(self, route: Option<Label>) {
         let record = &self.0.record;
         if record.traffic.protocol() == Protocol::Http2 {
-            StreamExecutor::tunnel(self);
+            StreamExecutor::tunnel(Tunnel {
+                open: self,
+                route,
+                key: None,
+            });
             return;
         }
         record.traffic.speak(Protocol::Tunnel);
@@ -109,6 +130,29 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.record.traffic.end();
+    }
+}
+
+/// A stream that is a tunnel, until hyper has sent the last of it.
+pub(super) struct Tunnel {
+    open: Open,
+    route: Option<Label>,
+    /// None before hyper has made a tunnel of it.
+    key: Option<usize>,
+}
+
+impl Tunnel {
+    pub(super) fn begins(&mut self) {
+        let key = self.open.0.record.tunnel_begins(self.route.take());
+        self.key = Some(key);
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            self.open.0.record.tunnel_sent(key);
+        }
     }
 }
 
@@ -158,17 +202,18 @@ where
                     let response = ready!(call.poll(cx)).map_err(Into::into)?;
                     let (mut head, body) = response.into_parts();
                     let mut open = this.open.take();
-                    let tunnel = match head.status {
-                        StatusCode::SWITCHING_PROTOCOLS => true,
-                        status => *this.connect && status.is_success(),
-                    };
                     let mut body = Some(body);
                     if let Some(request) = &open {
                         let lane = &*request.0;
-                        let bare = *this.head || is_bare(head.status);
-                        if bare && lane.record.traffic.protocol() == Protocol::Http2 {
+                        let is_http2 = lane.record.traffic.protocol() == Protocol::Http2;
+                        if is_http2 && (*this.head || is_bare(head.status)) {
                             leave_out(&mut body, &mut head);
                         }
+                        let tunnel = match head.status {
+                            // There is none over HTTP/2.
+                            StatusCode::SWITCHING_PROTOCOLS => !is_http2,
+                            status => *this.connect && status.is_success(),
+                        };
                         if tunnel {
                             let route = head.extensions.remove::<Label>();
                             if let Some(open) = open.take() {

@@ -107,7 +107,8 @@ where
                 let _ = write.shutdown().await;
             });
             if connect {
-                return status(StatusCode::OK);
+                let label = buttress_drain::Label::from("/tunnel");
+                return Response::builder().extension(label).body(empty()).unwrap();
             }
             Response::builder()
                 .status(StatusCode::SWITCHING_PROTOCOLS)

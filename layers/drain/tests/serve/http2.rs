@@ -12,8 +12,9 @@ use tokio::{
 
 use crate::{Rig, app::app, limits, ms, shutdown, shutdown_of, soon, until};
 
-const DATA: u8 = 0;
+pub(crate) const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
@@ -30,10 +31,10 @@ pub(crate) struct Frames<I = TcpStream> {
 }
 
 #[derive(Debug)]
-struct Frame {
+pub(crate) struct Frame {
     kind: u8,
     flags: u8,
-    stream: u32,
+    pub(crate) stream: u32,
     payload: Vec<u8>,
 }
 
@@ -111,7 +112,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
         }
     }
 
-    async fn next_of(&mut self, kind: u8) -> Frame {
+    pub(crate) async fn next_of(&mut self, kind: u8) -> Frame {
         loop {
             let frame = self.next().await.unwrap().expect("it was closed");
             if frame.kind == kind {
@@ -261,6 +262,47 @@ async fn a_client_that_never_answers_the_ping_is_not_waited_for() {
     while client.next().await.unwrap().is_some() {}
     let took = clock::now() - start;
     assert!((ms(290)..ms(3000)).contains(&took), "{took:?}");
+    drop(client);
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// Nor is one that opens streams on and on: after a time for its answer they
+/// are refused, which says that they may be sent again, and what is there is
+/// finished.
+#[tokio::test]
+async fn a_client_that_goes_on_without_an_answer_to_the_ping_is_refused() {
+    let limits = limits().header_timeout(ms(300));
+    let rig = Rig::of(shutdown_of(0, 8000, 500), limits, app()).await;
+    let mut client = Frames::new(rig.addr).await;
+    client.get(1, "/").await;
+    client.answer(1).await;
+    let start = rig.trigger();
+    client.next_of(PING).await;
+    let (mut stream, mut answered) = (3, Vec::new());
+    client.get(stream, "/slow/1000").await;
+    let refused = loop {
+        tokio::time::sleep(ms(50)).await;
+        stream += 2;
+        client.get(stream, "/").await;
+        let frame = client.next().await.unwrap().expect("it was closed");
+        match frame.kind {
+            RST_STREAM => break frame,
+            HEADERS => answered.push(frame.stream),
+            _ => {}
+        }
+        assert!(clock::now() - start < ms(2000));
+    };
+    let took = clock::now() - start;
+    assert!((ms(290)..ms(950)).contains(&took), "{took:?}");
+    assert_eq!(refused.payload, 7_u32.to_be_bytes(), "REFUSED_STREAM");
+    assert!(answered.len() > 1, "{answered:?}");
+    while let Some(frame) = client.next().await.unwrap() {
+        if frame.kind == HEADERS {
+            answered.push(frame.stream);
+        }
+    }
+    assert!(answered.contains(&3), "it had begun");
+    assert!(clock::now() - start < ms(4000));
     drop(client);
     assert_eq!(rig.ended().await.exit_code(), 0);
 }

@@ -81,6 +81,50 @@ async fn a_head_that_was_sent_ahead_and_stops_is_closed() {
     assert!((ms(150)..ms(3000)).contains(&took), "{took:?}");
 }
 
+/// And one that came while the request before it was served.
+#[tokio::test]
+async fn a_head_that_begins_within_a_request_and_stops_is_closed() {
+    let rig = Rig::of(shutdown(), limits().header_timeout(ms(200)), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    client.send(get("/slow/150")).await.unwrap();
+    tokio::time::sleep(ms(50)).await;
+    client.send("GET /b").await.unwrap();
+    assert_eq!(client.answer().await.text(), "slow");
+    let begun = clock::now();
+    assert!(client.is_closed().await.unwrap());
+    let took = clock::now() - begun;
+    assert!((ms(150)..ms(3000)).contains(&took), "{took:?}");
+}
+
+/// Which a server is to pass over (RFC 9112, section 2.2): it begins no head.
+#[tokio::test]
+async fn an_empty_line_between_requests_is_none() {
+    let rig = Rig::of(shutdown(), limits().header_timeout(ms(100)), app()).await;
+    let mut before = Client::new(rig.addr).await;
+    before.send("\r\n").await.unwrap();
+    let mut after = Client::new(rig.addr).await;
+    after.get("/").await;
+    after.send("\r\n").await.unwrap();
+    let mut within = Client::new(rig.addr).await;
+    within.send(get("/slow/100")).await.unwrap();
+    tokio::time::sleep(ms(50)).await;
+    within.send("\r\n").await.unwrap();
+    assert_eq!(within.answer().await.text(), "slow");
+    tokio::time::sleep(ms(400)).await;
+    for client in [&mut before, &mut after, &mut within] {
+        assert_eq!(client.get("/").await.text(), "hello");
+        client.send("\r\n").await.unwrap();
+    }
+    // And it holds no drain.
+    tokio::time::sleep(ms(50)).await;
+    rig.trigger();
+    for client in [&mut before, &mut after, &mut within] {
+        assert!(client.is_closed().await.unwrap());
+    }
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
+}
+
 /// Over HTTP/2 nothing is written, and nothing stalls, where a client opens no
 /// window.
 #[tokio::test]
