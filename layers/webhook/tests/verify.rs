@@ -1284,6 +1284,18 @@ async fn a_claim_that_nobody_waits_for_is_given_back() {
     assert_eq!(script.call_count(), 0);
 }
 
+/// Without a runtime nobody is there to tell the store: no panic, either.
+#[test]
+fn outside_of_a_runtime_the_store_is_not_told() {
+    let store = Store::of([new(7)]);
+    let (inner, _script) = script().then(Step::hang()).build();
+    let layer = standard().replay_store(store.clone()).build().unwrap();
+    let mut call = task::spawn(layer.layer(inner).oneshot(signed("msg_1", "x")));
+    assert_pending!(call.poll());
+    drop(call);
+    assert_eq!(*store.told.lock().unwrap(), ["claim 601"]);
+}
+
 // What is shown, and what cannot be built
 
 #[tokio::test(start_paused = true)]

@@ -94,7 +94,9 @@ pub trait ReplayStore: Send + Sync + 'static {
     /// counts for `keep` from its completion.
     ///
     /// Once polled it is polled to its end, in the background if nobody waits
-    /// any longer; a claim that comes of it then is released.
+    /// any longer; a claim that comes of it then is released. Where it fails
+    /// after it may have claimed, on a time limit say, it is the store that has
+    /// to give the claim back.
     fn claim<'a>(&'a self, key: &'a ClaimKey, keep: Duration) -> StoreFuture<'a, Claim>;
 
     /// The message is done: it is remembered for `keep` from now. Changes
