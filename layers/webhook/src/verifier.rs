@@ -3,10 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use buttress_core::Head;
-use sha2::{Digest, Sha256};
-use subtle::{ConditionallySelectable, ConstantTimeEq};
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use crate::{Keyring, Reason, Scheme, Secret, SecretError, Tag, scheme::Covers};
+use crate::{Keyring, Reason, Scheme, Secret, SecretError, Tag, mac::sha256};
 
 /// Tells what was signed by who has the secret, and lately.
 ///
@@ -127,9 +126,86 @@ pub(crate) fn verify(
     now: Duration,
 ) -> Result<Verified, Reason> {
     let envelope = scheme.read(request)?;
+    let timely = |signed, expires| timely(signed, expires, tolerance, now);
+    let mut late = None;
+    let together = timely(envelope.timestamp, envelope.expires);
+    let together = together.map_err(|reason| late = Some(reason)).is_ok();
+    // Each of these has times of its own: what is stale of them is left out.
+    let mut claims = Vec::new();
+    for claim in &envelope.claims {
+        match timely(claim.timestamp, claim.expires) {
+            Ok(()) => claims.push(claim),
+            Err(reason) => late = late.or(Some(reason)),
+        }
+    }
+    let alone = envelope.claims.is_empty();
+    if let Some(reason) = late
+        && claims.is_empty()
+        && !(together && envelope.tags.iter().next().is_some())
+    {
+        return Err(reason);
+    }
+    let [first, second, third, fourth] = envelope.before;
+    let digested = claims.iter().any(|claim| claim.sha256_of_body.is_some());
+    let digest = if digested { sha256(body) } else { [0; 32] };
+    // Every key and every signature, whichever is right: how long it takes
+    // tells nobody which.
+    let mut right = u64::MAX;
+    let mut which = u64::MAX;
+    let mut tag = Tag::new([0; 32]);
+    for (index, key) in (0_u64..).zip(keys.keys()) {
+        let mut compare = |computed: &Tag, claimed: &Tag, beside: Choice, at: u64| {
+            let matches = computed.ct_eq(claimed) & beside & right.ct_eq(&u64::MAX);
+            right.conditional_assign(&index, matches);
+            which.conditional_assign(&at, matches);
+            tag.0.conditional_assign(&computed.0, matches);
+        };
+        if together && (alone || envelope.tags.iter().next().is_some()) {
+            let computed = key.tag(&[first, second, third, fourth, body]);
+            for claimed in envelope.tags.iter() {
+                compare(&computed, claimed, 1.into(), u64::MAX);
+            }
+        }
+        for (at, claim) in (0_u64..).zip(&claims) {
+            let computed = key.tag(&[&claim.base]);
+            let body = claim
+                .sha256_of_body
+                .map_or(1.into(), |it| it.ct_eq(&digest));
+            // Names are no secrets.
+            let named = match (key.id(), &claim.key_id) {
+                (Some(ours), Some(theirs)) => u8::from(ours == &**theirs).into(),
+                _ => 1.into(),
+            };
+            compare(&computed, &claim.tag, body & named, at);
+        }
+    }
+    if right == u64::MAX {
+        return Err(Reason::SignatureMismatch);
+    }
+    let claim = usize::try_from(which).ok().and_then(|at| claims.get(at));
+    Ok(Verified {
+        id: match claim {
+            Some(claim) => claim.id.clone(),
+            None => envelope.id.map(Arc::from),
+        },
+        timestamp: claim.map_or(envelope.timestamp, |claim| claim.timestamp),
+        key_index: usize::try_from(right).unwrap_or(usize::MAX),
+        scheme: scheme.name(),
+        tag,
+    })
+}
+
+/// Whether something that was signed then, and is worth nothing from `expires`
+/// on, is judged by its signature at all.
+fn timely(
+    signed: Option<u64>,
+    expires: Option<u64>,
+    tolerance: Duration,
+    now: Duration,
+) -> Result<(), Reason> {
     // Whole seconds, as the timestamps are.
     let now = now.as_secs();
-    if let Some(signed) = envelope.timestamp {
+    if let Some(signed) = signed {
         if Duration::from_secs(now.saturating_sub(signed)) > tolerance {
             return Err(Reason::TimestampTooOld);
         }
@@ -137,37 +213,8 @@ pub(crate) fn verify(
             return Err(Reason::TimestampTooNew);
         }
     }
-    if envelope.expires.is_some_and(|expires| expires <= now) {
+    if expires.is_some_and(|expires| expires <= now) {
         return Err(Reason::TimestampTooOld);
     }
-    let [first, second, third, fourth] = envelope.before;
-    let (last, digested) = match &envelope.covers {
-        Covers::Body => (body, 1.into()),
-        Covers::Sha256(claimed) => {
-            let digest: [u8; 32] = Sha256::digest(body).into();
-            (&*envelope.base, digest.ct_eq(claimed))
-        }
-    };
-    // Every key and every signature, whichever is right: how long it takes
-    // tells nobody which.
-    let mut right = u64::MAX;
-    let mut tag = Tag::new([0; 32]);
-    for (index, key) in (0_u64..).zip(keys.keys()) {
-        let computed = key.tag(&[first, second, third, fourth, last]);
-        for claimed in envelope.tags.iter() {
-            let matches = computed.ct_eq(claimed) & digested & right.ct_eq(&u64::MAX);
-            right.conditional_assign(&index, matches);
-            tag.0.conditional_assign(&computed.0, matches);
-        }
-    }
-    if right == u64::MAX {
-        return Err(Reason::SignatureMismatch);
-    }
-    Ok(Verified {
-        id: envelope.id.map(Arc::from),
-        timestamp: envelope.timestamp,
-        key_index: usize::try_from(right).unwrap_or(usize::MAX),
-        scheme: scheme.name(),
-        tag,
-    })
+    Ok(())
 }
