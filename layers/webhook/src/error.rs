@@ -93,6 +93,9 @@ pub enum SignError {
     /// The request says too little of where it goes: no authority, in neither
     /// its target nor `Host`.
     Authority,
+    /// It has none of a header field that is to be signed, or something in it
+    /// that cannot be.
+    Field,
 }
 
 impl fmt::Display for SignError {
@@ -100,6 +103,7 @@ impl fmt::Display for SignError {
         f.write_str(match self {
             Self::Id => "the message's id cannot be signed by this scheme",
             Self::Authority => "the request has no authority that could be signed",
+            Self::Field => "a header field that is to be signed is not there",
         })
     }
 }

@@ -20,7 +20,9 @@ pub use collect::WholeBody;
 pub use error::{SecretError, SignError};
 pub use keyring::Keyring;
 pub use mac::{Key, TAG, Tag};
-pub use scheme::{Envelope, LONGEST_ID, MOST_SIGNATURES, Message, Reason, Scheme};
+pub use scheme::{Envelope, LONGEST_ID, MOST_SIGNATURES, Message, Reason, Scheme, Statement};
+#[cfg(feature = "http-signatures")]
+pub use schemes::{Component, HttpSignatures, ParameterError};
 pub use schemes::{GitHub, Sha256, Shopify, Slack, Standard, Stripe};
 pub use secret::Secret;
 pub use sign::{MessageId, MessageIdLayer, MessageIds, Sign, SignBuilder, SignHandle, SignLayer};

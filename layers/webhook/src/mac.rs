@@ -1,23 +1,34 @@
 //! HMAC-SHA-256 (RFC 2104, FIPS 180-4) with the key's schedule kept.
 
+#[cfg(feature = "aws-lc-rs")]
+mod aws_lc;
+#[cfg(any(test, not(feature = "aws-lc-rs")))]
+mod rust_crypto;
+
 use std::{fmt, sync::Arc};
 
-use hmac::{Hmac, KeyInit, Mac as _};
-use sha2::Sha256;
 use subtle::{Choice, ConstantTimeEq};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::Zeroize;
 
+#[cfg(feature = "aws-lc-rs")]
+use self::aws_lc as backend;
+#[cfg(not(feature = "aws-lc-rs"))]
+use self::rust_crypto as backend;
 use crate::{Secret, SecretError};
+
+pub(crate) use self::backend::sha256;
 
 /// The bytes of an HMAC-SHA-256.
 pub const TAG: usize = 32;
 
 /// A key with its schedule computed, so that a call pays only for its message.
 ///
-/// Cheap to clone, wiped with the last clone, and never shown.
+/// Cheap to clone, wiped with the last clone, and never shown. Computed by
+/// `hmac` and `sha2`, or by AWS-LC with the feature `aws-lc-rs`: the same
+/// result.
 #[derive(Clone)]
 pub struct Key {
-    start: Arc<Hmac<Sha256>>,
+    start: Arc<backend::Start>,
     id: Option<Arc<str>>,
 }
 
@@ -32,9 +43,8 @@ impl Key {
         if bytes.is_empty() {
             return Err(SecretError::Empty);
         }
-        let start = Hmac::new_from_slice(bytes).expect("HMAC takes keys of any length");
         Ok(Self {
-            start: Arc::new(start),
+            start: Arc::new(backend::Start::new(bytes)),
             id: None,
         })
     }
@@ -68,11 +78,7 @@ impl Key {
     /// The MAC of these pieces, one after the other.
     #[must_use]
     pub fn tag(&self, pieces: &[&[u8]]) -> Tag {
-        let mut running = Hmac::clone(&self.start);
-        for piece in pieces {
-            running.update(piece);
-        }
-        Tag(running.finalize().into_bytes().into())
+        Tag(self.start.tag(pieces))
     }
 }
 
@@ -83,12 +89,6 @@ impl fmt::Debug for Key {
             .finish_non_exhaustive()
     }
 }
-
-// `Hmac` holds two of these and a buffer that is wiped, too, but does not say so.
-const _: () = {
-    const fn wiped<T: ZeroizeOnDrop>() {}
-    wiped::<Sha256>();
-};
 
 /// A MAC: one that was computed, or one that somebody claims.
 ///
@@ -180,5 +180,43 @@ mod tests {
         let key = Key::new(b"correct horse").unwrap();
         let shown = format!("{key:?} {:?}", key.tag(&[b"x"]));
         assert_eq!(shown, "Key { id: None, .. } Tag(***)");
+    }
+
+    /// FIPS 180-4's own examples.
+    #[test]
+    fn it_is_the_hash_of_the_standard() {
+        let cases: [(&[u8], &str); 2] = [
+            (
+                b"",
+                "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            ),
+            (
+                b"abc",
+                "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+            ),
+        ];
+        for (message, expected) in cases {
+            assert_eq!(hex::encode(backend::sha256(&[message])), expected);
+        }
+    }
+
+    #[cfg(feature = "aws-lc-rs")]
+    proptest::proptest! {
+        /// Keys on both sides of a block's length, messages on both sides of
+        /// several.
+        #[test]
+        fn both_backends_agree(
+            key in proptest::collection::vec(proptest::prelude::any::<u8>(), 1..140),
+            pieces in proptest::collection::vec(
+                proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200),
+                0..6,
+            ),
+        ) {
+            let pieces: Vec<&[u8]> = pieces.iter().map(|piece| &**piece).collect();
+            let ours = rust_crypto::Start::new(&key).tag(&pieces);
+            proptest::prop_assert_eq!(ours, aws_lc::Start::new(&key).tag(&pieces));
+            let whole = pieces.concat();
+            proptest::prop_assert_eq!(rust_crypto::sha256(&[&whole]), aws_lc::sha256(&[&whole]));
+        }
     }
 }

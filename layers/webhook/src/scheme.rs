@@ -1,7 +1,7 @@
 //! What a way of signing decides, and nothing else: where in a request its
 //! signature stands, and which bytes it is of.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use buttress_core::Head;
 use http::{HeaderName, request::Parts};
@@ -137,19 +137,8 @@ pub struct Envelope<'r> {
     pub(crate) timestamp: Option<u64>,
     pub(crate) expires: Option<u64>,
     pub(crate) before: [&'r [u8]; 4],
-    pub(crate) base: Vec<u8>,
-    pub(crate) covers: Covers,
     pub(crate) tags: Tags,
-}
-
-/// How the body is bound to the signature.
-#[derive(Clone, Debug, Default)]
-pub(crate) enum Covers {
-    /// It is among the signed bytes.
-    #[default]
-    Body,
-    /// Its digest is, by SHA-256.
-    Sha256([u8; 32]),
+    pub(crate) statements: Vec<Statement>,
 }
 
 impl<'r> Envelope<'r> {
@@ -161,9 +150,8 @@ impl<'r> Envelope<'r> {
             timestamp: None,
             expires: None,
             before: [&[]; 4],
-            base: Vec::new(),
-            covers: Covers::Body,
             tags: Tags::new(),
+            statements: Vec::new(),
         }
     }
 
@@ -197,21 +185,24 @@ impl<'r> Envelope<'r> {
         self
     }
 
-    /// What is signed in the place of the body, and the SHA-256 of the body,
-    /// which is among it.
-    #[must_use]
-    pub fn signed_instead(mut self, base: Vec<u8>, sha256_of_body: [u8; 32]) -> Self {
-        self.base = base;
-        self.covers = Covers::Sha256(sha256_of_body);
-        self
-    }
-
     /// One more signature: one that is right is enough. Those beyond
     /// [`MOST_SIGNATURES`] are why [`is_full`](Self::is_full) is to be asked
     /// before.
     #[must_use]
-    pub const fn tag(mut self, tag: Tag) -> Self {
-        self.tags.push(tag);
+    pub fn tag(mut self, tag: Tag) -> Self {
+        if !self.is_full() {
+            self.tags.push(tag);
+        }
+        self
+    }
+
+    /// One more signature, of bytes of its own in the place of the body, with
+    /// an id and times of its own. It counts as a [tag](Self::tag) does.
+    #[must_use]
+    pub fn statement(mut self, statement: Statement) -> Self {
+        if !self.is_full() {
+            self.statements.push(statement);
+        }
         self
     }
 
@@ -219,13 +210,13 @@ impl<'r> Envelope<'r> {
     /// [malformed](Reason::Malformed).
     #[must_use]
     pub const fn is_full(&self) -> bool {
-        self.tags.count == MOST_SIGNATURES
+        self.tags.count() + self.statements.len() >= MOST_SIGNATURES
     }
 
     /// Whether there is no signature yet.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
-        self.tags.count == 0
+        self.tags.is_empty() && self.statements.is_empty()
     }
 }
 
@@ -235,30 +226,110 @@ impl Default for Envelope<'_> {
     }
 }
 
-/// Some signatures, without an allocation.
+/// A signature that is of other bytes than those beside it, which may be of
+/// other senders: see [`Envelope::statement`].
+#[derive(Clone, Debug)]
+pub struct Statement {
+    pub(crate) tag: Tag,
+    pub(crate) base: Vec<u8>,
+    pub(crate) sha256_of_body: Option<[u8; 32]>,
+    pub(crate) timestamp: Option<u64>,
+    pub(crate) expires: Option<u64>,
+    pub(crate) id: Option<Arc<str>>,
+    pub(crate) key_id: Option<Box<str>>,
+}
+
+impl Statement {
+    /// That `tag` is the MAC of `base`. It says nothing of the body yet.
+    #[must_use]
+    pub const fn new(tag: Tag, base: Vec<u8>) -> Self {
+        Self {
+            tag,
+            base,
+            sha256_of_body: None,
+            timestamp: None,
+            expires: None,
+            id: None,
+            key_id: None,
+        }
+    }
+
+    /// The SHA-256 of the body, which is among what is signed.
+    #[must_use]
+    pub const fn sha256_of_body(mut self, digest: [u8; 32]) -> Self {
+        self.sha256_of_body = Some(digest);
+        self
+    }
+
+    /// As [`Envelope::timestamp`], of this signature alone.
+    #[must_use]
+    pub const fn timestamp(mut self, timestamp: u64) -> Self {
+        self.timestamp = Some(timestamp);
+        self
+    }
+
+    /// As [`Envelope::expires`], of this signature alone.
+    #[must_use]
+    pub const fn expires(mut self, expires: u64) -> Self {
+        self.expires = Some(expires);
+        self
+    }
+
+    /// As [`Envelope::id`], of this signature alone.
+    #[must_use]
+    pub fn id(mut self, id: impl Into<Arc<str>>) -> Self {
+        self.id = Some(id.into());
+        self
+    }
+
+    /// The name of the key that it is said to be by. A secret of [another
+    /// name](Secret::with_id) is not that key; one without a name may be.
+    #[must_use]
+    pub fn key_id(mut self, key_id: impl Into<Box<str>>) -> Self {
+        self.key_id = Some(key_id.into());
+        self
+    }
+}
+
+/// Some signatures: without an allocation where there is one, as nearly always.
 #[derive(Clone, Debug)]
 pub(crate) struct Tags {
-    tags: [Tag; MOST_SIGNATURES],
-    count: usize,
+    first: Option<Tag>,
+    more: Vec<Tag>,
 }
 
 impl Tags {
     const fn new() -> Self {
         Self {
-            tags: [Tag::new([0; 32]); MOST_SIGNATURES],
-            count: 0,
+            first: None,
+            more: Vec::new(),
         }
     }
 
-    const fn push(&mut self, tag: Tag) {
-        if self.count < MOST_SIGNATURES {
-            self.tags[self.count] = tag;
-            self.count += 1;
+    fn push(&mut self, tag: Tag) {
+        match self.first {
+            None => self.first = Some(tag),
+            Some(_) => self.more.push(tag),
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        *self = Self::new();
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+
+    const fn count(&self) -> usize {
+        match self.first {
+            None => 0,
+            Some(_) => 1 + self.more.len(),
         }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Tag> {
-        self.tags.iter().take(self.count)
+        self.first.iter().chain(&self.more)
     }
 }
 

@@ -3,10 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use buttress_core::Head;
-use sha2::{Digest, Sha256};
-use subtle::{ConditionallySelectable, ConstantTimeEq};
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, scheme::Covers};
+use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, Tag, mac::sha256};
 
 /// Tells what was signed by who has the secret, and lately.
 ///
@@ -95,7 +94,7 @@ impl Verifier {
             body,
             now,
         )
-        .map(|(verified, _)| verified)
+        .map(|judged| judged.verified)
     }
 }
 
@@ -119,17 +118,43 @@ pub struct Verified {
     pub repeat: bool,
 }
 
-/// Reads what the request claims, and whether that is timely.
+/// Reads what the request claims, and leaves out what is not timely.
 pub(crate) fn screen<'r>(
     scheme: &dyn Scheme,
     tolerance: Duration,
     request: Head<'r>,
     now: Duration,
 ) -> Result<Envelope<'r>, Reason> {
-    let envelope = scheme.read(request)?;
+    let mut envelope = scheme.read(request)?;
+    let mut late = None;
+    let timely = |signed, expires| timely(signed, expires, tolerance, now);
+    if let Err(reason) = timely(envelope.timestamp, envelope.expires) {
+        envelope.tags.clear();
+        late = Some(reason);
+    }
+    // Each of these has times of its own.
+    envelope.statements.retain(|statement| {
+        let timely = timely(statement.timestamp, statement.expires);
+        late = late.or(timely.err());
+        timely.is_ok()
+    });
+    match envelope.is_empty() {
+        true => Err(late.unwrap_or(Reason::MissingSignature)),
+        false => Ok(envelope),
+    }
+}
+
+/// Whether something that was signed then, and is worth nothing from `expires`
+/// on, is judged by its signature at all.
+fn timely(
+    signed: Option<u64>,
+    expires: Option<u64>,
+    tolerance: Duration,
+    now: Duration,
+) -> Result<(), Reason> {
     // Whole seconds, as the timestamps are.
     let now = now.as_secs();
-    if let Some(signed) = envelope.timestamp {
+    if let Some(signed) = signed {
         if Duration::from_secs(now.saturating_sub(signed)) > tolerance {
             return Err(Reason::TimestampTooOld);
         }
@@ -137,10 +162,34 @@ pub(crate) fn screen<'r>(
             return Err(Reason::TimestampTooNew);
         }
     }
-    if envelope.expires.is_some_and(|expires| expires <= now) {
+    if expires.is_some_and(|expires| expires <= now) {
         return Err(Reason::TimestampTooOld);
     }
-    Ok(envelope)
+    Ok(())
+}
+
+/// A message that is genuine, and by which of its signatures.
+pub(crate) struct Judged<'r> {
+    pub(crate) verified: Verified,
+    envelope: Envelope<'r>,
+    statement: Option<usize>,
+}
+
+impl Judged<'_> {
+    /// What the message is known by where it has no id: the SHA-256 of the
+    /// bytes that are signed. Not its MAC, which is another one under each
+    /// secret: who drops the first of two signatures, or waits until the
+    /// secrets are replaced, would have a message that looks new.
+    pub(crate) fn digest(&self, body: &[u8]) -> [u8; 32] {
+        let envelope = &self.envelope;
+        match self.statement {
+            Some(at) => sha256(&[&envelope.statements[at].base]),
+            None => {
+                let [first, second, third, fourth] = envelope.before;
+                sha256(&[first, second, third, fourth, body])
+            }
+        }
+    }
 }
 
 /// The checks that are the same for all schemes, and what passed them.
@@ -151,51 +200,63 @@ pub(crate) fn judge<'r>(
     request: Head<'r>,
     body: &[u8],
     now: Duration,
-) -> Result<(Verified, Envelope<'r>), Reason> {
+) -> Result<Judged<'r>, Reason> {
     let envelope = screen(scheme, tolerance, request, now)?;
     let [first, second, third, fourth] = envelope.before;
-    let (last, digested) = match &envelope.covers {
-        Covers::Body => (body, 1.into()),
-        Covers::Sha256(claimed) => {
-            let digest: [u8; 32] = Sha256::digest(body).into();
-            (&*envelope.base, digest.ct_eq(claimed))
-        }
+    let statements = &envelope.statements;
+    let is_digested = statements.iter().any(|it| it.sha256_of_body.is_some());
+    let digest = if is_digested {
+        sha256(&[body])
+    } else {
+        [0; 32]
     };
     // Every key and every signature, whichever is right: how long it takes
     // tells nobody which.
-    let mut right = u64::MAX;
+    let mut key_index = u64::MAX;
+    let mut which = u64::MAX;
     for (index, key) in (0_u64..).zip(keys.keys()) {
-        let computed = key.tag(&[first, second, third, fourth, last]);
-        for claimed in envelope.tags.iter() {
-            let matches = computed.ct_eq(claimed) & digested & right.ct_eq(&u64::MAX);
-            right.conditional_assign(&index, matches);
+        let mut compare = |computed: &Tag, claimed: &Tag, beside: Choice, at: u64| {
+            let matches = computed.ct_eq(claimed) & beside & key_index.ct_eq(&u64::MAX);
+            key_index.conditional_assign(&index, matches);
+            which.conditional_assign(&at, matches);
+        };
+        if !envelope.tags.is_empty() {
+            let computed = key.tag(&[first, second, third, fourth, body]);
+            for claimed in envelope.tags.iter() {
+                compare(&computed, claimed, 1.into(), u64::MAX);
+            }
+        }
+        for (at, statement) in (0_u64..).zip(statements) {
+            let computed = key.tag(&[&statement.base]);
+            let bound = statement.sha256_of_body.as_ref();
+            let bound = bound.map_or(1.into(), |claimed| claimed.ct_eq(&digest));
+            // Names are no secrets.
+            let named = match (key.id(), &statement.key_id) {
+                (Some(ours), Some(theirs)) => u8::from(ours == &**theirs).into(),
+                _ => 1.into(),
+            };
+            compare(&computed, &statement.tag, bound & named, at);
         }
     }
-    if right == u64::MAX {
+    if key_index == u64::MAX {
         return Err(Reason::SignatureMismatch);
     }
-    let verified = Verified {
-        id: envelope.id.map(Arc::from),
-        timestamp: envelope.timestamp,
-        key_index: usize::try_from(right).unwrap_or(usize::MAX),
-        scheme: scheme.name(),
-        repeat: false,
+    let statement = usize::try_from(which)
+        .ok()
+        .filter(|&at| at < statements.len());
+    let (id, timestamp) = match statement.map(|at| &statements[at]) {
+        Some(statement) => (statement.id.clone(), statement.timestamp),
+        None => (envelope.id.map(Arc::from), envelope.timestamp),
     };
-    Ok((verified, envelope))
-}
-
-/// What a message is known by where it has no id: the SHA-256 of the bytes that
-/// are signed. Not its MAC, which is another one under each secret: who drops
-/// the first of two signatures, or waits until the secrets are replaced, would
-/// have a message that looks new.
-pub(crate) fn digest(envelope: &Envelope<'_>, body: &[u8]) -> [u8; 32] {
-    let mut running = Sha256::new();
-    for piece in envelope.before {
-        running.update(piece);
-    }
-    running.update(match envelope.covers {
-        Covers::Body => body,
-        Covers::Sha256(_) => &envelope.base,
-    });
-    running.finalize().into()
+    Ok(Judged {
+        verified: Verified {
+            id,
+            timestamp,
+            key_index: usize::try_from(key_index).unwrap_or(usize::MAX),
+            scheme: scheme.name(),
+            repeat: false,
+        },
+        envelope,
+        statement,
+    })
 }

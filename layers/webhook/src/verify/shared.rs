@@ -18,7 +18,6 @@ use buttress_core::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode};
-use sha2::{Digest, Sha256};
 use tokio::runtime;
 use tracing::{debug, info, warn};
 
@@ -30,7 +29,11 @@ use super::{
     metrics::{Kind, Metrics, Verdict},
     replay::{Claim, ClaimKey, ClaimToken, Memory, OnStoreError, Repeat, ReplayStore},
 };
-use crate::{Envelope, Key, Keyring, Reason, Scheme, Verified, verifier};
+use crate::{
+    Key, Keyring, Reason, Scheme, Verified,
+    mac::sha256,
+    verifier::{self, Judged},
+};
 
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 /// When to ask again about what is in progress.
@@ -151,7 +154,7 @@ impl Shared {
         request: Head<'_>,
         body: &[u8],
     ) -> Result<Genuine, Reason> {
-        let (verified, envelope) = verifier::judge(
+        let judged = verifier::judge(
             &*self.scheme,
             keys.unwrap_or(&self.nobody),
             self.tolerance(),
@@ -166,8 +169,9 @@ impl Shared {
         self.metrics.judged(Verdict::Verified);
         let key = self.replays.as_ref().map(|replays| {
             let endpoint = replays.endpoint.as_ref().map(|endpoint| endpoint(request));
-            self.claim_key(endpoint.as_deref(), tenant, &envelope, body)
+            self.claim_key(endpoint.as_deref(), tenant, &judged, body)
         });
+        let Judged { verified, .. } = judged;
         Ok(Genuine { verified, key })
     }
 
@@ -177,7 +181,7 @@ impl Shared {
         &self,
         endpoint: Option<&str>,
         tenant: Option<&str>,
-        envelope: &Envelope<'_>,
+        judged: &Judged<'_>,
         body: &[u8],
     ) -> ClaimKey {
         let mut text = String::with_capacity(128);
@@ -186,17 +190,17 @@ impl Shared {
             if part.len() <= LONGEST_PART {
                 let _ = write!(text, "{}:{part},", part.len());
             } else {
-                let digest: [u8; 32] = Sha256::digest(part).into();
+                let digest = sha256(&[part.as_bytes()]);
                 let _ = write!(text, "#{},", hex::encode(digest));
             }
         }
-        match envelope.id {
+        match &judged.verified.id {
             Some(id) => {
                 text.push_str("id:");
                 text.push_str(id);
             }
             None => {
-                let digest = verifier::digest(envelope, body);
+                let digest = judged.digest(body);
                 text.push_str("sha256:");
                 text.push_str(&hex::encode(digest));
             }
