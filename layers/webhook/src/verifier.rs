@@ -152,16 +152,20 @@ pub(crate) fn verify(
     // tells nobody which.
     let mut right = u64::MAX;
     let mut which = u64::MAX;
-    let mut tag = Tag::new([0; 32]);
+    // By the first key, whichever it was signed with: else a repeat that leaves
+    // out one of two signatures would look new.
+    let mut repeat = Tag::new([0; 32]);
     for (index, key) in (0_u64..).zip(keys.keys()) {
         let mut compare = |computed: &Tag, claimed: &Tag, beside: Choice, at: u64| {
             let matches = computed.ct_eq(claimed) & beside & right.ct_eq(&u64::MAX);
             right.conditional_assign(&index, matches);
             which.conditional_assign(&at, matches);
-            tag.0.conditional_assign(&computed.0, matches);
         };
         if together && (alone || envelope.tags.iter().next().is_some()) {
             let computed = key.tag(&[first, second, third, fourth, body]);
+            if index == 0 {
+                repeat = computed;
+            }
             for claimed in envelope.tags.iter() {
                 compare(&computed, claimed, 1.into(), u64::MAX);
             }
@@ -183,6 +187,13 @@ pub(crate) fn verify(
         return Err(Reason::SignatureMismatch);
     }
     let claim = usize::try_from(which).ok().and_then(|at| claims.get(at));
+    if let Some(claim) = claim {
+        let message = claim.known_by.as_ref().unwrap_or(&claim.base);
+        let times = [claim.timestamp, claim.expires].map(|time| time.unwrap_or(0).to_be_bytes());
+        let id = claim.id.as_deref().unwrap_or_default();
+        let pieces: [&[u8]; 4] = [message, &times[0], &times[1], id.as_bytes()];
+        repeat = keys.keys()[0].tag(&pieces);
+    }
     Ok(Verified {
         id: match claim {
             Some(claim) => claim.id.clone(),
@@ -191,7 +202,7 @@ pub(crate) fn verify(
         timestamp: claim.map_or(envelope.timestamp, |claim| claim.timestamp),
         key_index: usize::try_from(right).unwrap_or(usize::MAX),
         scheme: scheme.name(),
-        tag,
+        tag: repeat,
     })
 }
 
@@ -217,4 +228,86 @@ fn timely(
         return Err(Reason::TimestampTooOld);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderValue, Request, request::Parts};
+
+    use super::*;
+    use crate::{Message, Signer, Stripe};
+
+    const NOW: u64 = 1_700_000_000;
+
+    fn secrets() -> [Secret; 2] {
+        ["correct horse", "battery staple"].map(|text| Secret::new(text).unwrap())
+    }
+
+    fn signed(scheme: impl Scheme, id: &str, timestamp: u64) -> Parts {
+        let signer = Signer::new(scheme, secrets()).unwrap();
+        let request = Request::post("https://example.com/");
+        let (mut request, ()) = request.body(()).unwrap().into_parts();
+        let message = Message {
+            id,
+            timestamp,
+            body: b"{}",
+        };
+        signer.sign(&mut request, &message).unwrap();
+        request
+    }
+
+    /// Without one of its signatures, each of which is right, a message is
+    /// still the same: it was taken for another, and a replay for new.
+    fn check<S: Scheme>(
+        scheme: impl Fn() -> S,
+        header: &'static str,
+        keep_last: fn(&str) -> String,
+    ) {
+        let verifier = Verifier::new(scheme(), secrets()).unwrap();
+        let judge = |request: &Parts| {
+            let verified = verifier.verify(request.into(), b"{}", Duration::from_secs(NOW));
+            let verified = verified.unwrap();
+            (verified.key_index, verified.tag)
+        };
+        let both = signed(scheme(), "", NOW);
+        let mut one = both.clone();
+        let value = keep_last(both.headers[header].to_str().unwrap());
+        let value = HeaderValue::try_from(value).unwrap();
+        one.headers.insert(header, value);
+        let (both, one) = (judge(&both), judge(&one));
+        assert_eq!((both.0, one.0), (0, 1));
+        assert_eq!(both.1, one.1);
+        assert_ne!(both.1, judge(&signed(scheme(), "", NOW + 1)).1);
+    }
+
+    #[test]
+    fn a_repeat_is_known_without_one_of_its_signatures() {
+        check(
+            || Stripe,
+            "stripe-signature",
+            |value| {
+                let parts: Vec<_> = value.split(',').collect();
+                format!("{},{}", parts[0], parts[2])
+            },
+        );
+    }
+
+    #[cfg(feature = "http-signatures")]
+    #[test]
+    fn nor_without_one_of_its_labels() {
+        check(crate::HttpSignatures::new, "signature-input", |value| {
+            value.split_once(", ").unwrap().1.to_owned()
+        });
+
+        // Two messages that say the same are two, by their nonces.
+        let verifier = Verifier::new(crate::HttpSignatures::new(), secrets()).unwrap();
+        let mark = |id: &str| {
+            let scheme = crate::HttpSignatures::new().id_as_nonce();
+            let request = signed(scheme, id, NOW);
+            let verified = verifier.verify((&request).into(), b"{}", Duration::from_secs(NOW));
+            verified.unwrap().tag
+        };
+        assert_eq!(mark("msg_1"), mark("msg_1"));
+        assert_ne!(mark("msg_1"), mark("msg_2"));
+    }
 }

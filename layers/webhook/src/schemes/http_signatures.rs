@@ -281,10 +281,14 @@ impl HttpSignatures {
                 _ => Reason::Malformed,
             })?;
         }
+        // The rest names the key, and may be another one's.
+        let mut known_by = base.clone();
+        let nonce = text_of(parameters.get("nonce"));
+        known_by.extend(nonce.unwrap_or_default().bytes());
         base.extend(PARAMETERS);
         base.extend(fields::canonical(items, parameters).bytes());
 
-        let mut claim = Claim::new(tag, base).timestamp(created);
+        let mut claim = Claim::new(tag, base).known_by(known_by).timestamp(created);
         if let Some(digest) = covered_digest {
             claim = claim.sha256_of_body(digest);
         }
@@ -295,8 +299,8 @@ impl HttpSignatures {
             claim = claim.key_id(text_of(Some(key_id)).ok_or(Reason::Malformed)?);
         }
         if self.id_as_nonce {
-            let nonce = parameters.get("nonce").ok_or(Reason::MissingId)?;
-            let id = text_of(Some(nonce)).filter(|id| text::is_id(id));
+            let _ = parameters.get("nonce").ok_or(Reason::MissingId)?;
+            let id = nonce.filter(|id| text::is_id(id));
             claim = claim.id(id.ok_or(Reason::Malformed)?);
         }
         Ok(Some(claim))
