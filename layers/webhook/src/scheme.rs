@@ -232,6 +232,7 @@ impl Default for Envelope<'_> {
 pub struct Statement {
     pub(crate) tag: Tag,
     pub(crate) base: Vec<u8>,
+    pub(crate) known_by: Option<Vec<u8>>,
     pub(crate) sha256_of_body: Option<[u8; 32]>,
     pub(crate) timestamp: Option<u64>,
     pub(crate) expires: Option<u64>,
@@ -246,12 +247,23 @@ impl Statement {
         Self {
             tag,
             base,
+            known_by: None,
             sha256_of_body: None,
             timestamp: None,
             expires: None,
             id: None,
             key_id: None,
         }
+    }
+
+    /// What of the signed bytes a repeat of the message is known by, beside the
+    /// id and the times: what all signatures of one message have in common, so
+    /// that one that leaves out some of them is known. Default: all of the
+    /// base.
+    #[must_use]
+    pub fn known_by(mut self, bytes: Vec<u8>) -> Self {
+        self.known_by = Some(bytes);
+        self
     }
 
     /// The SHA-256 of the body, which is among what is signed.

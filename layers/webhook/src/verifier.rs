@@ -183,7 +183,13 @@ impl Judged<'_> {
     pub(crate) fn digest(&self, body: &[u8]) -> [u8; 32] {
         let envelope = &self.envelope;
         match self.statement {
-            Some(at) => sha256(&[&envelope.statements[at].base]),
+            Some(at) => {
+                let statement = &envelope.statements[at];
+                let message = statement.known_by.as_ref().unwrap_or(&statement.base);
+                let times = [statement.timestamp, statement.expires];
+                let times = times.map(|time| time.unwrap_or(0).to_be_bytes());
+                sha256(&[message, &times[0], &times[1]])
+            }
             None => {
                 let [first, second, third, fourth] = envelope.before;
                 sha256(&[first, second, third, fourth, body])
@@ -259,4 +265,91 @@ pub(crate) fn judge<'r>(
         envelope,
         statement,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderValue, Request, request::Parts};
+
+    use super::*;
+    use crate::{Message, Signer, Stripe};
+
+    const NOW: u64 = 1_700_000_000;
+
+    fn secrets() -> [Secret; 2] {
+        ["correct horse", "battery staple"].map(|text| Secret::new(text).unwrap())
+    }
+
+    fn signed(scheme: impl Scheme, id: &str, timestamp: u64) -> Parts {
+        let signer = Signer::new(scheme, secrets()).unwrap();
+        let request = Request::post("https://example.com/");
+        let (mut request, ()) = request.body(()).unwrap().into_parts();
+        let message = Message {
+            id,
+            timestamp,
+            body: b"{}",
+        };
+        signer.sign(&mut request, &message).unwrap();
+        request
+    }
+
+    fn judged<'r>(verifier: &Verifier, request: &'r Parts) -> Judged<'r> {
+        let now = Duration::from_secs(NOW);
+        let (scheme, keys) = (&*verifier.scheme, &verifier.keys);
+        let judged = judge(scheme, keys, TOLERANCE, request.into(), b"{}", now);
+        judged.unwrap_or_else(|reason| panic!("{reason}"))
+    }
+
+    /// Without one of its signatures, each of which is right, a message is
+    /// still the same: it was taken for another, and a replay for new.
+    fn check<S: Scheme>(
+        scheme: impl Fn() -> S,
+        header: &'static str,
+        keep_last: fn(&str) -> String,
+    ) {
+        let verifier = Verifier::new(scheme(), secrets()).unwrap();
+        let judge = |request: &Parts| {
+            let judged = judged(&verifier, request);
+            (judged.verified.key_index, judged.digest(b"{}"))
+        };
+        let both = signed(scheme(), "", NOW);
+        let mut one = both.clone();
+        let value = keep_last(both.headers[header].to_str().unwrap());
+        let value = HeaderValue::try_from(value).unwrap();
+        one.headers.insert(header, value);
+        let (both, one) = (judge(&both), judge(&one));
+        assert_eq!((both.0, one.0), (0, 1));
+        assert_eq!(both.1, one.1);
+        assert_ne!(both.1, judge(&signed(scheme(), "", NOW + 1)).1);
+    }
+
+    #[test]
+    fn a_repeat_is_known_without_one_of_its_signatures() {
+        check(
+            || Stripe,
+            "stripe-signature",
+            |value| {
+                let parts: Vec<_> = value.split(',').collect();
+                format!("{},{}", parts[0], parts[2])
+            },
+        );
+    }
+
+    #[cfg(feature = "http-signatures")]
+    #[test]
+    fn nor_without_one_of_its_labels() {
+        check(crate::HttpSignatures::new, "signature-input", |value| {
+            value.split_once(", ").unwrap().1.to_owned()
+        });
+
+        // Two messages that say the same are two, by their nonces.
+        let verifier = Verifier::new(crate::HttpSignatures::new(), secrets()).unwrap();
+        let mark = |id: &str| {
+            let scheme = crate::HttpSignatures::new().id_as_nonce();
+            let request = signed(scheme, id, NOW);
+            judged(&verifier, &request).digest(b"{}")
+        };
+        assert_eq!(mark("msg_1"), mark("msg_1"));
+        assert_ne!(mark("msg_1"), mark("msg_2"));
+    }
 }

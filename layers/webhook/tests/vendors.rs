@@ -101,6 +101,8 @@ fn scheme(name: &str) -> Option<Box<dyn Scheme>> {
         "stripe" => Box::new(Stripe),
         "slack" => Box::new(Slack),
         "github" => Box::new(GitHub),
+        #[cfg(feature = "http-signatures")]
+        "http-signatures" => Box::new(buttress_webhook::HttpSignatures::new()),
         _ => return None,
     })
 }
@@ -136,7 +138,10 @@ fn what_they_all_accept_is_accepted_and_what_they_all_refuse_is_refused() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
-    let unused = ON_PURPOSE.iter().zip(used).filter(|(_, used)| !used);
+    let unused = ON_PURPOSE.iter().zip(used).filter(|((name, ..), used)| {
+        let built = cfg!(feature = "http-signatures") || !name.starts_with("http-signatures");
+        built && !used
+    });
     let unused: Vec<_> = unused.map(|((name, ..), _)| name).collect();
     assert!(unused.is_empty(), "no such difference: {unused:?}");
 }

@@ -238,7 +238,7 @@ impl HttpSignatures {
     }
 
     /// What one label claims; nothing if it is none of ours.
-    fn claim(
+    fn statement(
         &self,
         input: &Member<'_>,
         signatures: &[Member<'_>],
@@ -281,25 +281,31 @@ impl HttpSignatures {
                 _ => Reason::Malformed,
             })?;
         }
+        // The rest names the key, and may be another one's.
+        let mut known_by = base.clone();
+        let nonce = text_of(parameters.get("nonce"));
+        known_by.extend(nonce.unwrap_or_default().bytes());
         base.extend(PARAMETERS);
         base.extend(fields::canonical(items, parameters).bytes());
 
-        let mut claim = Statement::new(tag, base).timestamp(created);
+        let mut statement = Statement::new(tag, base)
+            .known_by(known_by)
+            .timestamp(created);
         if let Some(digest) = covered_digest {
-            claim = claim.sha256_of_body(digest);
+            statement = statement.sha256_of_body(digest);
         }
         if let Some(expires) = parameters.get("expires") {
-            claim = claim.expires(u64::try_from(number(expires)?).unwrap_or(0));
+            statement = statement.expires(u64::try_from(number(expires)?).unwrap_or(0));
         }
         if let Some(key_id) = parameters.get("keyid") {
-            claim = claim.key_id(text_of(Some(key_id)).ok_or(Reason::Malformed)?);
+            statement = statement.key_id(text_of(Some(key_id)).ok_or(Reason::Malformed)?);
         }
         if self.id_as_nonce {
-            let nonce = parameters.get("nonce").ok_or(Reason::MissingId)?;
-            let id = text_of(Some(nonce)).filter(|id| text::is_id(id));
-            claim = claim.id(id.ok_or(Reason::Malformed)?);
+            let _ = parameters.get("nonce").ok_or(Reason::MissingId)?;
+            let id = nonce.filter(|id| text::is_id(id));
+            statement = statement.id(id.ok_or(Reason::Malformed)?);
         }
-        Ok(Some(claim))
+        Ok(Some(statement))
     }
 }
 
@@ -389,13 +395,13 @@ impl Scheme for HttpSignatures {
         // One that cannot be read does not spoil the others.
         let mut nothing = None;
         for input in &inputs {
-            match self.claim(input, &signatures, &target, &mut digest) {
-                Ok(Some(claim)) => {
-                    length += claim.base.len();
+            match self.statement(input, &signatures, &target, &mut digest) {
+                Ok(Some(statement)) => {
+                    length += statement.base.len();
                     if envelope.is_full() || length > LONGEST {
                         return Err(Reason::Malformed);
                     }
-                    envelope = envelope.statement(claim);
+                    envelope = envelope.statement(statement);
                 }
                 Ok(None) => {}
                 Err(reason) => nothing = nothing.or(Some(reason)),
