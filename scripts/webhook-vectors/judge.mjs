@@ -14,7 +14,16 @@ const stripe = new Stripe("sk_test_none");
 
 const judges = {
   standard: { "standardwebhooks (JavaScript)": ({ secret, headers, body }) => new Standard(secret).verify(body, headers, { jsonParse: false }) },
-  svix: { "svix (JavaScript)": ({ secret, headers, body }) => new Svix(secret).verify(body, headers, { jsonParse: false }) },
+  svix: {
+    "svix (JavaScript)": ({ secret, headers, body }) => {
+      try {
+        new Svix(secret).verify(body, headers);
+      } catch (error) {
+        // It parses what it has verified, whatever that is.
+        if (!(error instanceof SyntaxError)) throw error;
+      }
+    },
+  },
   stripe: {
     "stripe (JavaScript)": ({ secret, headers, body }) =>
       stripe.webhooks.signature.verifyHeader(body, headers["stripe-signature"], secret, 300),
