@@ -112,8 +112,17 @@ impl Tag {
 }
 
 impl ConstantTimeEq for Tag {
+    /// By words, of which the barrier against a clever compiler costs a quarter
+    /// of what it does by bytes.
+    #[inline]
     fn ct_eq(&self, other: &Self) -> Choice {
-        self.0.ct_eq(&other.0)
+        let words = |tag: &Self| {
+            let (words, _) = tag.0.as_chunks::<8>();
+            [0, 1, 2, 3].map(|at: usize| u64::from_ne_bytes(words[at]))
+        };
+        let differences = words(self).into_iter().zip(words(other));
+        let difference = differences.fold(0, |all, (ours, theirs)| all | (ours ^ theirs));
+        difference.ct_eq(&0)
     }
 }
 
@@ -168,7 +177,10 @@ mod tests {
         ];
         for (key, message, expected) in cases {
             let key = Key::new(key).unwrap();
-            assert_eq!(hex::encode(key.tag(&[message]).as_bytes()), expected);
+            assert_eq!(
+                base16ct::lower::encode_string(key.tag(&[message]).as_bytes()),
+                expected
+            );
             let (start, end) = message.split_at(message.len() / 3);
             assert_eq!(key.tag(&[start, b"", end]), key.tag(&[message]));
         }
@@ -196,7 +208,10 @@ mod tests {
             ),
         ];
         for (message, expected) in cases {
-            assert_eq!(hex::encode(backend::sha256(&[message])), expected);
+            assert_eq!(
+                base16ct::lower::encode_string(&backend::sha256(&[message])),
+                expected
+            );
         }
     }
 

@@ -49,7 +49,8 @@ pub const LONGEST_ID: usize = 256;
 ///         keys: &[Key],
 ///     ) -> Result<(), SignError> {
 ///         let tag = keys[0].tag(&[message.body]);
-///         let value = HeaderValue::from_str(&hex::encode(tag.as_bytes())).expect("hex is ASCII");
+///         let value = base16ct::lower::encode_string(tag.as_bytes());
+///         let value = HeaderValue::try_from(value).expect("it is ASCII");
 ///         request.headers.insert("x-acme-mac", value);
 ///         Ok(())
 ///     }
@@ -57,7 +58,7 @@ pub const LONGEST_ID: usize = 256;
 ///     fn read<'r>(&self, request: Head<'r>) -> Result<Envelope<'r>, Reason> {
 ///         let value = request.headers.get("x-acme-mac").ok_or(Reason::MissingSignature)?;
 ///         let mut tag = [0; 32];
-///         hex::decode_to_slice(value, &mut tag).map_err(|_| Reason::Malformed)?;
+///         base16ct::lower::decode(value, &mut tag).map_err(|_| Reason::Malformed)?;
 ///         Ok(Envelope::new().tag(Tag::new(tag)))
 ///     }
 /// }
@@ -144,6 +145,7 @@ pub struct Envelope<'r> {
 impl<'r> Envelope<'r> {
     /// One whose signature is of the body alone.
     #[must_use]
+    #[inline]
     pub const fn new() -> Self {
         Self {
             id: None,
@@ -158,6 +160,7 @@ impl<'r> Envelope<'r> {
     /// The message's id, which is signed: it is among the bytes
     /// [before](Self::signed_before) the body.
     #[must_use]
+    #[inline]
     pub const fn id(mut self, id: &'r str) -> Self {
         self.id = Some(id);
         self
@@ -165,6 +168,7 @@ impl<'r> Envelope<'r> {
 
     /// The time of signing in seconds since the Unix epoch, which is signed.
     #[must_use]
+    #[inline]
     pub const fn timestamp(mut self, timestamp: u64) -> Self {
         self.timestamp = Some(timestamp);
         self
@@ -173,6 +177,7 @@ impl<'r> Envelope<'r> {
     /// The time, in seconds since the Unix epoch, from which the signature is
     /// worth nothing, which is signed.
     #[must_use]
+    #[inline]
     pub const fn expires(mut self, expires: u64) -> Self {
         self.expires = Some(expires);
         self
@@ -180,6 +185,7 @@ impl<'r> Envelope<'r> {
 
     /// What is signed before the body, as it stands in the request.
     #[must_use]
+    #[inline]
     pub const fn signed_before(mut self, pieces: [&'r [u8]; 4]) -> Self {
         self.before = pieces;
         self
@@ -189,6 +195,7 @@ impl<'r> Envelope<'r> {
     /// [`MOST_SIGNATURES`] are why [`is_full`](Self::is_full) is to be asked
     /// before.
     #[must_use]
+    #[inline]
     pub fn tag(mut self, tag: Tag) -> Self {
         if !self.is_full() {
             self.tags.push(tag);
@@ -199,6 +206,7 @@ impl<'r> Envelope<'r> {
     /// One more signature, of bytes of its own in the place of the body, with
     /// an id and times of its own. It counts as a [tag](Self::tag) does.
     #[must_use]
+    #[inline]
     pub fn statement(mut self, statement: Statement) -> Self {
         if !self.is_full() {
             self.statements.push(statement);
@@ -209,12 +217,14 @@ impl<'r> Envelope<'r> {
     /// Whether there is no room for another signature: such a request is
     /// [malformed](Reason::Malformed).
     #[must_use]
+    #[inline]
     pub const fn is_full(&self) -> bool {
         self.tags.count() + self.statements.len() >= MOST_SIGNATURES
     }
 
     /// Whether there is no signature yet.
     #[must_use]
+    #[inline]
     pub const fn is_empty(&self) -> bool {
         self.tags.is_empty() && self.statements.is_empty()
     }
@@ -318,6 +328,7 @@ impl Tags {
         }
     }
 
+    #[inline]
     fn push(&mut self, tag: Tag) {
         match self.first {
             None => self.first = Some(tag),

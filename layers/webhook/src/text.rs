@@ -38,11 +38,11 @@ pub(crate) fn is_id(text: &str) -> bool {
 
 /// Small letters only, as all who publish a scheme write and accept.
 pub(crate) fn hex(text: &str) -> Option<Tag> {
-    if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
+    let mut tag = [0; TAG];
+    if text.len() != TAG * 2 {
         return None;
     }
-    let mut tag = [0; TAG];
-    hex::decode_to_slice(text, &mut tag).ok()?;
+    base16ct::lower::decode(text, &mut tag).ok()?;
     Some(Tag::new(tag))
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn base64(text: &str) -> Option<Tag> {
 /// `prefix` and the tag in hexadecimal.
 pub(crate) fn hex_value(prefix: &str, tag: &Tag) -> HeaderValue {
     let mut digits = [0; TAG * 2];
-    hex::encode_to_slice(tag.as_bytes(), &mut digits).expect("there is room for each byte");
+    base16ct::lower::encode(tag.as_bytes(), &mut digits).expect("there is room for each byte");
     let mut value = Vec::with_capacity(prefix.len() + digits.len());
     value.extend_from_slice(prefix.as_bytes());
     value.extend_from_slice(&digits);

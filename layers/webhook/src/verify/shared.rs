@@ -192,7 +192,7 @@ impl Shared {
                 let _ = write!(text, "{}:{part},", part.len());
             } else {
                 let digest = sha256(&[part.as_bytes()]);
-                let _ = write!(text, "#{},", hex::encode(digest));
+                let _ = write!(text, "#{},", base16ct::lower::encode_string(&digest));
             }
         }
         match &judged.verified.id {
@@ -203,7 +203,7 @@ impl Shared {
             None => {
                 let digest = judged.digest(body);
                 text.push_str("sha256:");
-                text.push_str(&hex::encode(digest));
+                text.push_str(&base16ct::lower::encode_string(&digest));
             }
         }
         ClaimKey::new(text)
