@@ -1,7 +1,7 @@
 # Every target is one line that can be typed without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint fmt doc loom rolling package bench demo
+.PHONY: help test lint fmt doc loom rolling package bench demo fuzz vectors
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,3 +32,9 @@ bench: ## our layers beside their peers, as ratios
 
 demo: ## the reverse proxy with all layers on, an upstream of its own, and curl lines to try
 	cargo run --release --example reverse-proxy
+
+fuzz: ## a minute of made-up input for each thing that reads what strangers send
+	@scripts/fuzz
+
+vectors: ## have the vendors' libraries sign and judge requests again, for the webhook tests
+	@scripts/webhook-vectors/make

@@ -10,3 +10,4 @@ pub mod retry;
 pub mod scenarios;
 pub mod serve;
 pub mod table;
+pub mod webhook;

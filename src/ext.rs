@@ -160,6 +160,37 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         layer: crate::rate_limit::WaitLayer<V>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::WaitLayer<V>, L>>;
 
+    /// Lets in what is signed, once: see
+    /// [`VerifyLayer`](crate::webhook::VerifyLayer).
+    ///
+    /// ```
+    /// use buttress::{
+    ///     ServiceBuilderExt,
+    ///     webhook::{Secret, Standard, VerifyLayer, WholeBody},
+    /// };
+    /// use http::{Request, Response};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let secret = Secret::new("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")?;
+    /// let verify = VerifyLayer::builder(Standard::new()).secrets([secret]).build()?;
+    /// let service = ServiceBuilder::new()
+    ///     .verify_webhooks(verify)
+    ///     .service(service_fn(async |_: Request<WholeBody>| {
+    ///         Ok::<_, std::convert::Infallible>(Response::new(String::new()))
+    ///     }));
+    /// let unsigned = Request::new(String::new());
+    /// assert_eq!(service.oneshot(unsigned).await?.status(), 401);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "webhook")]
+    fn verify_webhooks(
+        self,
+        layer: crate::webhook::VerifyLayer,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::webhook::VerifyLayer, L>>;
+
     /// Ends calls that take too long: see
     /// [`TimeoutLayer`](crate::timeout::TimeoutLayer).
     ///
@@ -256,6 +287,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
         self,
         layer: crate::rate_limit::WaitLayer<V>,
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::WaitLayer<V>, L>> {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "webhook")]
+    fn verify_webhooks(
+        self,
+        layer: crate::webhook::VerifyLayer,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::webhook::VerifyLayer, L>> {
         self.layer(layer)
     }
 

@@ -1,9 +1,11 @@
-//! Health and a real circuit breaker: what one tells, the other shows.
+//! Health and a real circuit breaker, and a real drain: what one tells, the
+//! other shows.
 
 use std::{convert::Infallible, time::Duration};
 
 use buttress::{
     circuit_breaker::{Breaker, CircuitBreakerLayer},
+    drain::{DrainLayer, Phase, Server, Shutdown},
     health::{
         Gate, HealthRegistry, HealthRegistryBuilder, Readiness, ReadinessGate, Source, Threshold,
     },
@@ -12,6 +14,11 @@ use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Full};
 use serde_json::{Value, json};
+use tokio::{net::TcpListener, time::timeout};
+use tonic::{Code, service::Routes, transport::Channel};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 use tower::{Layer, ServiceExt, service_fn};
 
 const LONG: Duration = Duration::from_secs(10);
@@ -125,4 +132,60 @@ async fn gates_are_those_of_core() {
         }
     );
     let _server = health.grpc_server();
+}
+
+/// Those who watch over the port that drains are told, and sent away as it
+/// closes: the drain does not wait for them until the cut.
+#[tokio::test]
+async fn a_watch_does_not_hold_a_drain() {
+    for delay in [15 * TICK, Duration::ZERO] {
+        let shutdown = Shutdown::builder()
+            .drain_delay(delay)
+            .timeout(LONG)
+            .hook_reserve(TICK)
+            .build()
+            .unwrap();
+        let health = HealthRegistry::builder()
+            .gate("drain", shutdown.clone())
+            .build()
+            .unwrap();
+        let _running = health.start().unwrap();
+        let server = health.grpc_server_until(shutdown.reached(Phase::Closing));
+        let service = DrainLayer::new(&shutdown).layer(Routes::new(server).prepare());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = tokio::spawn(Server::new(&shutdown).serve(listener, service));
+        let drain = tokio::spawn({
+            let shutdown = shutdown.clone();
+            async move { shutdown.run().await }
+        });
+
+        let channel = Channel::from_shared(format!("http://{address}")).unwrap();
+        let mut client = HealthClient::new(channel.connect().await.unwrap());
+        let watch = client.watch(HealthCheckRequest::default()).await.unwrap();
+        let mut watch = watch.into_inner();
+        let next = async |watch: &mut tonic::Streaming<_>| {
+            let message = timeout(LONG, watch.message()).await.unwrap();
+            message.map(|message: Option<tonic_health::pb::HealthCheckResponse>| {
+                message.unwrap().status()
+            })
+        };
+        while next(&mut watch).await.unwrap() != ServingStatus::Serving {}
+        assert!(shutdown.trigger("a test"));
+        let told = next(&mut watch).await.unwrap();
+        assert_eq!(told, ServingStatus::NotServing);
+        if !delay.is_zero() {
+            // By the gate, while all is still served.
+            assert_eq!(shutdown.phase(), Phase::Draining);
+        }
+        let end = next(&mut watch).await.unwrap_err();
+        assert_eq!(end.code(), Code::Unavailable, "{end}");
+        assert!(shutdown.phase() >= Phase::Closing);
+
+        let report = timeout(LONG, drain).await.unwrap().unwrap();
+        assert_eq!(report.exit_code(), 0, "{report}");
+        assert!(report.took() >= delay, "{report}");
+        assert!(report.took() < LONG / 3, "{report}");
+        timeout(LONG, serving).await.unwrap().unwrap();
+    }
 }

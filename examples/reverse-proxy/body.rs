@@ -1,23 +1,29 @@
 //! The request's body on its way upstream.
 //!
 //! It streams, and is never collected. What it does beside: it counts, and
-//! fails when it grows past the limit; it keeps the first bytes until the
+//! fails when it grows past the limit, or when the client has stopped sending
+//! it; it keeps the first bytes until the
 //! upstream has answered, so that a request that hit a stale connection can go
 //! again; and it waits for the upstream's word where the client does
 //! (`Expect: 100-continue`).
 
 use std::{
-    fmt,
+    fmt, mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
+use buttress::{BoxError, Head};
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, Version};
 use http_body::{Body, Frame, SizeHint};
-use tokio::sync::oneshot;
+use http_body_util::BodyExt;
+use tokio::{
+    sync::oneshot,
+    time::{Instant, Sleep, sleep_until},
+};
 
 /// How much of a body is kept for going again.
 const KEPT: usize = 64 << 10;
@@ -26,6 +32,19 @@ const KEPT: usize = 64 << 10;
 /// old for `100 Continue`, so that RFC 9110 §10.1.1 forbids to wait for ever.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long a client may take for the next piece of a body that is asked for
+/// it: so long as one that takes nothing of its answer has. Else it would hold
+/// its place for ever where the upstream has answered before the end, and no
+/// route's `timeout` rules any more.
+pub(crate) const SILENCE: Duration = Duration::from_secs(60);
+
+/// Whether a client that sends no more of this request's body may still be
+/// listening: over gRPC either side may, for as long as it likes, and HTTP/2
+/// asks by pings whether it is there.
+pub(crate) fn may_be_silent(request: Head<'_>) -> bool {
+    request.version == Version::HTTP_2 && request.is_grpc()
+}
+
 /// Why a body ended before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cut {
@@ -33,6 +52,8 @@ pub(crate) enum Cut {
     TooLarge,
     /// The client went away, or what it sent is no body.
     Client,
+    /// The client is there, and sends no more.
+    Stalled,
     /// Another attempt has taken over, or the upstream does not want it.
     Unwanted,
 }
@@ -42,6 +63,7 @@ impl fmt::Display for Cut {
         f.write_str(match self {
             Self::TooLarge => "the request body is too large",
             Self::Client => "the request body broke off",
+            Self::Stalled => "the request body stalled",
             Self::Unwanted => "the request body is not wanted any more",
         })
     }
@@ -50,7 +72,7 @@ impl fmt::Display for Cut {
 impl std::error::Error for Cut {}
 
 /// What the client sends, as the layers around give it to us.
-type Live = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error> + Send>>;
+type Live = Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>;
 
 /// The one body that the client sends, shared by the attempts to send it on.
 #[derive(Clone)]
@@ -65,6 +87,11 @@ struct Inner {
     body: Option<Live>,
     seen: u64,
     limit: u64,
+    /// How long the client may have none when it is asked for more; `None` for
+    /// ever.
+    silence: Option<Duration>,
+    /// Until then, while it has none.
+    stall: Option<Pin<Box<Sleep>>>,
     /// Asked for more, the client had none.
     pending: bool,
     /// Of the connection that asked.
@@ -78,16 +105,39 @@ struct Inner {
     attempt: u32,
 }
 
+impl Inner {
+    /// The client has nothing more: whether it has had nothing for too long.
+    fn has_stalled(&mut self, cx: &mut Context<'_>) -> bool {
+        let was_pending = mem::replace(&mut self.pending, true);
+        let Some(silence) = self.silence else {
+            return false;
+        };
+        let end = || Instant::now() + silence;
+        let stall = match &mut self.stall {
+            Some(stall) => {
+                if !was_pending {
+                    stall.as_mut().reset(end());
+                }
+                stall
+            }
+            none => none.insert(Box::pin(sleep_until(end()))),
+        };
+        stall.as_mut().poll(cx).is_ready()
+    }
+}
+
 impl Source {
-    pub(crate) fn new(
-        body: impl Body<Data = Bytes, Error = hyper::Error> + Send + 'static,
-        limit: u64,
-    ) -> Self {
+    pub(crate) fn new<B>(body: B, limit: u64, silence: Option<Duration>) -> Self
+    where
+        B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    {
         Self {
             inner: Arc::new(Mutex::new(Inner {
-                body: Some(Box::pin(body)),
+                body: Some(Box::pin(body.map_err(Into::into))),
                 seen: 0,
                 limit,
+                silence,
+                stall: None,
                 pending: false,
                 waker: None,
                 kept: Vec::new(),
@@ -284,10 +334,15 @@ impl Body for Outgoing {
         let Some(body) = &mut inner.body else {
             return Poll::Ready(Some(Err(Cut::Unwanted)));
         };
+        // Before the clock: what has come in time may be asked for late.
         let polled = body.as_mut().poll_frame(cx);
-        inner.pending = polled.is_pending();
-        if inner.pending {
+        if polled.is_pending() {
             inner.waker = Some(cx.waker().clone());
+            if inner.has_stalled(cx) {
+                return cut_off(Cut::Stalled);
+            }
+        } else {
+            inner.pending = false;
         }
         let frame = match ready!(polled) {
             None => return Poll::Ready(None),

@@ -62,6 +62,8 @@ pub(crate) fn route(upstream: SocketAddr) -> Route {
             },
             ..Retry::default()
         }),
+        verify_webhook: None,
+        sign_webhook: None,
     }
 }
 

@@ -43,7 +43,7 @@ use tower::Service;
 use crate::{
     access::{Facts, Line},
     balance::{Balance, Tried},
-    body::{Cut, Hold, Outgoing, Sending, Source},
+    body::{Cut, Hold, Outgoing, Sending, Source, may_be_silent},
     grpc_timeout::{ClientWaits, GrpcTimeout},
     headers,
     settings::{Limits, Protocol},
@@ -70,6 +70,8 @@ pub(crate) struct Rules {
     /// How long there is until the response's head. A retry around may grant
     /// an attempt less.
     pub(crate) timeout: Duration,
+    /// How long a client may take for the next piece of its body.
+    pub(crate) silence: Duration,
     /// What the breakers take for a failure.
     pub(crate) judge: HttpClassifier,
     /// What a retry around takes for one; `None` without a retry.
@@ -84,7 +86,7 @@ impl Forward {
 
 impl<B> Service<Request<B>> for Forward
 where
-    B: HttpBody<Data = Bytes, Error = hyper::Error> + Send + 'static,
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
     type Response = Response<Body>;
     type Error = Failed;
@@ -103,7 +105,7 @@ where
 impl Rules {
     async fn forward<B>(&self, mut request: Request<B>) -> Result<Response<Body>, Failed>
     where
-        B: HttpBody<Data = Bytes, Error = hyper::Error> + Send + 'static,
+        B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
         self.screen(&request)?;
         let facts: Arc<Facts> = request.extensions_mut().remove().unwrap_or_default();
@@ -123,7 +125,9 @@ impl Rules {
         let upgrade = headers::upgrade(request.version(), request.headers())
             .map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
         let (head, body) = request.into_parts();
-        let source = (!body.is_end_stream()).then(|| Source::new(body, self.limits.max_body.0));
+        let silence = (!may_be_silent(Head::from(&head))).then_some(self.silence);
+        let source =
+            (!body.is_end_stream()).then(|| Source::new(body, self.limits.max_body.0, silence));
         let source = source.as_ref();
 
         // In here, and not in a layer around all this: a timeout that dropped
@@ -292,6 +296,9 @@ impl Rules {
                         Some(Cut::TooLarge) => RefusalKind::BodyTooLarge.into(),
                         Some(Cut::Client) => Refusal::new(RefusalKind::BadRequest)
                             .with_detail("the request body broke off")
+                            .into(),
+                        Some(Cut::Stalled) => Refusal::new(RefusalKind::RequestTimeout)
+                            .with_detail("the request body stalled")
                             .into(),
                         _ if unsent => Failed::unsent(RefusalKind::BadGateway),
                         _ => Failed::broken(error),
@@ -786,5 +793,182 @@ impl AsyncWrite for Counted {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body::Frame;
+    use http_body_util::BodyExt;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+        sync::mpsc,
+        time::{Instant, sleep, timeout},
+    };
+
+    use super::*;
+
+    const SILENCE: Duration = Duration::from_millis(400);
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// What a client sends, piece by piece.
+    struct Sent(mpsc::Receiver<Bytes>);
+
+    impl HttpBody for Sent {
+        type Data = Bytes;
+        type Error = hyper::Error;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+            let data = ready!(self.0.poll_recv(cx));
+            Poll::Ready(data.map(|data| Ok(Frame::data(data))))
+        }
+    }
+
+    fn request() -> (mpsc::Sender<Bytes>, Request<Sent>) {
+        let (client, sent) = mpsc::channel(1);
+        let request = Request::post("/").header(HOST, "a");
+        (client, request.body(Sent(sent)).unwrap())
+    }
+
+    /// Forwards to who does this once it has read a request's head and the
+    /// first piece of its body.
+    async fn to<F>(upstream: impl FnOnce(TcpStream) -> F + Send + 'static) -> Forward
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut seen = Vec::new();
+            while !seen.ends_with(b"5\r\nfirst\r\n") {
+                seen.push(stream.read_u8().await.unwrap());
+            }
+            upstream(stream).await;
+        });
+        let endpoint = format!("http://{address}").parse().unwrap();
+        Forward::new(Rules {
+            balance: Balance::new([Endpoint::new(&endpoint, None, LONG)], None),
+            limits: Arc::default(),
+            client_ip: ClientIp::new(),
+            scheme: "http",
+            grpc_timeout: GrpcTimeout::new(),
+            strip: String::new(),
+            timeout: LONG,
+            silence: SILENCE,
+            judge: HttpClassifier::default(),
+            retried: None,
+        })
+    }
+
+    async fn answered(
+        mut forward: Forward,
+        request: Request<Sent>,
+    ) -> Result<Response<Body>, Failed> {
+        timeout(LONG, forward.call(request)).await.unwrap()
+    }
+
+    fn is_in_time(begun: Instant) {
+        let took = begun.elapsed();
+        assert!(took >= SILENCE && took < 10 * SILENCE, "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_stalls_before_the_answer_is_refused() {
+        let forward = to(async |mut stream| {
+            // The proxy hangs up.
+            assert!(!matches!(stream.read(&mut [0]).await, Ok(1..)));
+        })
+        .await;
+        let (client, request) = request();
+        client.send("first".into()).await.unwrap();
+        let begun = Instant::now();
+        let failed = answered(forward, request).await.unwrap_err();
+        is_in_time(begun);
+        assert_eq!(failed.blame(), Verdict::Ignored);
+        let refusal = Refusal::from(failed);
+        assert_eq!(refusal.status(), StatusCode::REQUEST_TIMEOUT);
+        assert_eq!(refusal.reason(), "request_timeout");
+        timeout(LONG, client.closed()).await.unwrap();
+    }
+
+    /// Then the route's own timeout is over and done with.
+    #[tokio::test]
+    async fn an_upload_that_stalls_after_the_answers_head_is_cut_off() {
+        let forward = to(async |mut stream| {
+            let head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nmore\r\n";
+            stream.write_all(head).await.unwrap();
+            assert!(!matches!(stream.read(&mut [0]).await, Ok(1..)));
+        })
+        .await;
+        let (client, request) = request();
+        client.send("first".into()).await.unwrap();
+        let begun = Instant::now();
+        let answer = answered(forward, request).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        let body = timeout(LONG, answer.into_body().collect()).await.unwrap();
+        assert!(body.is_err(), "{body:?}");
+        is_in_time(begun);
+        timeout(LONG, client.closed()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_stalls_after_the_whole_answer_is_let_go() {
+        let forward = to(async |mut stream| {
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone";
+            stream.write_all(answer).await.unwrap();
+            let _ = stream.read(&mut [0]).await;
+        })
+        .await;
+        let (client, request) = request();
+        client.send("first".into()).await.unwrap();
+        let begun = Instant::now();
+        let answer = answered(forward, request).await.unwrap();
+        let body = answer.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(body, "done");
+        // By this the server knows that it is to close the connection.
+        timeout(LONG, client.closed()).await.unwrap();
+        is_in_time(begun);
+    }
+
+    #[tokio::test]
+    async fn a_slow_upload_is_not_one_that_stalls_nor_is_grpc_that_listens() {
+        for grpc in [false, true] {
+            let forward = to(async |mut stream| {
+                let mut seen = Vec::new();
+                while !seen.ends_with(b"0\r\n\r\n") {
+                    seen.push(stream.read_u8().await.unwrap());
+                }
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+                stream.write_all(answer).await.unwrap();
+                let _ = stream.read(&mut [0]).await;
+            })
+            .await;
+            let (client, mut request) = request();
+            if grpc {
+                *request.version_mut() = Version::HTTP_2;
+                *request.uri_mut() = "http://a/".parse().unwrap();
+                let value = HeaderValue::from_static("application/grpc");
+                request.headers_mut().insert("content-type", value);
+            }
+            client.send("first".into()).await.unwrap();
+            tokio::spawn(async move {
+                if grpc {
+                    sleep(2 * SILENCE).await;
+                }
+                for _ in 0..8 {
+                    sleep(SILENCE / 4).await;
+                    client.send("next".into()).await.unwrap();
+                }
+            });
+            let begun = Instant::now();
+            let answer = answered(forward, request).await.unwrap();
+            assert_eq!(answer.status(), 200, "{grpc}");
+            assert!(begun.elapsed() >= 2 * SILENCE);
+        }
     }
 }

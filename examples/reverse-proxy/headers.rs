@@ -64,9 +64,19 @@ pub(crate) fn expects_continue(headers: &HeaderMap) -> bool {
         .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
-/// Takes away what concerns one connection only. `Trailer` stays: it speaks of
-/// the message, and hyper sends no trailer that it does not announce.
-pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+/// Takes away the fields that `Connection` names, and forgets that it did: what
+/// is added in their place is then not taken away, too. What is asked for by
+/// `Upgrade` and `TE` stays asked for.
+pub(crate) fn forget_named(headers: &mut HeaderMap) {
+    let upgrade = has_token(headers, &CONNECTION, "upgrade");
+    remove_named(headers, &[UPGRADE, TE]);
+    headers.remove(CONNECTION);
+    if upgrade {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+}
+
+fn remove_named(headers: &mut HeaderMap, but: &[HeaderName]) {
     // Every `Connection` line counts, not only the first.
     let named: Vec<HeaderName> = members(headers, &CONNECTION)
         .filter_map(|name| HeaderName::from_bytes(name).ok())
@@ -74,10 +84,17 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     for name in named {
         // What the next hop cannot do without is not for a sender to remove,
         // nor what is looked at below or was added by us already.
-        if ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING, X_REQUEST_ID].contains(&name) {
+        let kept = [HOST, CONTENT_LENGTH, TRANSFER_ENCODING, X_REQUEST_ID];
+        if !kept.contains(&name) && !but.contains(&name) {
             headers.remove(name);
         }
     }
+}
+
+/// Takes away what concerns one connection only. `Trailer` stays: it speaks of
+/// the message, and hyper sends no trailer that it does not announce.
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    remove_named(headers, &[]);
     // A length beside another framing is not to be believed, nor passed on
     // (RFC 9112 §6.3).
     if headers.remove(TRANSFER_ENCODING).is_some() {

@@ -26,6 +26,7 @@ mod proxy;
 mod serve;
 mod settings;
 mod upstream;
+mod webhook;
 
 use std::{
     convert::Infallible,
@@ -105,7 +106,8 @@ async fn run() -> Result<ExitCode, End> {
     }
     start_logging(settings.log_format);
     let metrics = start_metrics();
-    let shutdown = settings.shutdown.builder().exit_process().build();
+    let shutdown = settings.shutdown.builder().name("proxy");
+    let shutdown = shutdown.exit_process().build();
     let shutdown = shutdown.expect("checked in the settings");
     // Before the port is open: from then on, someone may want it to stop.
     shutdown
@@ -120,7 +122,8 @@ async fn run() -> Result<ExitCode, End> {
 
     // Nobody waits for the admin port, and nobody closes it but the last hook:
     // until then it says how the shutdown goes.
-    let apart = Shutdown::builder().build().expect("these are the defaults");
+    let apart = Shutdown::builder().name("admin").build();
+    let apart = apart.expect("these are the defaults");
     let admin_limits = Limits {
         max_connections: Count(256),
         ..settings.limits.clone()

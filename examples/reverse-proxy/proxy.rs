@@ -11,27 +11,35 @@ use buttress::{
     rate_limit::{HeaderFormat, Limit, RateLimitLayer},
     retry::{Memory, RetryLayer},
     tower_errors::RefuseErrorsLayer,
+    webhook::{MessageIdLayer, VerifyBody},
 };
 use http::{HeaderValue, Request, Response, Version, header::CONNECTION};
+use http_body_util::Either as EitherBody;
 use hyper::body::Incoming;
 use tower::{
     ServiceBuilder, ServiceExt, service_fn,
-    util::{BoxCloneSyncService, Either, MapResponse},
+    util::{BoxCloneSyncService, Either, MapRequestLayer, MapResponse},
 };
 
 use crate::{
     access::{Facts, Line, Meters},
     balance::Balance,
-    forward::{self, Forward, Rules},
+    body::SILENCE,
+    forward::{self, Failed, Forward, Rules},
     grpc_timeout::GrpcTimeout,
     headers,
     settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Retry, Settings},
     upstream::{CONNECT, Endpoint},
+    webhook::{self, Upload},
 };
 
 /// A route's answer, which a shutdown waits for: the upstream's, or a refusal of
-/// the retry, of what is inside it, or of the limiter.
-type RouteBody = DrainBody<ResponseBody<ResponseBody<ResponseBody<forward::Body>>>>;
+/// the retry, of what is inside it, of the verifying where there is one, or of
+/// the limiter.
+type RouteBody = DrainBody<ResponseBody<EitherBody<VerifyBody<InnerBody>, InnerBody>>>;
+
+/// What is inside of the verifying.
+type InnerBody = ResponseBody<ResponseBody<forward::Body>>;
 
 /// What a client gets: that, or that there is no route, and the line of the log
 /// that ends with it.
@@ -230,6 +238,7 @@ impl Route {
             grpc_timeout: common.grpc_timeout.clone(),
             strip: strip.to_owned(),
             timeout: route.timeout.0,
+            silence: SILENCE,
             judge: judge.unwrap_or_default(),
             retried: route.retry.as_ref().map(|retry| retry.statuses().collect()),
         });
@@ -238,6 +247,15 @@ impl Route {
         // stops; then the limiter, which sees the errors of all others as
         // responses, and so tells every client how it stands. The breakers are
         // in `forward`, which knows the endpoint: each attempt asks one anew.
+        let forward = match &route.sign_webhook {
+            Some(rule) => Either::Left(
+                ServiceBuilder::new()
+                    .map_err(Failed::from)
+                    .layer(webhook::sign(&route.name, rule, &common.limits))
+                    .service(forward),
+            ),
+            None => Either::Right(forward),
+        };
         let attempts = match &route.retry {
             Some(rule) => Either::Left(
                 ServiceBuilder::new()
@@ -246,6 +264,15 @@ impl Route {
             ),
             None => Either::Right(MapResponse::new(forward, bare)),
         };
+        // One id for all attempts.
+        let ids = route.sign_webhook.as_ref();
+        let ids = ids.map(|_| {
+            (
+                MapRequestLayer::new(webhook::unnamed),
+                MessageIdLayer::new(),
+            )
+        });
+        let attempts = ServiceBuilder::new().option_layer(ids).service(attempts);
         let adopts = common.grpc_timeout.clone();
         let attempts = service_fn(move |request| {
             let (attempts, adopts) = (attempts.clone(), adopts.clone());
@@ -255,13 +282,29 @@ impl Route {
             .layer(RefuseErrorsLayer::new().catch_all())
             .map_err(Refusal::from)
             .service(attempts);
+        let verified = match &route.verify_webhook {
+            Some(rule) => Either::Left(
+                ServiceBuilder::new()
+                    .map_response(|response: Response<_>| response.map(EitherBody::Left))
+                    .map_request(Upload::of(Some(SILENCE)))
+                    .layer(webhook::verify(&route.name, rule, &common.limits))
+                    .map_request(Upload::whole)
+                    .service(inside),
+            ),
+            None => Either::Right(
+                ServiceBuilder::new()
+                    .map_response(|response: Response<_>| response.map(EitherBody::Right))
+                    .map_request(Upload::of(route.sign_webhook.is_some().then_some(SILENCE)))
+                    .service(inside),
+            ),
+        };
         let limited = match &route.rate_limit {
             Some(rule) => Either::Left(
                 ServiceBuilder::new()
                     .limit_rate(rate_limit(&route.name, rule, &common.client_ip))
-                    .service(inside),
+                    .service(verified),
             ),
-            None => Either::Right(MapResponse::new(inside, bare)),
+            None => Either::Right(MapResponse::new(verified, bare)),
         };
         let service = ServiceBuilder::new()
             .drain_requests(DrainLayer::new(&common.shutdown).route(Arc::clone(&name)))

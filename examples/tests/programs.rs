@@ -6,6 +6,8 @@ use std::{
     net::TcpStream,
     path::PathBuf,
     process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 /// The example's program, which cargo builds beside the tests.
@@ -49,7 +51,13 @@ fn the_grpc_client_heeds_the_pushback() {
     let output = output("tonic");
     assert_eq!(output.matches(": Serving").count(), 3, "{output}");
     assert_eq!(output.matches("ResourceExhausted").count(), 1, "{output}");
-    assert_eq!(output.matches("exit code 0").count(), 1, "{output}");
+    for line in [
+        "the watch: NotServing",
+        "the watch: Unavailable",
+        "exit code 0",
+    ] {
+        assert_eq!(output.matches(line).count(), 1, "{output}");
+    }
 }
 
 #[test]
@@ -88,4 +96,67 @@ fn statuses(path: &str) -> Vec<String> {
     server.kill().expect("it still runs");
     server.wait().expect("it has ended");
     statuses
+}
+
+/// Stopped while it is at work: the answer is whole, the hook has run, and the
+/// end is a good one.
+#[cfg(unix)]
+#[test]
+fn the_server_that_is_stopped_answers_first_and_runs_its_hook() {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    let mut server = program("drain")
+        .args(["127.0.0.1:0", "127.0.0.1:0", "300"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut lines = BufReader::new(server.stdout.take().expect("piped")).lines();
+    let mut address = |path: &str| {
+        let mut lines = lines.by_ref().map_while(Result::ok);
+        let found = lines.find_map(|line| {
+            let (_, url) = line.split_once("http://")?;
+            Some(url.strip_suffix(path)?.to_owned())
+        });
+        found.expect("it says where it listens")
+    };
+    let (served, probes) = (address("/slow"), address("/health/ready"));
+    let ask = |address: &str, path: &str| {
+        let mut stream = TcpStream::connect(address).expect("it listens");
+        let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).expect("sent");
+        stream
+    };
+    let read = |mut stream: TcpStream| {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("answered");
+        answer
+    };
+    let ready = read(ask(&probes, "/health/ready"));
+    assert!(ready.starts_with("HTTP/1.1 200 "), "{ready}");
+    let slow = ask(&served, "/slow");
+    // It takes three seconds.
+    thread::park_timeout(Duration::from_millis(300));
+
+    let process = i32::try_from(server.id()).ok().and_then(Pid::from_raw);
+    kill_process(process.expect("a process"), Signal::TERM).expect("it runs");
+    thread::park_timeout(Duration::from_millis(150));
+    let ready = read(ask(&probes, "/health/ready"));
+    assert!(ready.starts_with("HTTP/1.1 503 "), "{ready}");
+    let answer = read(slow);
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(answer.contains("connection: close\r\n"), "{answer}");
+    // 30 s, less the 5 that are the hook's and the 3 that it took.
+    let (_, body) = answer.split_once("\r\n\r\n").expect("a head");
+    let left = body.strip_prefix("at last, with ");
+    let left = left.and_then(|rest| rest.strip_suffix(" s to spare\n"));
+    let left: u64 = left.expect(body).parse().expect(body);
+    assert!((15..=22).contains(&left), "{body}");
+
+    let end: Vec<_> = lines.map_while(Result::ok).collect();
+    let at = |what: &str| end.iter().position(|line| line.contains(what));
+    let (hook, report) = (at("written what was not yet written"), at("shut down in "));
+    assert!(hook.is_some() && hook < report, "{end:?}");
+    assert!(at("(SIGTERM), exit code 0").is_some(), "{end:?}");
+    assert_eq!(server.wait().expect("it ends").code(), Some(0));
 }

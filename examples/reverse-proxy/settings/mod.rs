@@ -13,6 +13,7 @@ mod scalar;
 mod show;
 mod shutdown;
 mod tls;
+mod webhook;
 
 use std::{
     collections::HashMap,
@@ -35,6 +36,7 @@ pub(crate) use retry::{Budget, Retry};
 pub(crate) use scalar::{Count, Delay, Name, Rate, Secret, Size, Span};
 pub(crate) use shutdown::Shutdown;
 pub(crate) use tls::Tls;
+pub(crate) use webhook::{SignWebhook, VerifyWebhook};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Deserialize)]
@@ -115,6 +117,10 @@ pub(crate) struct Route {
     pub(crate) circuit_breaker: Option<CircuitBreaker>,
     #[serde(default, deserialize_with = "present")]
     pub(crate) retry: Option<Retry>,
+    #[serde(default, deserialize_with = "present")]
+    pub(crate) verify_webhook: Option<VerifyWebhook>,
+    #[serde(default, deserialize_with = "present")]
+    pub(crate) sign_webhook: Option<SignWebhook>,
 }
 
 impl Route {
@@ -402,7 +408,7 @@ impl fmt::Display for Mode {
 
 /// Keys of the whole design whose layers do not exist so far. They are unknown
 /// like any other, but an operator should not search for a typing error.
-const NOT_YET: &[&str] = &["redis", "verify_webhook", "sign_webhook", "on_store_error"];
+const NOT_YET: &[&str] = &["redis", "on_store_error"];
 
 /// The longest name that a circuit breaker takes.
 const MAX_NAME: usize = 128;
@@ -516,6 +522,15 @@ impl Settings {
             }
             if let Some(Err((key, expected))) = route.retry.as_ref().map(Retry::check) {
                 return nonsense(&at(&format!("retry{key}")), expected);
+            }
+            if let Some(Err((key, expected))) =
+                route.verify_webhook.as_ref().map(VerifyWebhook::check)
+            {
+                return nonsense(&at(&format!("verify_webhook{key}")), expected);
+            }
+            if let Some(Err((key, expected))) = route.sign_webhook.as_ref().map(SignWebhook::check)
+            {
+                return nonsense(&at(&format!("sign_webhook{key}")), expected);
             }
             if let Some(first) = names.insert(&route.name.0, index) {
                 let expected = format!(

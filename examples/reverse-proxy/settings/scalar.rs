@@ -6,6 +6,7 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
+use buttress::webhook;
 use serde::{
     Deserialize, Deserializer,
     de::{Error, Visitor},
@@ -286,6 +287,11 @@ pub(crate) struct Secret(String);
 impl Secret {
     pub(crate) fn expose(&self) -> &str {
         &self.0
+    }
+
+    /// The same for who signs with it, or verifies: not empty and not short.
+    pub(crate) fn of_webhook(&self) -> Result<webhook::Secret, webhook::SecretError> {
+        webhook::Secret::new(&*self.0)
     }
 }
 

@@ -4,7 +4,10 @@ use std::fmt::Display;
 
 use yaml_rust2::{Yaml, YamlEmitter, yaml::Hash};
 
-use super::{CircuitBreaker, Rate, RateLimit, Retry, Route, Settings, breaker::Window};
+use super::{
+    CircuitBreaker, Rate, RateLimit, Retry, Route, Settings, SignWebhook, VerifyWebhook,
+    breaker::Window,
+};
 
 fn text(value: impl Display) -> Yaml {
     Yaml::String(value.to_string())
@@ -107,6 +110,14 @@ fn route(route: &Route) -> Yaml {
             route.circuit_breaker.as_ref().map(circuit_breaker),
         ),
         ("retry", route.retry.as_ref().map(retry)),
+        (
+            "verify_webhook",
+            route.verify_webhook.as_ref().map(verify_webhook),
+        ),
+        (
+            "sign_webhook",
+            route.sign_webhook.as_ref().map(sign_webhook),
+        ),
     ])
 }
 
@@ -189,5 +200,22 @@ fn retry(rule: &Retry) -> Yaml {
             )),
         ),
         ("max_body", Some(text(rule.max_body))),
+    ])
+}
+
+fn verify_webhook(rule: &VerifyWebhook) -> Yaml {
+    let protected = rule.effective_replay_protection();
+    mapping([
+        ("scheme", Some(text(rule.scheme))),
+        ("secrets", Some(list(&rule.secrets))),
+        ("tolerance", Some(text(rule.tolerance))),
+        ("replay_protection", Some(Yaml::Boolean(protected))),
+    ])
+}
+
+fn sign_webhook(rule: &SignWebhook) -> Yaml {
+    mapping([
+        ("scheme", Some(text(rule.scheme))),
+        ("secret", Some(text(&rule.secret))),
     ])
 }

@@ -1,10 +1,11 @@
 //! `grpc-timeout`: how long a gRPC client waits, and what upstreams hear of it.
+//! And a client that is waited for.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use tokio::time::Instant;
 use tonic::transport::{Channel, Server, server::TcpIncoming};
 use tonic_health::{
@@ -17,7 +18,7 @@ use tonic_health::{
 
 use crate::{
     retries::{Act, FAST, Scripted, proxy, state},
-    support::{Proxy, Upstream, fetch, reply, soon},
+    support::{Proxy, Raw, Upstream, eventually, fetch, get, reply, soon},
 };
 
 /// Calls with these fields; not gRPC but for its `content-type`.
@@ -276,4 +277,52 @@ async fn a_stream_goes_on_after_its_head_for_as_long_as_its_client_waits() {
         assert_eq!(second.status(), Status::NotServing);
     }
     server.abort();
+}
+
+/// The time between two pieces of a body is longer than a test may take; that
+/// of the route is not, and frees the same place. (Its own tests are beside
+/// what forwards.)
+#[tokio::test]
+async fn an_upload_that_stalls_holds_its_place_no_longer_than_the_route_allows() {
+    let upstream = Upstream::start(|request| async move {
+        let body = request.into_body().collect().await;
+        reply(body.map_or(0, |body| body.to_bytes().len()).to_string())
+    })
+    .await;
+    let proxy = Proxy::start(&format!(
+        "limits: {{ max_connections: 1 }}\n\
+         routes: [{{ name: orders, path: /, upstream: ['http://{}'], timeout: 600ms, \
+         circuit_breaker: {{ failure_threshold: 1 }} }}]",
+        upstream.address
+    ))
+    .await;
+    let open = async || {
+        let name = ["name=\"proxy\""];
+        proxy.metric("drain_connections_open", &name).await
+    };
+    let begun = Instant::now();
+    let mut stalled = Raw::connect(proxy.listen).await;
+    let head = "POST /stalled HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nhalf";
+    stalled.send(head).await;
+    eventually("the connection", async || open().await == 1.0).await;
+    // There is room for one.
+    let next = tokio::spawn(fetch(proxy.listen, get("/next")));
+    let answer = stalled.rest().await;
+    assert!(answer.starts_with("HTTP/1.1 504 "), "{answer}");
+    assert!(answer.contains("\"reason\":\"timed_out\""), "{answer}");
+    assert!(begun.elapsed() >= 3 * SECOND / 5);
+    assert_eq!(soon("the next", next).await.unwrap().status(), 200);
+    eventually("no connection", async || open().await == 0.0).await;
+    assert_eq!(state(&proxy, upstream.address).await, "closed");
+    assert_eq!(proxy.access("/stalled").await["status"], 504);
+
+    // One that is slow, but does not stall, has the route's time all the same.
+    let mut slow = Raw::connect(proxy.listen).await;
+    slow.send("POST /slow HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n")
+        .await;
+    for _ in 0..4 {
+        tokio::time::sleep(SECOND / 20).await;
+        slow.send("x").await;
+    }
+    assert!(slow.until("4").await.starts_with("HTTP/1.1 200 "));
 }

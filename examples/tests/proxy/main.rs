@@ -10,5 +10,10 @@ mod retries;
 mod settings;
 mod stopping;
 mod streaming;
+mod stuck;
 mod support;
+#[path = "../../../layers/drain/tests/serve/talk.rs"]
+mod talk;
+mod talking;
 mod tls;
+mod webhooks;

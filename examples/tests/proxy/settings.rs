@@ -382,8 +382,57 @@ fn nonsense_ends_it_with_one_line() {
         ),
         (
             route_with("verify_webhook: {}"),
-            "routes[1].verify_webhook",
+            "routes[1].verify_webhook.scheme",
+            "missing",
+        ),
+        (
+            route_with("verify_webhook: { scheme: md5, secrets: [correct horse] }"),
+            "routes[1].verify_webhook.scheme",
+            "sha256 or standard or github or stripe or slack",
+        ),
+        (
+            route_with("verify_webhook: { scheme: github, secrets: [] }"),
+            "routes[1].verify_webhook.secrets",
+            "at least one",
+        ),
+        (
+            route_with("verify_webhook: { scheme: github, secrets: [correct horse, ''] }"),
+            "routes[1].verify_webhook.secrets[1]",
+            "nothing",
+        ),
+        (
+            route_with("verify_webhook: { scheme: github, secrets: [short] }"),
+            "routes[1].verify_webhook.secrets[0]",
+            "at least 8 bytes",
+        ),
+        (
+            route_with("verify_webhook: { scheme: standard, secrets: [whsec_aGVsbG8gd29ybGQ=] }"),
+            "routes[1].verify_webhook.secrets[0]",
+            "at least 24 bytes",
+        ),
+        (
+            route_with(
+                "verify_webhook: { scheme: github, secrets: [correct horse], tolerance: 1ms }",
+            ),
+            "routes[1].verify_webhook.tolerance",
+            "seconds",
+        ),
+        (
+            route_with(
+                "verify_webhook: { scheme: github, secrets: [correct horse], on_store_error: deny }",
+            ),
+            "routes[1].verify_webhook.on_store_error",
             "not built in yet",
+        ),
+        (
+            route_with("sign_webhook: { scheme: standard, secret: correct horse }"),
+            "routes[1].sign_webhook.secret",
+            "not base64",
+        ),
+        (
+            route_with("sign_webhook: { scheme: github, secret: 'env:BUTTRESS_NO_SUCH_SECRET' }"),
+            "routes[1].sign_webhook.secret",
+            "BUTTRESS_NO_SUCH_SECRET is not set",
         ),
         (
             route_with("host: 'a.example:80'"),
@@ -665,6 +714,32 @@ fn a_flag_beats_a_variable_beats_the_file_beats_the_default() {
     assert!(
         check(&["--config", file], &[("BUTTRESS_LOG_FORMAT", "text")]).contains("log_format: text")
     );
+}
+
+#[test]
+fn check_hides_what_webhooks_are_signed_with() {
+    let path = file(
+        "routes:
+- name: hooks
+  path: /
+  upstream: ['http://localhost:1']
+  verify_webhook: { scheme: github, secrets: ['env:HUNTER', 'hunter2 and more'] }
+  sign_webhook: { scheme: stripe, secret: 'env:HUNTER' }
+",
+    );
+    let variables = [("HUNTER", "hunter2 from afar")];
+    let printed = check(&["--config", path.to_str().unwrap()], &variables);
+    assert!(!printed.contains("hunter2"), "{printed}");
+    for line in [
+        "scheme: github",
+        "tolerance: 5m",
+        "replay_protection: false",
+        "- \"***\"",
+        "scheme: stripe",
+        "secret: \"***\"",
+    ] {
+        assert!(printed.contains(line), "{line}: {printed}");
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::support::{
 };
 
 /// Listens on for half a second, cuts after two, and ends after three.
-const STOP: &str = "shutdown: { drain_delay: 500ms, timeout: 3s, hook_reserve: 1s }\n";
+pub(crate) const STOP: &str = "shutdown: { drain_delay: 500ms, timeout: 3s, hook_reserve: 1s }\n";
 
 const ASK: &str = "GET / HTTP/1.1\r\nhost: a\r\n\r\n";
 
@@ -103,18 +103,22 @@ async fn busy(proxy: &Proxy, requests: f64) {
     .await;
 }
 
-async fn phase(proxy: &Proxy, phase: &str) {
-    proxy.logged(phase, |line| line["phase"] == phase).await;
+pub(crate) async fn phase(proxy: &Proxy, phase: &str) {
+    proxy
+        .logged(phase, |line| {
+            line["phase"] == phase && line["name"] == "proxy"
+        })
+        .await;
 }
 
 /// Waits for the end: its code, and how long after `start` it was.
-async fn end(proxy: &mut Proxy, start: Instant) -> (Option<i32>, u128) {
+pub(crate) async fn end(proxy: &mut Proxy, start: Instant) -> (Option<i32>, u128) {
     let code = proxy.exit().await.code();
     (code, start.elapsed().as_millis())
 }
 
 /// What the log says of what was cut.
-async fn cut(proxy: &Proxy, kind: &str) -> Value {
+pub(crate) async fn cut(proxy: &Proxy, kind: &str) -> Value {
     let line = proxy
         .logged(kind, |line| {
             line["message"] == "cut off" && line["kind"] == kind

@@ -45,6 +45,8 @@ pub enum RefusalKind {
     UriTooLong,
     /// The header fields are larger than allowed.
     HeadersTooLarge,
+    /// The request did not arrive in time.
+    RequestTimeout,
     /// The request cannot be understood.
     BadRequest,
     /// Nothing is configured for this request.
@@ -156,6 +158,8 @@ kinds! {
         "the request target is too long";
     HeadersTooLarge 431 8 "headers_too_large" "Request Header Fields Too Large" "about:blank"
         "the request header fields are too large";
+    RequestTimeout 408 4 "request_timeout" "Request Timeout" "about:blank"
+        "the request took too long to arrive";
     BadRequest 400 3 "bad_request" "Bad Request" "about:blank"
         "the request cannot be understood";
     NoRoute 404 12 "no_route" "Not Found" "about:blank"

@@ -1,6 +1,8 @@
 //! What a shutdown is made of, checked once by `build()`.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+
+use buttress_core::label;
 
 use crate::{ConfigError, Shutdown, error::Problem, watchdog::Exit};
 
@@ -15,6 +17,8 @@ pub struct ShutdownBuilder {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
+    /// None for the default, since a builder is made at compile time.
+    name: Option<Arc<str>>,
     pub(crate) drain_delay: Duration,
     pub(crate) timeout: Duration,
     pub(crate) hook_reserve: Duration,
@@ -27,6 +31,7 @@ impl ShutdownBuilder {
     pub(crate) const fn new() -> Self {
         Self {
             settings: Settings {
+                name: None,
                 drain_delay: Duration::from_secs(5),
                 timeout: Duration::from_secs(30),
                 hook_reserve: Duration::from_secs(5),
@@ -34,6 +39,13 @@ impl ShutdownBuilder {
                 exit: None,
             },
         }
+    }
+
+    /// Names it: for logs and metrics. 1 to 128 printable ASCII characters.
+    /// Default `default`; a process that has several gives each its own.
+    pub fn name(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.settings.name = Some(name.into());
+        self
     }
 
     /// For how long all is still served after the notice, new connections
@@ -93,12 +105,16 @@ impl ShutdownBuilder {
     /// What is wrong with the settings: see [`ConfigError`].
     pub fn build(self) -> Result<Shutdown, ConfigError> {
         let Settings {
+            name: _,
             drain_delay,
             timeout,
             hook_reserve,
             hook_limit,
             exit: _,
         } = self.settings;
+        if !label::is_sound(&self.settings.name(), 128) {
+            return Err(Problem::Name.into());
+        }
         if timeout.is_zero() || timeout > LONGEST {
             return Err(Problem::Timeout.into());
         }
@@ -109,6 +125,12 @@ impl ShutdownBuilder {
             return Err(Problem::HookLimit.into());
         }
         Ok(Shutdown::new(self.settings))
+    }
+}
+
+impl Settings {
+    pub(crate) fn name(&self) -> Arc<str> {
+        self.name.clone().unwrap_or_else(|| "default".into())
     }
 }
 
@@ -139,6 +161,13 @@ mod tests {
         for limit in [Duration::ZERO, Duration::MAX] {
             assert!(told(new().hook_limit(limit)).contains("limit"));
         }
+        for name in ["", "a\nb", "é", &"x".repeat(129)] {
+            assert!(told(new().name(name)).contains("name"), "{name:?}");
+        }
+        assert_eq!(**new().build().unwrap().name(), *"default");
+        let longest = "x".repeat(128);
+        let named = new().name(longest.as_str()).build().unwrap();
+        assert_eq!(**named.name(), longest);
         for (delay, reserve) in [
             (secs(25), secs(5)),
             (secs(30), Duration::ZERO),

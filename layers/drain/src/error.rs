@@ -8,6 +8,7 @@ pub struct ConfigError(Problem);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Problem {
+    Name,
     Timeout,
     Fit,
     HookLimit,
@@ -25,6 +26,7 @@ impl From<Problem> for ConfigError {
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0 {
+            Problem::Name => "the name must be 1 to 128 printable ASCII characters",
             Problem::Timeout => "the timeout must be above 0 and at most a day",
             Problem::Fit => {
                 "the drain delay and the hooks' reserve together must be below the timeout"

@@ -27,6 +27,7 @@ pin_project! {
         extra: Option<Box<Extra>>,
         // Whether the response may say that the connection closes.
         closable: bool,
+        connect: bool,
     }
 }
 
@@ -36,6 +37,7 @@ impl<F> ResponseFuture<F> {
         call: F,
         permit: Permit,
         closable: bool,
+        connect: bool,
         extra: Option<Box<Extra>>,
     ) -> Self {
         Self {
@@ -43,6 +45,7 @@ impl<F> ResponseFuture<F> {
             permit: Some(permit),
             extra,
             closable,
+            connect,
         }
     }
 }
@@ -63,11 +66,13 @@ where
         let (mut head, body) = result?.into_parts();
         let closing = *this.closable && permit.is_draining();
         let mut extra = this.extra.take();
-        if closing {
+        let tunnel = *this.connect && head.status.is_success();
+        // A tunnel's head says nothing of the connection.
+        if closing && !tunnel {
             close(&mut head);
         }
         if let Some(extra) = &mut extra {
-            extra.name(&mut head);
+            extra.name(&mut head, tunnel);
             extra.look(&head);
         }
         let body = DrainBody::new(body, permit, extra);

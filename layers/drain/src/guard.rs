@@ -16,6 +16,9 @@ use buttress_core::{
     sync::Mutex,
 };
 
+#[cfg(feature = "serve")]
+use slab::Slab;
+
 use crate::{DrainSignal, Label, Phase, Reached, ledger::Kind, shutdown::Inner};
 
 /// Work of one's own that the drain waits for until it is dropped: a job taken
@@ -107,8 +110,28 @@ pub(crate) struct Connection {
     bytes: AtomicU64,
     state: AtomicU8,
     route: Mutex<Option<Label>>,
+    /// Over HTTP/2.
+    #[cfg(feature = "serve")]
+    tunnels: Mutex<Option<Box<Tunnels>>>,
     #[cfg(feature = "serve")]
     pub(crate) traffic: crate::io::Traffic,
+}
+
+/// A stream that was turned into a tunnel.
+#[derive(Clone, Debug)]
+pub(crate) struct Tunnel {
+    pub(crate) label: Option<Label>,
+    pub(crate) since: Instant,
+}
+
+/// Those of one connection.
+#[cfg(feature = "serve")]
+#[derive(Debug, Default)]
+struct Tunnels {
+    open: Slab<Tunnel>,
+    /// The last of which this end has sent all that it will. Whether the other
+    /// end has, too, hyper tells nobody.
+    half: Option<Tunnel>,
 }
 
 impl Connection {
@@ -129,6 +152,57 @@ impl Connection {
             let old = mem::replace(&mut *self.route.lock(), route);
             drop(old);
         }
+    }
+
+    #[cfg(feature = "serve")]
+    pub(crate) fn tunnel_begins(&self, label: Option<Label>) -> usize {
+        let since = clock::now();
+        let mut tunnels = self.tunnels.lock();
+        let tunnels = tunnels.get_or_insert_default();
+        tunnels.open.insert(Tunnel { label, since })
+    }
+
+    #[cfg(feature = "serve")]
+    pub(crate) fn tunnel_sent(&self, key: usize) {
+        let mut old = None;
+        if let Some(tunnels) = &mut *self.tunnels.lock() {
+            let half = tunnels.open.try_remove(key);
+            old = mem::replace(&mut tunnels.half, half);
+        }
+        drop(old);
+    }
+
+    /// Whether there may be a tunnel whose other end still sends.
+    #[cfg(feature = "serve")]
+    pub(crate) fn has_half_a_tunnel(&self) -> bool {
+        let tunnels = self.tunnels.lock();
+        tunnels.as_ref().is_some_and(|all| all.half.is_some())
+    }
+
+    /// hyper has ended it, with all that was on it.
+    #[cfg(feature = "serve")]
+    pub(crate) fn has_no_tunnels(&self) {
+        let old = self.tunnels.lock().take();
+        drop(old);
+    }
+
+    /// Those in streams of it; of halves the last, where it is all that keeps
+    /// the connection.
+    #[cfg(feature = "serve")]
+    pub(crate) fn tunnels(&self) -> Vec<Tunnel> {
+        let busy = self.traffic.is_busy();
+        let tunnels = self.tunnels.lock();
+        let Some(tunnels) = tunnels.as_ref() else {
+            return Vec::new();
+        };
+        let half = tunnels.half.iter().filter(|_| !busy);
+        let open = tunnels.open.iter().map(|(_, tunnel)| tunnel);
+        open.chain(half).cloned().collect()
+    }
+
+    #[cfg(not(feature = "serve"))]
+    pub(crate) const fn tunnels(&self) -> Vec<Tunnel> {
+        Vec::new()
     }
 
     /// Whether these are all the requests on it.
@@ -158,6 +232,8 @@ impl ConnectionGuard {
             bytes: AtomicU64::new(0),
             state: AtomicU8::new(ConnectionState::Idle as u8),
             route: Mutex::new(None),
+            #[cfg(feature = "serve")]
+            tunnels: Mutex::new(None),
             #[cfg(feature = "serve")]
             traffic: crate::io::Traffic::default(),
         });

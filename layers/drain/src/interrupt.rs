@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal},
-    sync::{atomic::Ordering, mpsc},
+    sync::{Arc, atomic::Ordering, mpsc},
     thread,
 };
 
@@ -83,7 +83,12 @@ impl Shutdown {
             } else {
                 shutdown.trigger(name);
             }
-            info!(signal = name, at_terminal, "a signal");
+            info!(
+                name = &**shutdown.name(),
+                signal = name,
+                at_terminal,
+                "a signal"
+            );
         });
     }
 
@@ -91,7 +96,15 @@ impl Shutdown {
         let name = signal.name;
         match &self.inner.settings.exit {
             Some(exit) => {
-                aside::say(move || warn!(signal = name, "a second signal: the process ends"));
+                let shutdown = Arc::clone(self.name());
+                aside::say(move || {
+                    let name = &*shutdown;
+                    warn!(
+                        name,
+                        signal = signal.name,
+                        "a second signal: the process ends"
+                    );
+                });
                 exit.call(1);
             }
             None => {

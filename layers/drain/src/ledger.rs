@@ -159,9 +159,7 @@ impl Ledger {
                 false => Left::Others,
             };
         }
-        let counters = self.counters(kind);
-        let ended = sum(counters.iter().map(|counter| &counter.ended));
-        match ended == sum(counters.iter().map(|counter| &counter.begun)) {
+        match self.is_idle_of(kind) {
             true => Left::Emptied,
             false => Left::Others,
         }
@@ -203,7 +201,8 @@ impl Ledger {
         phase(self.word.fetch_max(life | to as usize, AcqRel))
     }
 
-    /// How many there are of a kind; of a moment in the past.
+    /// How many there are of a kind; of a moment in the past. To tell, not to
+    /// decide by.
     pub(crate) fn open(&self, kind: Kind) -> usize {
         let counters = self.counters(kind);
         let sum = |of: fn(&Counter) -> &AtomicUsize| {
@@ -212,6 +211,13 @@ impl Ledger {
         };
         let ended = sum(|counter| &counter.ended);
         sum(|counter| &counter.begun).wrapping_sub(ended)
+    }
+
+    /// Whether there was a moment, during this call, with nobody of this kind.
+    pub(crate) fn is_idle_of(&self, kind: Kind) -> bool {
+        let counters = self.counters(kind);
+        let ended = sum(counters.iter().map(|counter| &counter.ended));
+        ended == sum(counters.iter().map(|counter| &counter.begun))
     }
 
     /// Whether there was a moment, during this call, with nobody of any kind.

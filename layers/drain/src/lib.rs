@@ -36,6 +36,11 @@ mod stripe;
 #[cfg(all(unix, feature = "systemd"))]
 pub mod systemd;
 mod tracked;
+// For loom alone, which runs without the rest of the server.
+#[cfg(all(test, buttress_loom, not(feature = "serve")))]
+#[path = "io/traffic.rs"]
+#[expect(dead_code, reason = "its users are the server's")]
+mod traffic;
 mod watchdog;
 
 #[cfg(feature = "axum")]

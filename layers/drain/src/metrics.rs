@@ -2,13 +2,13 @@
 //!
 //! | metric | kind | labels | counts |
 //! | --- | --- | --- | --- |
-//! | `drain_requests_in_flight` | gauge | | requests, from the call to the end of the response's body |
-//! | `drain_connections_open` | gauge | | connections, upgraded ones too |
-//! | `drain_duration_seconds` | histogram | | how long a shutdown took, from the trigger to the last hook |
-//! | `drain_cut_total` | counter | `kind` | what a shutdown cut off: `request`, `connection`, `tunnel`, `guard`, `hook` |
+//! | `drain_requests_in_flight` | gauge | `name` | requests, from the call to the end of the response's body |
+//! | `drain_connections_open` | gauge | `name` | connections, upgraded ones too |
+//! | `drain_duration_seconds` | histogram | `name` | how long a shutdown took, from the trigger to the last hook |
+//! | `drain_cut_total` | counter | `name`, `kind` | what a shutdown cut off: `request`, `connection`, `tunnel`, `guard`, `hook` |
 //!
-//! It goes to the recorder that is installed when the
-//! [`Shutdown`](crate::Shutdown) is built.
+//! `name` is the [`Shutdown`](crate::Shutdown)'s. It goes to the recorder that
+//! is installed when that is built.
 
 #[cfg(feature = "metrics")]
 pub(crate) use on::Metrics;
@@ -43,17 +43,20 @@ mod on {
     }
 
     impl Metrics {
-        pub(crate) fn new() -> Self {
+        pub(crate) fn new(name: &Arc<str>) -> Self {
             describe_gauge!(REQUESTS, "Requests, to the end of their responses' bodies.");
             describe_gauge!(CONNECTIONS, "Connections, upgraded ones too.");
             describe_histogram!(DURATION, Unit::Seconds, "How long a shutdown took.");
             describe_counter!(CUT, "What a shutdown cut off.");
             let cut = ["request", "connection", "tunnel", "guard", "hook"];
             Self(Arc::new(Handles {
-                requests: gauge!(REQUESTS),
-                connections: gauge!(CONNECTIONS),
-                duration: histogram!(DURATION),
-                cut: cut.map(|kind| (kind, counter!(CUT, "kind" => kind))),
+                requests: gauge!(REQUESTS, "name" => Arc::clone(name)),
+                connections: gauge!(CONNECTIONS, "name" => Arc::clone(name)),
+                duration: histogram!(DURATION, "name" => Arc::clone(name)),
+                cut: cut.map(|kind| {
+                    let name = Arc::clone(name);
+                    (kind, counter!(CUT, "name" => name, "kind" => kind))
+                }),
             }))
         }
 
@@ -89,7 +92,7 @@ mod on {
 
 #[cfg(not(feature = "metrics"))]
 mod off {
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
 
     /// Nothing is counted without the feature `metrics`.
     #[derive(Clone)]
@@ -97,7 +100,7 @@ mod off {
 
     #[expect(clippy::unused_self, reason = "the same shape as with the feature")]
     impl Metrics {
-        pub(crate) fn new() -> Self {
+        pub(crate) fn new(_: &Arc<str>) -> Self {
             Self(())
         }
 

@@ -55,9 +55,9 @@ pub(crate) struct Extra {
 
 impl Extra {
     /// Has the server know the tunnel that this turns into.
-    pub(crate) fn name(&self, head: &mut Parts) {
+    pub(crate) fn name(&self, head: &mut Parts, connect: bool) {
         if let Some(track) = &self.track
-            && head.status == StatusCode::SWITCHING_PROTOCOLS
+            && (connect || head.status == StatusCode::SWITCHING_PROTOCOLS)
             && head.extensions.get::<Label>().is_none()
             && let Some(route) = track.inner.tracked.route(track.slot)
         {

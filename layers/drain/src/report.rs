@@ -45,7 +45,7 @@ pub enum CutKind {
     /// A connection with requests on it that are not named, or with an answer
     /// that was not written to its end.
     Connection,
-    /// A connection that had been upgraded.
+    /// A connection that had been upgraded, or a stream of one over HTTP/2.
     Tunnel,
     /// Work that held a [`Guard`](crate::Guard).
     Guard,

@@ -72,6 +72,7 @@ async fn drive(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) -> Report {
         let gone = inner.emptied(|inner| inner.books.ledger.is_idle());
         if !inner.is_forced() && timeout(moment, gone).await.is_err() {
             warn!(
+                name = &*inner.name,
                 requests = inner.books.ledger.open(Kind::Request),
                 connections = inner.books.ledger.open(Kind::Connection),
                 guards = inner.books.ledger.open(Kind::Guard),
@@ -89,7 +90,7 @@ async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
     if inner.phase() >= Phase::Cut {
         return;
     }
-    let mut running = Running::new(&mut facts.callbacks);
+    let mut running = Running::new(&inner.name, &mut facts.callbacks);
     for callback in inner.callbacks.close() {
         running.start(callback, plan.cut - clock::now());
     }
@@ -102,7 +103,7 @@ async fn drain(inner: &Arc<Inner>, plan: &Plan, facts: &mut Facts) {
         inner.advance(Phase::Closing);
     }
     if inner.phase() < Phase::Closed {
-        let listeners = inner.emptied(|inner| inner.books.ledger.open(Kind::Listener) == 0);
+        let listeners = inner.emptied(|inner| inner.books.ledger.is_idle_of(Kind::Listener));
         match callbacks.with(by(inner, plan.cut, listeners)).await {
             Some(()) => inner.advance(Phase::Closed),
             None => listeners_left(inner),
@@ -207,23 +208,29 @@ fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let mut all: Vec<_> = tracked.collect();
 
     let connections = inner.connections.lock().clone();
-    all.extend(connections.iter().filter_map(|(_, connection)| {
-        let kind = CutKind::of(connection.state())?;
-        // What it is busy with is there already.
+    for (_, connection) in &connections {
+        let tunnels = connection.tunnels();
         let requests = named
             .get(&ConnectionId::of(connection))
             .copied()
             .unwrap_or(0);
-        if kind == CutKind::Connection && connection.is_named_by(requests) {
-            return None;
-        }
-        Some(Cut {
+        // What it is busy with is there already, or will be.
+        let kind = CutKind::of(connection.state()).filter(|kind| {
+            *kind != CutKind::Connection || !connection.is_named_by(requests + tunnels.len())
+        });
+        all.extend(kind.map(|kind| Cut {
             kind,
             label: connection.route(),
             age: now - connection.since,
             bytes: Some(connection.bytes()),
-        })
-    }));
+        }));
+        all.extend(tunnels.into_iter().map(|tunnel| Cut {
+            kind: CutKind::Tunnel,
+            label: tunnel.label,
+            age: now - tunnel.since,
+            bytes: Some(connection.bytes()),
+        }));
+    }
 
     let guards = inner.guards.lock().clone();
     all.extend(guards.into_iter().map(|(_, guard)| Cut {
@@ -235,6 +242,7 @@ fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
 
     for cut in &all {
         warn!(
+            name = &*inner.name,
             kind = cut.kind.as_str(),
             route = cut.label.as_ref().map(tracing::field::display),
             age_ms = millis(cut.age),
@@ -246,7 +254,8 @@ fn cut(inner: &Inner) -> (usize, Vec<Cut>) {
     let known = all.iter().filter(|cut| cut.kind == CutKind::Request);
     let unknown = requests.saturating_sub(known.count());
     if unknown > 0 {
-        warn!(requests = unknown, "cut off, not tracked");
+        let name = &*inner.name;
+        warn!(name, requests = unknown, "cut off, not tracked");
         inner.metrics.cut(CutKind::Request.as_str(), unknown as u64);
     }
     (requests, all)
@@ -262,11 +271,11 @@ async fn hooks(inner: &Inner, plan: &Plan, reports: &mut Vec<HookReport>) {
         let left = plan.end - clock::now();
         if inner.is_forced() || left.is_zero() {
             for hook in group {
-                tell(reports, skipped(hook));
+                tell(&inner.name, reports, skipped(hook));
             }
             continue;
         }
-        let mut running = Running::new(reports);
+        let mut running = Running::new(&inner.name, reports);
         for hook in group {
             let limit = hook.limit.unwrap_or(inner.settings.hook_limit);
             running.start(hook, limit.min(left));
@@ -295,21 +304,21 @@ fn skipped(hook: Hook) -> HookReport {
     }
 }
 
-fn tell(reports: &mut Vec<HookReport>, report: HookReport) {
+fn tell(name: &str, reports: &mut Vec<HookReport>, report: HookReport) {
     let HookReport {
-        name,
+        name: hook,
         priority,
         took,
         outcome,
     } = &report;
     let (result, took_ms) = (outcome.as_str(), millis(*took));
     match outcome {
-        HookOutcome::Done => info!(hook = %name, priority = priority.0, took_ms, result, "hook"),
+        HookOutcome::Done => info!(name, %hook, priority = priority.0, took_ms, result, "hook"),
         HookOutcome::Failed(why) | HookOutcome::Panicked(why) => {
-            error!(hook = %name, priority = priority.0, took_ms, result, why, "hook");
+            error!(name, %hook, priority = priority.0, took_ms, result, why, "hook");
         }
         HookOutcome::TimedOut | HookOutcome::Skipped => {
-            warn!(hook = %name, priority = priority.0, took_ms, result, "hook");
+            warn!(name, %hook, priority = priority.0, took_ms, result, "hook");
         }
     }
     reports.push(report);
@@ -330,6 +339,7 @@ fn done(inner: &Inner, plan: &Plan, facts: &mut Facts) -> Report {
     inner.disarm();
     inner.advance(Phase::Done);
     info!(
+        name = &*inner.name,
         took_ms = millis(report.took()),
         exit_code = report.exit_code(),
         "shut down"
@@ -344,6 +354,8 @@ fn millis(span: Duration) -> u64 {
 /// Hooks on tasks of their own: a panic of one is nobody else's. Those that are
 /// left when this is dropped are dropped, too, and written down.
 struct Running<'a> {
+    /// The shutdown's.
+    name: &'a str,
     reports: &'a mut Vec<HookReport>,
     tasks: JoinSet<Result<Result<(), BoxError>, Elapsed>>,
     known: HashMap<Id, Known>,
@@ -352,8 +364,9 @@ struct Running<'a> {
 type Known = (Label, Priority, Instant);
 
 impl<'a> Running<'a> {
-    fn new(reports: &'a mut Vec<HookReport>) -> Self {
+    fn new(name: &'a str, reports: &'a mut Vec<HookReport>) -> Self {
         Self {
+            name,
             reports,
             tasks: JoinSet::new(),
             known: HashMap::new(),
@@ -384,7 +397,7 @@ impl<'a> Running<'a> {
                 Err(error) => (error.id(), panicked(error)),
             };
             if let Some(known) = self.known.remove(&id) {
-                tell(self.reports, report(known, outcome));
+                tell(self.name, self.reports, report(known, outcome));
             }
         }
     }
@@ -393,7 +406,11 @@ impl<'a> Running<'a> {
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         for (_, known) in self.known.drain() {
-            tell(self.reports, report(known, HookOutcome::TimedOut));
+            tell(
+                self.name,
+                self.reports,
+                report(known, HookOutcome::TimedOut),
+            );
         }
     }
 }

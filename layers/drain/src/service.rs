@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{Request, Response, Version};
+use http::{Method, Request, Response, Version};
 use http_body::Body;
 use tower_service::Service;
 
@@ -101,7 +101,8 @@ where
             extra = self.opted(&mut request);
         }
         let closable = request.version() < Version::HTTP_2;
-        ResponseFuture::new(self.inner.call(request), permit, closable, extra)
+        let connect = request.method() == Method::CONNECT;
+        ResponseFuture::new(self.inner.call(request), permit, closable, connect, extra)
     }
 }
 

@@ -44,6 +44,8 @@ pub struct Shutdown {
 }
 
 pub(crate) struct Inner {
+    /// For logs, as the metrics have it.
+    pub(crate) name: Arc<str>,
     pub(crate) books: &'static Books,
     pub(crate) settings: Settings,
     /// Set before the phase is: who sees a drain sees its plan.
@@ -76,7 +78,7 @@ impl Pending {
         Self(Mutex::new(Some(Vec::new())))
     }
 
-    fn push(&self, hook: Hook) -> bool {
+    fn push(&self, hook: Hook, name: &str) -> bool {
         let mut held = self.0.lock();
         if let Some(hooks) = &mut *held {
             hooks.push(hook);
@@ -84,7 +86,7 @@ impl Pending {
         }
         // What it captured is dropped outside of the lock.
         drop(held);
-        warn!(hook = %hook.name, "it is too late for a hook");
+        warn!(name, hook = %hook.name, "it is too late for a hook");
         false
     }
 
@@ -124,6 +126,7 @@ impl Shutdown {
     pub(crate) fn new(settings: Settings) -> Self {
         // Its first reading takes a while.
         let _ = clock::now();
+        let name = settings.name();
         Self {
             inner: Arc::new(Inner {
                 books: Books::open(),
@@ -143,9 +146,16 @@ impl Shutdown {
                 hooks: Pending::new(),
                 driver: tokio::sync::Mutex::default(),
                 report: OnceLock::new(),
-                metrics: Metrics::new(),
+                metrics: Metrics::new(&name),
+                name,
             }),
         }
+    }
+
+    /// The name that it has in logs and metrics.
+    #[must_use]
+    pub fn name(&self) -> &Arc<str> {
+        &self.inner.name
     }
 
     /// Asks for it: the notice is given, and every deadline fixed, from now.
@@ -176,7 +186,7 @@ impl Shutdown {
     /// time: not when the hooks have run.
     #[expect(clippy::must_use_candidate, reason = "it is done for its effect")]
     pub fn hook(&self, hook: Hook) -> bool {
-        self.inner.hooks.push(hook)
+        self.inner.hooks.push(hook, self.name())
     }
 
     /// Registers what runs at once at the trigger, beside all that is still
@@ -188,7 +198,8 @@ impl Shutdown {
         F: FnOnce() -> R + Send + 'static,
         R: Future<Output: HookOutput> + Send + 'static,
     {
-        self.inner.callbacks.push(Hook::new(name, callback))
+        let hook = Hook::new(name, callback);
+        self.inner.callbacks.push(hook, self.name())
     }
 
     /// How far it has got: one atomic load.
@@ -309,6 +320,7 @@ impl ReadinessGate for Shutdown {
 impl fmt::Debug for Shutdown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shutdown")
+            .field("name", self.name())
             .field("phase", &self.phase())
             .field("requests", &self.requests())
             .field("connections", &self.connections())
@@ -391,11 +403,12 @@ impl Inner {
             end: start + timeout,
         };
         if let Err(plan) = self.plan.set(plan) {
-            info!(reason = &*plan.reason, "shutting down already");
+            let name = &*self.name;
+            info!(name, reason = &*plan.reason, "shutting down already");
             return false;
         }
         if let Some(exit) = &self.settings.exit
-            && let Some(watchdog) = Watchdog::arm(timeout, exit.clone())
+            && let Some(watchdog) = Watchdog::arm(Arc::clone(&self.name), timeout, exit.clone())
         {
             // Nobody else has passed the line above.
             let _ = self.watchdog.set(watchdog);
@@ -412,7 +425,7 @@ impl Inner {
 
     fn force(&self) {
         if !self.forced.swap(true, Ordering::AcqRel) {
-            warn!("the shutdown is forced");
+            warn!(name = &*self.name, "the shutdown is forced");
         }
         self.force.notify_waiters();
     }
@@ -454,6 +467,7 @@ impl Inner {
         }
         if from < to {
             info!(
+                name = &*self.name,
                 phase = to.as_str(),
                 reason = self.plan.get().map(|plan| &*plan.reason),
                 requests = self.books.ledger.open(Kind::Request),
@@ -470,7 +484,7 @@ impl Inner {
     }
 
     pub(crate) fn server_failed(&self, server: Label, why: String) {
-        error!(server = %server, why, "a server has failed");
+        error!(name = &*self.name, server = %server, why, "a server has failed");
         self.failed.lock().push(Failure { server, why });
     }
 }

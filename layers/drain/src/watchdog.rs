@@ -47,7 +47,7 @@ pub(crate) struct Watchdog {
 impl Watchdog {
     /// Ends the process at `timeout` and a little, unless it is disarmed. None
     /// if there is no thread to be had.
-    pub(crate) fn arm(timeout: Duration, exit: Exit) -> Option<Self> {
+    pub(crate) fn arm(name: Arc<str>, timeout: Duration, exit: Exit) -> Option<Self> {
         let disarmed = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&disarmed);
         let watch = move || {
@@ -55,7 +55,9 @@ impl Watchdog {
             while !flag.load(Ordering::Acquire) {
                 let left = end - clock::now();
                 if left.is_zero() {
-                    aside::say(|| error!("the shutdown is stuck: the process ends"));
+                    aside::say(move || {
+                        error!(name = &*name, "the shutdown is stuck: the process ends");
+                    });
                     exit.call(CUT);
                     return;
                 }

@@ -17,7 +17,7 @@ use buttress_core::{
 };
 use buttress_drain::{CutKind, DrainLayer, DrainSignal, Phase, RefuseLayer, Report, Shutdown};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Version, header};
 use http_body::Body;
 use http_body_util::{BodyExt, Empty, Full};
 use tokio::task::JoinHandle;
@@ -267,14 +267,18 @@ async fn it_waits_while_requests_come_and_go() {
 }
 
 async fn connection(shutdown: &Shutdown, version: Version, status: u16) -> Option<HeaderValue> {
+    let mut request = web::get("/");
+    *request.version_mut() = version;
+    connection_of(shutdown, request, status).await
+}
+
+async fn connection_of(shutdown: &Shutdown, request: Request_, status: u16) -> Option<HeaderValue> {
     let service = service_fn(move |_: Request_| {
         let mut response = web::response(status, "x");
         let keep = HeaderValue::from_static("keep-alive");
         response.headers_mut().insert(header::CONNECTION, keep);
         std::future::ready(Ok::<_, Infallible>(response))
     });
-    let mut request = web::get("/");
-    *request.version_mut() = version;
     let layer = DrainLayer::new(shutdown);
     let response = layer.layer(service).oneshot(request).await.unwrap();
     let mut all = response.headers().get_all(header::CONNECTION).iter();
@@ -307,6 +311,12 @@ async fn connections_close_while_it_drains() {
     // A tunnel's head is not to be touched.
     let told = connection(&shutdown, Version::HTTP_11, 101).await;
     assert_eq!(told.unwrap(), "keep-alive");
+    for (status, expected) in [(200, "keep-alive"), (407, "close")] {
+        let mut connect = web::get("test:443");
+        *connect.method_mut() = Method::CONNECT;
+        let told = connection_of(&shutdown, connect, status).await;
+        assert_eq!(told.unwrap(), expected, "{status}");
+    }
 }
 
 /// A 426 says what to upgrade to, and names the header.

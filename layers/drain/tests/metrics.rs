@@ -37,7 +37,24 @@ async fn in_flight_and_cut() {
     let snapshotter = recorder.snapshotter();
     let _here = metrics::set_default_local_recorder(&recorder);
 
-    let shutdown = Shutdown::builder().build().unwrap();
+    let shutdown = Shutdown::builder().name("orders").build().unwrap();
+    // One that nobody named, and that counts for itself.
+    let other = Shutdown::builder().build().unwrap();
+    let idle = other.connection();
+    let own = [
+        ("drain_connections_open{name=default}", "1"),
+        ("drain_requests_in_flight{name=default}", "0"),
+    ];
+    let all = values(&snapshotter);
+    for (name, value) in own {
+        assert!(all.contains(&(name.into(), value.into())), "{all:?}");
+    }
+    drop((idle, other));
+    let values = |snapshotter: &_| {
+        let mut values = values(snapshotter);
+        values.retain(|(name, _)| !name.contains("name=default"));
+        values
+    };
     let handler = service_fn(async |_: http::Request<_>| {
         Ok::<_, Infallible>(Response::new(ScriptedBody::new().hang()))
     });
@@ -47,11 +64,22 @@ async fn in_flight_and_cut() {
         let kinds = ["connection", "guard", "hook", "request", "tunnel"];
         let cut = kinds.into_iter().zip(cut);
         let mut all: Vec<_> = cut
-            .map(|(kind, count)| (format!("drain_cut_total{{kind={kind}}}"), count.to_owned()))
+            .map(|(kind, count)| {
+                (
+                    format!("drain_cut_total{{name=orders,kind={kind}}}"),
+                    count.to_owned(),
+                )
+            })
             .collect();
-        all.push(("drain_connections_open{}".into(), connections.into()));
-        all.extend(took.map(|took| ("drain_duration_seconds{}".into(), took.into())));
-        all.push(("drain_requests_in_flight{}".into(), requests.into()));
+        all.push((
+            "drain_connections_open{name=orders}".into(),
+            connections.into(),
+        ));
+        all.extend(took.map(|took| ("drain_duration_seconds{name=orders}".into(), took.into())));
+        all.push((
+            "drain_requests_in_flight{name=orders}".into(),
+            requests.into(),
+        ));
         all.sort();
         all
     };
@@ -74,6 +102,6 @@ async fn in_flight_and_cut() {
     drop(connection);
     assert_eq!(
         values(&snapshotter)[0],
-        ("drain_connections_open{}".into(), "-1".into())
+        ("drain_connections_open{name=orders}".into(), "-1".into())
     );
 }

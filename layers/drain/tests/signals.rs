@@ -12,13 +12,12 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::clock;
+use buttress_core::{clock, testing::Log};
 use buttress_drain::{Hook, Phase, Shutdown, ShutdownBuilder};
 use rustix::{
     process::{Pid, Signal, kill_process},
     pty::{self, OpenptFlags},
 };
-use tracing::{Event, Metadata, Subscriber, span};
 
 const ROLE: &str = "BUTTRESS_DRAIN_CHILD";
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,33 +39,6 @@ fn builder(role: &str) -> ShutdownBuilder {
         .exit_process()
 }
 
-/// A log whose reader has gone to sleep: whoever writes waits.
-struct Mute;
-
-impl Subscriber for Mute {
-    fn enabled(&self, _: &Metadata<'_>) -> bool {
-        true
-    }
-
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-
-    fn event(&self, _: &Event<'_>) {
-        loop {
-            thread::park();
-        }
-    }
-
-    fn enter(&self, _: &span::Id) {}
-
-    fn exit(&self, _: &span::Id) {}
-}
-
 /// The line by which a child says how far it is.
 fn say(what: &str) {
     let mut out = std::io::stdout().lock();
@@ -84,7 +56,13 @@ fn child() {
     // Once is enough.
     shutdown.install_signals().unwrap();
     if role == "mute" {
-        tracing::subscriber::set_global_default(Mute).unwrap();
+        // A log whose reader has gone to sleep: whoever writes waits.
+        let mute = Log::new().on_event(|_| {
+            loop {
+                thread::park();
+            }
+        });
+        tracing::subscriber::set_global_default(mute).unwrap();
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

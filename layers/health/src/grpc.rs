@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, Waker},
 };
@@ -12,11 +12,19 @@ use buttress_core::{
     health::{Health, HealthSource, ReadinessGate},
     sync::Mutex,
 };
+use futures_util::{
+    FutureExt, Stream,
+    future::{BoxFuture, Shared},
+};
 use tokio::task::unconstrained;
+use tonic::{Request, Response, Status};
 use tonic_health::{
     ServingStatus,
-    pb::health_server::HealthServer,
-    server::{HealthReporter, HealthService},
+    pb::{
+        HealthCheckRequest, HealthCheckResponse, health_check_response,
+        health_server::{Health as Protocol, HealthServer},
+    },
+    server::{HealthReporter, HealthService, WatchStream},
 };
 
 use crate::{
@@ -28,7 +36,7 @@ use crate::{
 };
 
 /// The gRPC health service of a registry: add it to a tonic server.
-pub type GrpcServer = HealthServer<HealthService>;
+pub type GrpcServer = HealthServer<GrpcHealth>;
 
 /// A gRPC service whose health is told under its own name.
 ///
@@ -113,11 +121,151 @@ impl HealthRegistry {
     /// It says UNKNOWN unless the registry is [started](Self::start). Whoever
     /// watches hears of a change when the background does: within 50 ms, unless
     /// [set otherwise](crate::HealthRegistryBuilder::look_every), and at once
-    /// after [`look`](Self::look), which belongs where a drain is begun.
+    /// after [`look`](Self::look), which belongs where a drain is begun. On a
+    /// port that drains, [`grpc_server_until`](Self::grpc_server_until).
     #[must_use]
     pub fn grpc_server(&self) -> GrpcServer {
+        self.serve_grpc(None)
+    }
+
+    /// The same, whose watches end once `leaving` is ready: for a port that is
+    /// about to close. A Watch is a stream that never ends, and so what a drain
+    /// would wait for until it cuts it off.
+    ///
+    /// Whoever watches is told NOT_SERVING, if that was not the last word, and
+    /// then gets UNAVAILABLE, by which gRPC clients know to watch elsewhere. So
+    /// does a Watch that begins later. Check goes on.
+    ///
+    /// Of a drain `leaving` is `shutdown.reached(Phase::Closing)`: before that
+    /// all is served, and the watches say NOT_SERVING as soon as the drain is
+    /// the registry's gate. It is polled by the watches alone, for as long as
+    /// there are any.
+    ///
+    /// ```
+    /// use buttress_health::{Gate, HealthRegistry};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let (leave, left) = tokio::sync::oneshot::channel::<()>();
+    /// let health = HealthRegistry::builder().build()?;
+    /// let server = health.grpc_server_until(async {
+    ///     let _ = left.await;
+    /// });
+    /// # let _ = (server, leave);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn grpc_server_until(
+        &self,
+        leaving: impl Future<Output = ()> + Send + 'static,
+    ) -> GrpcServer {
+        self.serve_grpc(Some(leaving.boxed().shared()))
+    }
+
+    fn serve_grpc(&self, leaving: Option<Leaving>) -> GrpcServer {
         let reporter = self.0.grpc.reporter.clone();
-        HealthServer::new(HealthService::from_health_reporter(reporter))
+        HealthServer::new(GrpcHealth {
+            inner: HealthService::from_health_reporter(reporter),
+            leaving,
+        })
+    }
+}
+
+type Leaving = Shared<BoxFuture<'static, ()>>;
+
+/// The methods of the gRPC health service: what a [`GrpcServer`] serves.
+pub struct GrpcHealth {
+    inner: HealthService,
+    leaving: Option<Leaving>,
+}
+
+#[tonic::async_trait]
+impl Protocol for GrpcHealth {
+    type WatchStream = GrpcWatch;
+
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        self.inner.check(request).await
+    }
+
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<GrpcWatch>, Status> {
+        let watch = self.inner.watch(request).await?;
+        Ok(watch.map(|inner| GrpcWatch {
+            inner,
+            told: None,
+            end: match &self.leaving {
+                Some(leaving) => End::At(leaving.clone()),
+                None => End::Never,
+            },
+        }))
+    }
+}
+
+impl fmt::Debug for GrpcHealth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GrpcHealth")
+            .field("ends_watches", &self.leaving.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a Watch is told, one status after the other.
+pub struct GrpcWatch {
+    inner: WatchStream,
+    /// The last status, as it is sent.
+    told: Option<i32>,
+    end: End,
+}
+
+enum End {
+    Never,
+    At(Leaving),
+    Now,
+    Over,
+}
+
+impl Stream for GrpcWatch {
+    type Item = Result<HealthCheckResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        const NOT_SERVING: i32 = health_check_response::ServingStatus::NotServing as i32;
+        let this = &mut *self;
+        if let End::Over = this.end {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(item) = Pin::new(&mut this.inner).poll_next(cx) {
+            if let Some(Ok(response)) = &item {
+                this.told = Some(response.status);
+            }
+            return Poll::Ready(item);
+        }
+        if let End::At(leaving) = &mut this.end
+            && leaving.poll_unpin(cx).is_ready()
+        {
+            this.end = End::Now;
+        }
+        let End::Now = this.end else {
+            return Poll::Pending;
+        };
+        // The background may be a moment behind, or know of no drain.
+        if this.told != Some(NOT_SERVING) {
+            this.told = Some(NOT_SERVING);
+            let status = NOT_SERVING;
+            return Poll::Ready(Some(Ok(HealthCheckResponse { status })));
+        }
+        this.end = End::Over;
+        Poll::Ready(Some(Err(Status::unavailable("shutting down"))))
+    }
+}
+
+impl fmt::Debug for GrpcWatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GrpcWatch").finish_non_exhaustive()
     }
 }
 

@@ -25,7 +25,7 @@ pub use check::{Check, CheckState, Failure};
 pub use config::HealthRegistryBuilder;
 pub use error::{ConfigError, StartError};
 #[cfg(feature = "grpc")]
-pub use grpc::{GrpcServer, GrpcService};
+pub use grpc::{GrpcHealth, GrpcServer, GrpcService, GrpcWatch};
 pub use latch::Latch;
 pub use registry::HealthRegistry;
 pub use report::{CheckReport, GateReport, HealthReport, LatchReport, SourceReport};

@@ -10,9 +10,9 @@ use std::{
 };
 
 use buttress_health::{
-    Beat, Check, Gate, GrpcService, HealthRegistry, Indicator, Latch, Readiness,
+    Beat, Check, Gate, GrpcServer, GrpcService, HealthRegistry, Indicator, Latch, Readiness,
 };
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{sync::oneshot, task::JoinSet, time::timeout};
 use tonic::{
     Code, Streaming,
     transport::{Channel, Server, server::TcpIncoming},
@@ -39,9 +39,13 @@ fn named(service: &str) -> HealthCheckRequest {
 
 impl Served {
     async fn new(health: &HealthRegistry) -> Self {
+        Self::with(health, health.grpc_server()).await
+    }
+
+    async fn with(health: &HealthRegistry, server: GrpcServer) -> Self {
         let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = incoming.local_addr().unwrap();
-        let mut routes = tonic::service::Routes::new(health.grpc_server()).into_axum_router();
+        let mut routes = tonic::service::Routes::new(server).into_axum_router();
         // The endpoints on the same port.
         routes = routes.nest_service("/health", health.service());
         let router = Server::builder()
@@ -146,6 +150,76 @@ async fn a_watch_sees_the_drain() {
     assert_eq!(served.check("").await, Ok(Unknown));
     let _running = health.start().unwrap();
     assert_eq!(next(&mut whole).await, Serving);
+}
+
+async fn end(stream: &mut Streaming<HealthCheckResponse>) -> Code {
+    let end = timeout(LONG, stream.message()).await.unwrap();
+    let code = end.unwrap_err().code();
+    assert!(
+        timeout(LONG, stream.message())
+            .await
+            .unwrap()
+            .is_ok_and(|more| more.is_none())
+    );
+    code
+}
+
+#[tokio::test]
+async fn watches_end_when_the_port_is_about_to() {
+    let drain = Gate::open();
+    let health = HealthRegistry::builder()
+        .gate("drain", drain.clone())
+        .grpc_service(GrpcService::new("shop.v1.Orders"))
+        .look_every(Duration::from_secs(3600))
+        .build()
+        .unwrap();
+    let _running = health.start().unwrap();
+    let (leave, left) = oneshot::channel::<()>();
+    let server = health.grpc_server_until(async { drop(left.await) });
+    let mut served = Served::with(&health, server).await;
+    served.until("shop.v1.Orders", Serving).await;
+    let mut whole = served.watch("").await;
+    let mut orders = served.watch("shop.v1.Orders").await;
+    assert_eq!(
+        (next(&mut whole).await, next(&mut orders).await),
+        (Serving, Serving)
+    );
+    let more = timeout(Duration::from_millis(50), whole.message()).await;
+    assert!(more.is_err(), "{more:?}");
+
+    drain.close("shutting_down");
+    health.look();
+    assert_eq!(next(&mut whole).await, NotServing);
+    assert_eq!(next(&mut orders).await, NotServing);
+    leave.send(()).unwrap();
+    // It is not told twice.
+    assert_eq!(end(&mut whole).await, Code::Unavailable);
+    assert_eq!(end(&mut orders).await, Code::Unavailable);
+    assert_eq!(served.check("").await, Ok(NotServing));
+    let mut late = served.watch("").await;
+    assert_eq!(next(&mut late).await, NotServing);
+    assert_eq!(end(&mut late).await, Code::Unavailable);
+}
+
+/// What leaves without a word to the registry is unwell in its last one.
+#[tokio::test]
+async fn a_watch_never_ends_on_a_good_word() {
+    let health = HealthRegistry::builder().build().unwrap();
+    let _running = health.start().unwrap();
+    let (leave, left) = oneshot::channel::<()>();
+    let server = health.grpc_server_until(async { drop(left.await) });
+    let mut served = Served::with(&health, server).await;
+    served.until("", Serving).await;
+    let mut watch = served.watch("").await;
+    assert_eq!(next(&mut watch).await, Serving);
+    drop(leave);
+    assert_eq!(next(&mut watch).await, NotServing);
+    assert_eq!(end(&mut watch).await, Code::Unavailable);
+    assert_eq!(served.check("").await, Ok(Serving));
+    let mut late = served.watch("").await;
+    assert_eq!(next(&mut late).await, Serving);
+    assert_eq!(next(&mut late).await, NotServing);
+    assert_eq!(end(&mut late).await, Code::Unavailable);
 }
 
 #[tokio::test]

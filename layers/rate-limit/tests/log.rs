@@ -1,59 +1,11 @@
 //! What may happen while something is logged.
-//!
-//! In a program of its own: `tracing` asks only the subscriber of the thread
-//! that comes first by an event whether anybody wants it, so that another
-//! test's thread could switch it off for this one.
 
-use std::{
-    cell::RefCell,
-    convert::Infallible,
-    sync::{
-        atomic::{AtomicUsize, Ordering},
-        mpsc,
-    },
-    thread,
-    time::Duration,
-};
+use std::{convert::Infallible, sync::mpsc, thread, time::Duration};
 
-use buttress_core::{
-    Any,
-    testing::{Script, Step},
-};
-use buttress_rate_limit::{Limit, Quota, RateLimitLayer, WaitLayer};
+use buttress_core::testing::{Log, Script, Step};
+use buttress_rate_limit::{Limit, Quota, RateLimitLayer};
 use tokio_test::{assert_pending, task};
 use tower::{Layer, Service, ServiceExt};
-use tracing::{Event, Metadata, Subscriber, span, subscriber::with_default};
-
-thread_local! {
-    static LAYER: RefCell<Option<WaitLayer<Any<u32>>>> = const { RefCell::new(None) };
-}
-static EVENTS: AtomicUsize = AtomicUsize::new(0);
-
-struct Curious;
-
-impl Subscriber for Curious {
-    fn enabled(&self, _: &Metadata<'_>) -> bool {
-        true
-    }
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-    fn event(&self, _: &Event<'_>) {
-        let Some(layer) = LAYER.with_borrow(Clone::clone) else {
-            return;
-        };
-        // From another thread, where a lock that is held here is waited for.
-        let (tell, told) = mpsc::channel();
-        thread::spawn(move || tell.send(layer.waiting()));
-        told.recv_timeout(Duration::from_secs(20))
-            .expect("the lines are locked");
-        EVENTS.fetch_add(1, Ordering::Relaxed);
-    }
-    fn enter(&self, _: &span::Id) {}
-    fn exit(&self, _: &span::Id) {}
-}
 
 /// What listens to events may ask the layer how it is: the lines are not
 /// locked while it is told. (They were.)
@@ -68,10 +20,17 @@ async fn events_are_told_unlocked() {
         .otherwise(|n| Step::ok(*n))
         .build();
     let mut service = layer.layer(inner);
-    LAYER.set(Some(layer));
+    let log = Log::new();
+    let curious = log.clone().on_event(move |_| {
+        // From another thread, where a lock that is held here is waited for.
+        let (layer, (tell, told)) = (layer.clone(), mpsc::channel());
+        thread::spawn(move || tell.send(layer.waiting()));
+        told.recv_timeout(Duration::from_secs(20))
+            .expect("the lines are locked");
+    });
     service.ready().await.unwrap().call(2).await.unwrap();
     service.ready().await.unwrap();
-    with_default(Curious, || {
+    curious.within(|| {
         // More than there ever is, and a wait that is too long.
         drop(service.call(3));
         drop(service.call(2));
@@ -80,7 +39,6 @@ async fn events_are_told_unlocked() {
     assert_pending!(first.poll());
     service.ready().await.unwrap();
     // The line is full.
-    with_default(Curious, || drop(service.call(1)));
-    assert_eq!(EVENTS.load(Ordering::Relaxed), 3);
-    LAYER.set(None);
+    curious.within(|| drop(service.call(1)));
+    assert_eq!(log.events().len(), 3);
 }

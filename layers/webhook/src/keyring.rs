@@ -34,6 +34,11 @@ impl Keyring {
         }
     }
 
+    /// Of this key alone.
+    pub(crate) fn of(key: Key) -> Self {
+        Self(Arc::new([key]))
+    }
+
     /// The keys, in the order of their secrets.
     #[must_use]
     pub fn keys(&self) -> &[Key] {

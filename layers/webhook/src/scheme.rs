@@ -138,7 +138,7 @@ pub struct Envelope<'r> {
     pub(crate) expires: Option<u64>,
     pub(crate) before: [&'r [u8]; 4],
     pub(crate) tags: Tags,
-    pub(crate) claims: Vec<Claim>,
+    pub(crate) statements: Vec<Statement>,
 }
 
 impl<'r> Envelope<'r> {
@@ -151,7 +151,7 @@ impl<'r> Envelope<'r> {
             expires: None,
             before: [&[]; 4],
             tags: Tags::new(),
-            claims: Vec::new(),
+            statements: Vec::new(),
         }
     }
 
@@ -189,17 +189,19 @@ impl<'r> Envelope<'r> {
     /// [`MOST_SIGNATURES`] are why [`is_full`](Self::is_full) is to be asked
     /// before.
     #[must_use]
-    pub const fn tag(mut self, tag: Tag) -> Self {
-        self.tags.push(tag);
+    pub fn tag(mut self, tag: Tag) -> Self {
+        if !self.is_full() {
+            self.tags.push(tag);
+        }
         self
     }
 
     /// One more signature, of bytes of its own in the place of the body, with
     /// an id and times of its own. It counts as a [tag](Self::tag) does.
     #[must_use]
-    pub fn claim(mut self, claim: Claim) -> Self {
+    pub fn statement(mut self, statement: Statement) -> Self {
         if !self.is_full() {
-            self.claims.push(claim);
+            self.statements.push(statement);
         }
         self
     }
@@ -208,13 +210,13 @@ impl<'r> Envelope<'r> {
     /// [malformed](Reason::Malformed).
     #[must_use]
     pub const fn is_full(&self) -> bool {
-        self.tags.count + self.claims.len() >= MOST_SIGNATURES
+        self.tags.count() + self.statements.len() >= MOST_SIGNATURES
     }
 
     /// Whether there is no signature yet.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
-        self.tags.count == 0 && self.claims.is_empty()
+        self.tags.is_empty() && self.statements.is_empty()
     }
 }
 
@@ -225,9 +227,9 @@ impl Default for Envelope<'_> {
 }
 
 /// A signature that is of other bytes than those beside it, which may be of
-/// other senders: see [`Envelope::claim`].
+/// other senders: see [`Envelope::statement`].
 #[derive(Clone, Debug)]
-pub struct Claim {
+pub struct Statement {
     pub(crate) tag: Tag,
     pub(crate) base: Vec<u8>,
     pub(crate) known_by: Option<Vec<u8>>,
@@ -238,7 +240,7 @@ pub struct Claim {
     pub(crate) key_id: Option<Box<str>>,
 }
 
-impl Claim {
+impl Statement {
     /// That `tag` is the MAC of `base`. It says nothing of the body yet.
     #[must_use]
     pub const fn new(tag: Tag, base: Vec<u8>) -> Self {
@@ -301,30 +303,45 @@ impl Claim {
     }
 }
 
-/// Some signatures, without an allocation.
+/// Some signatures: without an allocation where there is one, as nearly always.
 #[derive(Clone, Debug)]
 pub(crate) struct Tags {
-    tags: [Tag; MOST_SIGNATURES],
-    count: usize,
+    first: Option<Tag>,
+    more: Vec<Tag>,
 }
 
 impl Tags {
     const fn new() -> Self {
         Self {
-            tags: [Tag::new([0; 32]); MOST_SIGNATURES],
-            count: 0,
+            first: None,
+            more: Vec::new(),
         }
     }
 
-    const fn push(&mut self, tag: Tag) {
-        if self.count < MOST_SIGNATURES {
-            self.tags[self.count] = tag;
-            self.count += 1;
+    fn push(&mut self, tag: Tag) {
+        match self.first {
+            None => self.first = Some(tag),
+            Some(_) => self.more.push(tag),
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        *self = Self::new();
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+
+    const fn count(&self) -> usize {
+        match self.first {
+            None => 0,
+            Some(_) => 1 + self.more.len(),
         }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Tag> {
-        self.tags.iter().take(self.count)
+        self.first.iter().chain(&self.more)
     }
 }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use buttress_core::Head;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use crate::{Keyring, Reason, Scheme, Secret, SecretError, Tag, mac::sha256};
+use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, Tag, mac::sha256};
 
 /// Tells what was signed by who has the secret, and lately.
 ///
@@ -86,7 +86,7 @@ impl Verifier {
         body: &[u8],
         now: Duration,
     ) -> Result<Verified, Reason> {
-        verify(
+        judge(
             &*self.scheme,
             &self.keys,
             self.tolerance,
@@ -94,6 +94,7 @@ impl Verifier {
             body,
             now,
         )
+        .map(|judged| judged.verified)
     }
 }
 
@@ -112,98 +113,35 @@ pub struct Verified {
     pub key_index: usize,
     /// The scheme's [name](Scheme::name).
     pub scheme: &'static str,
-    /// What a repeat is known by where no id is signed.
-    pub(crate) tag: Tag,
+    /// Whether it came before, and the layer was told to
+    /// [let repeats pass](crate::Repeat::Pass).
+    pub repeat: bool,
 }
 
-/// The checks that are the same for all schemes.
-pub(crate) fn verify(
+/// Reads what the request claims, and leaves out what is not timely.
+pub(crate) fn screen<'r>(
     scheme: &dyn Scheme,
-    keys: &Keyring,
     tolerance: Duration,
-    request: Head<'_>,
-    body: &[u8],
+    request: Head<'r>,
     now: Duration,
-) -> Result<Verified, Reason> {
-    let envelope = scheme.read(request)?;
-    let timely = |signed, expires| timely(signed, expires, tolerance, now);
+) -> Result<Envelope<'r>, Reason> {
+    let mut envelope = scheme.read(request)?;
     let mut late = None;
-    let together = timely(envelope.timestamp, envelope.expires);
-    let together = together.map_err(|reason| late = Some(reason)).is_ok();
-    // Each of these has times of its own: what is stale of them is left out.
-    let mut claims = Vec::new();
-    for claim in &envelope.claims {
-        match timely(claim.timestamp, claim.expires) {
-            Ok(()) => claims.push(claim),
-            Err(reason) => late = late.or(Some(reason)),
-        }
+    let timely = |signed, expires| timely(signed, expires, tolerance, now);
+    if let Err(reason) = timely(envelope.timestamp, envelope.expires) {
+        envelope.tags.clear();
+        late = Some(reason);
     }
-    let alone = envelope.claims.is_empty();
-    if let Some(reason) = late
-        && claims.is_empty()
-        && !(together && envelope.tags.iter().next().is_some())
-    {
-        return Err(reason);
+    // Each of these has times of its own.
+    envelope.statements.retain(|statement| {
+        let timely = timely(statement.timestamp, statement.expires);
+        late = late.or(timely.err());
+        timely.is_ok()
+    });
+    match envelope.is_empty() {
+        true => Err(late.unwrap_or(Reason::MissingSignature)),
+        false => Ok(envelope),
     }
-    let [first, second, third, fourth] = envelope.before;
-    let digested = claims.iter().any(|claim| claim.sha256_of_body.is_some());
-    let digest = if digested { sha256(body) } else { [0; 32] };
-    // Every key and every signature, whichever is right: how long it takes
-    // tells nobody which.
-    let mut right = u64::MAX;
-    let mut which = u64::MAX;
-    // By the first key, whichever it was signed with: else a repeat that leaves
-    // out one of two signatures would look new.
-    let mut repeat = Tag::new([0; 32]);
-    for (index, key) in (0_u64..).zip(keys.keys()) {
-        let mut compare = |computed: &Tag, claimed: &Tag, beside: Choice, at: u64| {
-            let matches = computed.ct_eq(claimed) & beside & right.ct_eq(&u64::MAX);
-            right.conditional_assign(&index, matches);
-            which.conditional_assign(&at, matches);
-        };
-        if together && (alone || envelope.tags.iter().next().is_some()) {
-            let computed = key.tag(&[first, second, third, fourth, body]);
-            if index == 0 {
-                repeat = computed;
-            }
-            for claimed in envelope.tags.iter() {
-                compare(&computed, claimed, 1.into(), u64::MAX);
-            }
-        }
-        for (at, claim) in (0_u64..).zip(&claims) {
-            let computed = key.tag(&[&claim.base]);
-            let body = claim
-                .sha256_of_body
-                .map_or(1.into(), |it| it.ct_eq(&digest));
-            // Names are no secrets.
-            let named = match (key.id(), &claim.key_id) {
-                (Some(ours), Some(theirs)) => u8::from(ours == &**theirs).into(),
-                _ => 1.into(),
-            };
-            compare(&computed, &claim.tag, body & named, at);
-        }
-    }
-    if right == u64::MAX {
-        return Err(Reason::SignatureMismatch);
-    }
-    let claim = usize::try_from(which).ok().and_then(|at| claims.get(at));
-    if let Some(claim) = claim {
-        let message = claim.known_by.as_ref().unwrap_or(&claim.base);
-        let times = [claim.timestamp, claim.expires].map(|time| time.unwrap_or(0).to_be_bytes());
-        let id = claim.id.as_deref().unwrap_or_default();
-        let pieces: [&[u8]; 4] = [message, &times[0], &times[1], id.as_bytes()];
-        repeat = keys.keys()[0].tag(&pieces);
-    }
-    Ok(Verified {
-        id: match claim {
-            Some(claim) => claim.id.clone(),
-            None => envelope.id.map(Arc::from),
-        },
-        timestamp: claim.map_or(envelope.timestamp, |claim| claim.timestamp),
-        key_index: usize::try_from(right).unwrap_or(usize::MAX),
-        scheme: scheme.name(),
-        tag: repeat,
-    })
 }
 
 /// Whether something that was signed then, and is worth nothing from `expires`
@@ -230,12 +168,111 @@ fn timely(
     Ok(())
 }
 
+/// A message that is genuine, and by which of its signatures.
+pub(crate) struct Judged<'r> {
+    pub(crate) verified: Verified,
+    envelope: Envelope<'r>,
+    statement: Option<usize>,
+}
+
+impl Judged<'_> {
+    /// What the message is known by where it has no id: the SHA-256 of the
+    /// bytes that are signed. Not its MAC, which is another one under each
+    /// secret: who drops the first of two signatures, or waits until the
+    /// secrets are replaced, would have a message that looks new.
+    pub(crate) fn digest(&self, body: &[u8]) -> [u8; 32] {
+        let envelope = &self.envelope;
+        match self.statement {
+            Some(at) => {
+                let statement = &envelope.statements[at];
+                let message = statement.known_by.as_ref().unwrap_or(&statement.base);
+                let times = [statement.timestamp, statement.expires];
+                let times = times.map(|time| time.unwrap_or(0).to_be_bytes());
+                sha256(&[message, &times[0], &times[1]])
+            }
+            None => {
+                let [first, second, third, fourth] = envelope.before;
+                sha256(&[first, second, third, fourth, body])
+            }
+        }
+    }
+}
+
+/// The checks that are the same for all schemes, and what passed them.
+pub(crate) fn judge<'r>(
+    scheme: &dyn Scheme,
+    keys: &Keyring,
+    tolerance: Duration,
+    request: Head<'r>,
+    body: &[u8],
+    now: Duration,
+) -> Result<Judged<'r>, Reason> {
+    let envelope = screen(scheme, tolerance, request, now)?;
+    let [first, second, third, fourth] = envelope.before;
+    let statements = &envelope.statements;
+    let is_digested = statements.iter().any(|it| it.sha256_of_body.is_some());
+    let digest = if is_digested {
+        sha256(&[body])
+    } else {
+        [0; 32]
+    };
+    // Every key and every signature, whichever is right: how long it takes
+    // tells nobody which.
+    let mut key_index = u64::MAX;
+    let mut which = u64::MAX;
+    for (index, key) in (0_u64..).zip(keys.keys()) {
+        let mut compare = |computed: &Tag, claimed: &Tag, beside: Choice, at: u64| {
+            let matches = computed.ct_eq(claimed) & beside & key_index.ct_eq(&u64::MAX);
+            key_index.conditional_assign(&index, matches);
+            which.conditional_assign(&at, matches);
+        };
+        if !envelope.tags.is_empty() {
+            let computed = key.tag(&[first, second, third, fourth, body]);
+            for claimed in envelope.tags.iter() {
+                compare(&computed, claimed, 1.into(), u64::MAX);
+            }
+        }
+        for (at, statement) in (0_u64..).zip(statements) {
+            let computed = key.tag(&[&statement.base]);
+            let bound = statement.sha256_of_body.as_ref();
+            let bound = bound.map_or(1.into(), |claimed| claimed.ct_eq(&digest));
+            // Names are no secrets.
+            let named = match (key.id(), &statement.key_id) {
+                (Some(ours), Some(theirs)) => u8::from(ours == &**theirs).into(),
+                _ => 1.into(),
+            };
+            compare(&computed, &statement.tag, bound & named, at);
+        }
+    }
+    if key_index == u64::MAX {
+        return Err(Reason::SignatureMismatch);
+    }
+    let statement = usize::try_from(which)
+        .ok()
+        .filter(|&at| at < statements.len());
+    let (id, timestamp) = match statement.map(|at| &statements[at]) {
+        Some(statement) => (statement.id.clone(), statement.timestamp),
+        None => (envelope.id.map(Arc::from), envelope.timestamp),
+    };
+    Ok(Judged {
+        verified: Verified {
+            id,
+            timestamp,
+            key_index: usize::try_from(key_index).unwrap_or(usize::MAX),
+            scheme: scheme.name(),
+            repeat: false,
+        },
+        envelope,
+        statement,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use http::{HeaderValue, Request, request::Parts};
 
     use super::*;
-    use crate::{Claim, Envelope, Key, Message, SignError, Signer, Stripe};
+    use crate::{Key, Message, SignError, Signer, Statement, Stripe};
 
     const NOW: u64 = 1_700_000_000;
 
@@ -256,6 +293,13 @@ mod tests {
         request
     }
 
+    fn judged<'r>(verifier: &Verifier, request: &'r Parts) -> Judged<'r> {
+        let now = Duration::from_secs(NOW);
+        let (scheme, keys) = (&*verifier.scheme, &verifier.keys);
+        let judged = judge(scheme, keys, TOLERANCE, request.into(), b"{}", now);
+        judged.unwrap_or_else(|reason| panic!("{reason}"))
+    }
+
     /// Without one of its signatures, each of which is right, a message is
     /// still the same: it was taken for another, and a replay for new.
     fn check<S: Scheme>(
@@ -265,9 +309,8 @@ mod tests {
     ) {
         let verifier = Verifier::new(scheme(), secrets()).unwrap();
         let judge = |request: &Parts| {
-            let verified = verifier.verify(request.into(), b"{}", Duration::from_secs(NOW));
-            let verified = verified.unwrap();
-            (verified.key_index, verified.tag)
+            let judged = judged(&verifier, request);
+            (judged.verified.key_index, judged.digest(b"{}"))
         };
         let both = signed(scheme(), "", NOW);
         let mut one = both.clone();
@@ -285,7 +328,7 @@ mod tests {
     #[derive(Debug)]
     struct Mixed {
         together: Option<(u64, &'static [u8])>,
-        claims: [(u64, &'static [u8]); 2],
+        statements: [(u64, &'static [u8]); 2],
     }
 
     impl Scheme for Mixed {
@@ -307,9 +350,9 @@ mod tests {
             if let Some((time, body)) = self.together {
                 envelope = envelope.timestamp(time).tag(key.tag(&[body]));
             }
-            for (time, base) in self.claims {
-                let claim = Claim::new(key.tag(&[base]), b"base".to_vec());
-                envelope = envelope.claim(claim.timestamp(time).id("claimed"));
+            for (time, base) in self.statements {
+                let statement = Statement::new(key.tag(&[base]), b"base".to_vec());
+                envelope = envelope.statement(statement.timestamp(time).id("claimed"));
             }
             Ok(envelope)
         }
@@ -320,8 +363,15 @@ mod tests {
         const FRESH: u64 = NOW - 300;
         const STALE: u64 = NOW - 301;
         const AHEAD: u64 = NOW + 301;
-        let judge = |together, claims| {
-            let verifier = Verifier::new(Mixed { together, claims }, secrets()).unwrap();
+        let judge = |together, statements| {
+            let verifier = Verifier::new(
+                Mixed {
+                    together,
+                    statements,
+                },
+                secrets(),
+            )
+            .unwrap();
             let request = signed(Stripe, "", NOW);
             let verified = verifier.verify((&request).into(), b"{}", Duration::from_secs(NOW));
             verified.map(|verified| (verified.timestamp, verified.id.is_some()))
@@ -373,8 +423,7 @@ mod tests {
         let mark = |id: &str| {
             let scheme = crate::HttpSignatures::new().id_as_nonce();
             let request = signed(scheme, id, NOW);
-            let verified = verifier.verify((&request).into(), b"{}", Duration::from_secs(NOW));
-            verified.unwrap().tag
+            judged(&verifier, &request).digest(b"{}")
         };
         assert_eq!(mark("msg_1"), mark("msg_1"));
         assert_ne!(mark("msg_1"), mark("msg_2"));

@@ -61,6 +61,8 @@ use crate::{
 ///   it or not: that request is lost, if not to a reset;
 /// - no GOAWAY before the listener closes, none by age, no HTTP/2 keep-alive;
 ///   `Connection: close` only by a [`DrainLayer`](crate::DrainLayer);
+/// - over HTTP/2, hyper sends what body an answer to HEAD, a 204 or a 304 was
+///   given, unless a router leaves it out;
 /// - in the report a connection is idle, and not named, unless the layer knows
 ///   of a request on it, or it is sent something that its client's socket does
 ///   not take at the time of the cut; an upgraded one too, so that a tunnel that is cut

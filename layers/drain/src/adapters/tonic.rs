@@ -62,6 +62,8 @@ use crate::{
 ///   keep-alive and age, which are to be set there;
 /// - on HTTP/1 (gRPC-Web) an idle connection is closed whether bytes have just
 ///   arrived on it or not;
+/// - over HTTP/2, hyper sends what body an answer to HEAD, a 204 or a 304 was
+///   given, unless a router leaves it out;
 /// - in the report a connection is idle, and not named, unless a
 ///   [`DrainLayer`](crate::DrainLayer) knows of a request on it, or it is sent
 ///   something that its client's socket does not take at the time of the cut;

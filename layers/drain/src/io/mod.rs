@@ -23,7 +23,7 @@ use tokio::{
 };
 
 pub(crate) use self::{
-    traffic::{Protocol, Traffic},
+    traffic::{Count, Protocol, Traffic},
     watch::{Told, Watch},
 };
 use crate::{
@@ -84,6 +84,8 @@ pub struct DrainIo<I: Socket> {
     expires: Option<Instant>,
     goaway: Option<Instant>,
     left: Option<Instant>,
+    /// Something was read since.
+    heard: bool,
     /// Since when nothing can be written.
     stalled: Option<Instant>,
     end: End,
@@ -173,6 +175,7 @@ impl<I: Socket> DrainIo<I> {
             expires,
             goaway: None,
             left: None,
+            heard: false,
             stalled: None,
             end: End::Open,
         }
@@ -226,25 +229,44 @@ impl<I: Socket> DrainIo<I> {
             Protocol::Handshake => return Doing::Handshake,
             Protocol::Http1 => {}
         }
-        if traffic.is_busy() {
-            return Doing::Busy;
+        match traffic.is_busy() {
+            true => Doing::Busy,
+            false => self.between(traffic.begun),
         }
+    }
+
+    /// What it is doing between requests over HTTP/1.
+    fn between(&self, begun: u32) -> Doing {
+        let traffic = &self.record().traffic;
         let idle = |unsure| Doing::Idle {
-            fresh: !record.traffic.is_used(),
+            fresh: !traffic.is_used(),
             unsure,
         };
         match self.mark {
             None => idle(false),
             // The request that began after it has taken it; what there is
             // after its head is the next one's, or its body.
-            Some(mark) if mark.begun != traffic.begun => match self.ended_in_a_head() {
+            Some(mark) if mark.begun != begun => match self.ended_in_a_head() {
                 true => idle(false),
-                false if record.traffic.is_bare() => Doing::Head,
+                false if traffic.is_bare() => Doing::Head,
                 false => idle(true),
             },
-            Some(mark) if mark.busy => idle(true),
+            // Nor of the body of a request that had none; by TLS it may be
+            // something else altogether.
+            Some(mark) if mark.busy && (traffic.is_shaken() || !traffic.is_bare()) => idle(true),
             Some(_) => Doing::Head,
         }
+    }
+
+    /// Whether an empty line that comes now stands before a request, where a
+    /// server is to pass over it (RFC 9112, section 2.2).
+    fn passes_over(&self, now: Count) -> bool {
+        let traffic = &self.record().traffic;
+        self.managed
+            && traffic.protocol() == Protocol::Http1
+            && !traffic.is_shaken()
+            && (!now.is_busy() || traffic.is_bare())
+            && matches!(self.between(now.begun), Doing::Idle { .. })
     }
 
     /// Whether what was read ends where a head does, as far as it can be seen.
@@ -257,10 +279,14 @@ impl<I: Socket> DrainIo<I> {
     /// Writes down that bytes were read.
     #[inline]
     fn stirs(&mut self, read: &[u8]) {
+        let traffic = self.record().traffic.load();
+        self.heard |= self.left.is_some();
+        if read.iter().all(|byte| matches!(byte, b'\r' | b'\n')) && self.passes_over(traffic) {
+            return;
+        }
         for byte in &read[read.len().saturating_sub(4)..] {
             self.tail = self.tail << 8 | u32::from(*byte);
         }
-        let traffic = self.record().traffic.load();
         if self.mark.is_none()
             && let Some(slot) = &mut self.slot
         {
@@ -360,6 +386,7 @@ impl<I: Socket> DrainIo<I> {
                     }
                     match self.http2(now, phase, open) {
                         Some((due, until)) => (due.into_iter().chain(late).min(), until),
+                        None if self.get_ref().has_unread() => (None, Phase::Cut),
                         None => return Poll::Ready(Ending::Over),
                     }
                 }
@@ -463,8 +490,16 @@ impl<I: Socket> DrainIo<I> {
                 *self.left.insert(now)
             }
         };
-        if open {
-            return Some((None, Phase::Cut));
+        // Who goes on opening streams has not heard of it, or does not care.
+        let refuses = left + self.limits.header_timeout;
+        let refuses = (refuses > now).then_some(refuses);
+        if refuses.is_none() {
+            self.record().traffic.refuse();
+        }
+        // hyper knows of the other half, and ends it with the last stream, if
+        // the client is there to answer its ping.
+        if open || self.heard && self.record().has_half_a_tunnel() {
+            return Some((refuses, Phase::Cut));
         }
         let due = left.max(self.idle_since()) + self.limits.header_timeout;
         (due > now).then_some((Some(due), Phase::Cut))
@@ -681,6 +716,7 @@ impl<I: Socket> AsyncWrite for DrainIo<I> {
         let this = self.get_mut();
         if matches!(this.end, End::Open | End::Over | End::Eof) {
             let shut = ready!(this.pinned().poll_shutdown(cx));
+            this.record().has_no_tunnels();
             let over = matches!(this.end, End::Eof) || this.limits.linger.is_zero();
             this.end = match this.doing() {
                 _ if over || shut.is_err() || this.guard.is_cut() => End::Closed,

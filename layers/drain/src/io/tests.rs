@@ -287,6 +287,57 @@ async fn http2_is_told_to_leave_and_then_given_up() {
     }
 }
 
+/// One of which the runtime has not heard yet that bytes have come.
+struct Unheard(DuplexStream);
+
+impl AsyncRead for Unheard {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+}
+
+impl AsyncWrite for Unheard {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Socket for Unheard {
+    fn has_unread(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_come_is_not_closed_on() {
+    for protocol in [Protocol::Http1, Protocol::Http2] {
+        let shutdown = Shutdown::builder().build().unwrap();
+        let (_client, server) = duplex(64);
+        let limits = Arc::new(Limits::default());
+        let guard = shutdown.connection();
+        let mut io = DrainIo::wrap(Unheard(server), guard, limits, None, true);
+        io.record().traffic.speak(protocol);
+        let waited = timeout(secs(1000), io.read_u8()).await;
+        assert!(waited.is_err(), "{protocol:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_client_that_takes_nothing_is_given_up() {
     let mut rig = Rig::managed();

@@ -1,9 +1,11 @@
 //! What requests there were and are on a connection, as its server tells it.
 
-use buttress_core::clock::{self, Instant};
-use std::sync::atomic::{
-    AtomicBool, AtomicU8, AtomicU32, AtomicU64,
-    Ordering::{Acquire, Relaxed, Release},
+use buttress_core::{
+    clock::{self, Instant},
+    sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64,
+        Ordering::{Acquire, Relaxed, Release},
+    },
 };
 
 /// Of one connection.
@@ -20,6 +22,7 @@ pub(crate) struct Traffic {
     ended: AtomicU64,
     protocol: AtomicU8,
     leaving: AtomicBool,
+    refusing: AtomicBool,
     /// The last request that began has no body.
     bare: AtomicBool,
     /// How many answers wait for the other end to take more of them.
@@ -104,7 +107,8 @@ impl Traffic {
     #[inline]
     pub(crate) fn wait(&self) {
         self.take();
-        self.waiting.fetch_add(1, Relaxed);
+        // Who sees that it waits sees since when.
+        self.waiting.fetch_add(1, Release);
     }
 
     #[inline]
@@ -122,14 +126,14 @@ impl Traffic {
     /// Since when the other end takes nothing of what there is for it; `None`
     /// if there is nothing.
     pub(crate) fn untaken(&self) -> Option<Instant> {
-        let waits = self.waiting.load(Relaxed) > 0 || self.held.load(Relaxed) > 0;
+        let waits = self.waiting.load(Acquire) > 0 || self.held.load(Acquire) > 0;
         waits.then(|| Instant::from_nanos(self.taken.load(Relaxed)))
     }
 
     #[inline]
     pub(crate) fn hold(&self) {
         self.take();
-        self.held.fetch_add(1, Relaxed);
+        self.held.fetch_add(1, Release);
     }
 
     #[inline]
@@ -199,5 +203,39 @@ impl Traffic {
     #[inline]
     pub(crate) fn is_leaving(&self) -> bool {
         self.leaving.load(Relaxed)
+    }
+
+    /// It was told so long ago that those which come all the same are refused.
+    pub(crate) fn refuse(&self) {
+        self.refusing.store(true, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn is_refusing(&self) -> bool {
+        self.refusing.load(Relaxed)
+    }
+}
+
+#[cfg(all(test, buttress_loom))]
+mod loom_tests {
+    use buttress_core::sync::{Arc, model::model, thread};
+
+    use super::*;
+
+    /// The time is of what waits, not of what was taken before it came.
+    #[test]
+    fn who_sees_that_an_answer_waits_sees_since_when() {
+        for begin in [Traffic::wait, Traffic::hold] {
+            model(move || {
+                let before = Instant::from_nanos(u64::MAX);
+                let traffic = Arc::new(Traffic::default());
+                traffic.taken.store(before.as_nanos(), Relaxed);
+                let other = Arc::clone(&traffic);
+                let other = thread::spawn(move || begin(&other));
+                assert_ne!(traffic.untaken(), Some(before));
+                other.join().unwrap();
+                assert!(traffic.untaken().is_some_and(|since| since < before));
+            });
+        }
     }
 }

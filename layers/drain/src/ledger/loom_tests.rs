@@ -94,6 +94,22 @@ fn no_wake_up_is_lost() {
     });
 }
 
+/// The wait for the listeners is for one kind alone.
+#[test]
+fn no_wake_up_of_a_kind_is_lost() {
+    model(|| {
+        let drain = Drain::new();
+        drain.enter(Kind::Listener);
+        drain.enter(Kind::Connection);
+        let other = beside(&drain, |drain| drain.leave(Kind::Listener));
+        drain.ledger.advance(Phase::Closing);
+        let before = drain.woken.fetch_add(0, SeqCst);
+        let finished = drain.ledger.is_idle_of(Kind::Listener);
+        other.join().unwrap();
+        assert!(finished || drain.woken.load(SeqCst) > before);
+    });
+}
+
 /// Of two that go at once one is the last, and knows.
 #[test]
 fn the_last_of_a_kind_wakes() {

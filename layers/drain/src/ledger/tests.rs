@@ -73,6 +73,7 @@ proptest! {
                 prop_assert_eq!(ledger.leave_at(ALL[kind], || stripe), left);
             }
             prop_assert_eq!(ledger.open(ALL[kind]), there[kind]);
+            prop_assert_eq!(ledger.is_idle_of(ALL[kind]), there[kind] == 0);
             prop_assert_eq!(ledger.is_idle(), there == [0; KINDS]);
         }
     }

@@ -10,11 +10,12 @@ use std::{
     time::Duration,
 };
 
+use buttress_core::clock::{self, Instant};
 use tokio::time::{Sleep, sleep};
 use tracing::{debug, warn};
 
 use crate::{
-    Label, Limits, ServerGuard, Shutdown,
+    Label, Limits, Phase, ServerGuard, Shutdown,
     io::{DrainIo, Told},
     listen::Listener,
     serve::slots::Slots,
@@ -25,9 +26,14 @@ use crate::{
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How often it is tried again, at the end, to accept what waits in the
-/// backlog: a descriptor may be free in a moment.
-const LAST_TRIES: u8 = 4;
+/// At the end it is tried again to accept what waits in the backlog, for as
+/// long as connections that are closed now linger, and this: their descriptors
+/// are free then.
+const LAST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_LAST_PAUSE: Duration = Duration::from_millis(50);
+
+/// How many of the backlog are accepted before others have their turn.
+const TURN: u8 = 128;
 
 /// What may wait in a backlog, at most: whoever comes faster than they are
 /// accepted does not keep the listener open.
@@ -42,7 +48,10 @@ pub(crate) struct Acceptor<L> {
     pause: Option<Pin<Box<Sleep>>>,
     next_pause: Duration,
     backlog: usize,
-    last_tries: u8,
+    /// How many more in this turn.
+    turn: u8,
+    /// Until when it is tried again to accept the backlog.
+    last_try: Option<Instant>,
     last_pause: Option<Pin<Box<Sleep>>>,
     shutdown: Shutdown,
     limits: Arc<Limits>,
@@ -68,7 +77,8 @@ impl<L: Listener> Acceptor<L> {
             pause: None,
             next_pause: FIRST_PAUSE,
             backlog: BACKLOG,
-            last_tries: LAST_TRIES,
+            turn: TURN,
+            last_try: None,
             last_pause: None,
             shutdown: shutdown.clone(),
             limits: Arc::new(limits),
@@ -141,18 +151,34 @@ impl<L: Listener> Acceptor<L> {
                 ready!(pause.as_mut().poll(cx));
                 self.last_pause = None;
             }
+            if self.turn == 0 {
+                self.turn = TURN;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            self.turn -= 1;
             self.backlog = left;
             match listener.accept_now() {
                 Ok(Some((io, addr))) => return Poll::Ready(Some((self.wrap(io), addr))),
                 Ok(None) => break,
                 Err(error) if is_of_connection(&error) => {}
                 Err(error) => {
-                    warn!(server = %self.guard.name(), %error, "cannot accept what waits in the backlog");
-                    let Some(left) = self.last_tries.checked_sub(1) else {
-                        break;
+                    let now = clock::now();
+                    let until = match self.last_try {
+                        Some(until) => until,
+                        None => {
+                            warn!(server = %self.guard.name(), %error, "cannot accept what waits in the backlog");
+                            self.next_pause = FIRST_PAUSE;
+                            *self.last_try.insert(self.last_try_by(now))
+                        }
                     };
-                    self.last_tries = left;
-                    self.last_pause = Some(Box::pin(sleep(FIRST_PAUSE)));
+                    if until <= now || self.shutdown.phase() >= Phase::Cut {
+                        warn!(server = %self.guard.name(), %error, "what waits in the backlog is given up");
+                        break;
+                    }
+                    let pause = self.next_pause.min(until - now);
+                    self.next_pause = (pause * 2).min(LONGEST_LAST_PAUSE);
+                    self.last_pause = Some(Box::pin(sleep(pause)));
                 }
             }
         }
@@ -160,6 +186,13 @@ impl<L: Listener> Acceptor<L> {
         self.guard.listener_closed();
         debug!(server = %self.guard.name(), "the listener is closed");
         Poll::Ready(None)
+    }
+
+    /// Well before the cut, at which a listener that is open has failed.
+    fn last_try_by(&self, now: Instant) -> Instant {
+        let wait = self.limits.linger + LAST_WAIT;
+        let plan = self.shutdown.inner.plan.get();
+        now + plan.map_or(wait, |plan| wait.min((plan.cut - now) / 2))
     }
 
     fn wrap(&self, io: L::Io) -> DrainIo<L::Io> {

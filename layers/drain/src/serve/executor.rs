@@ -4,16 +4,16 @@ use std::{
     cell::Cell,
     future::Future,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use hyper::rt::Executor;
 use pin_project_lite::pin_project;
 
-use super::service::Open;
+use super::service::Tunnel;
 
 thread_local! {
-    static TUNNEL: Cell<Option<Open>> = const { Cell::new(None) };
+    static TUNNEL: Cell<Option<Box<Tunnel>>> = const { Cell::new(None) };
 }
 
 /// Runs the streams of HTTP/2 of a [`Server`](crate::Server), as tasks of
@@ -25,8 +25,8 @@ pub struct StreamExecutor;
 impl StreamExecutor {
     /// The stream that is being polled turns into a tunnel, which hyper makes a
     /// task of before it returns: the request is open until that ends.
-    pub(super) fn tunnel(open: Open) {
-        TUNNEL.set(Some(open));
+    pub(super) fn tunnel(tunnel: Tunnel) {
+        TUNNEL.set(Some(Box::new(tunnel)));
     }
 }
 
@@ -35,11 +35,11 @@ where
     F::Output: Send + 'static,
 {
     fn execute(&self, future: F) {
-        let open = TUNNEL.take();
-        tokio::spawn(Task {
-            future,
-            _open: open,
-        });
+        let mut tunnel = TUNNEL.take();
+        if let Some(tunnel) = &mut tunnel {
+            tunnel.begins();
+        }
+        tokio::spawn(Task { future, tunnel });
     }
 }
 
@@ -47,7 +47,7 @@ pin_project! {
     struct Task<F> {
         #[pin]
         future: F,
-        _open: Option<Open>,
+        tunnel: Option<Box<Tunnel>>,
     }
 }
 
@@ -56,9 +56,13 @@ impl<F: Future> Future for Task<F> {
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let output = ready!(self.project().future.poll(cx));
-        // Where hyper made none of it: it could not send the answer.
-        drop(TUNNEL.take());
-        Poll::Ready(output)
+        let this = self.project();
+        let polled = this.future.poll(cx);
+        // Where hyper made none of it: it could not send the answer. Nobody
+        // else's stream is to find it.
+        if let Some(tunnel) = TUNNEL.take() {
+            *this.tunnel = Some(tunnel);
+        }
+        polled
     }
 }

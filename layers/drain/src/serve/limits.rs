@@ -15,19 +15,28 @@ const JITTER: f64 = 0.1;
 /// takes no answers, holds neither a drain nor a place. Cheap to copy; the
 /// [crate's front page](crate) has the table of defaults.
 ///
-/// None of them is of a request's body: a handler that waits for bytes that
-/// never come holds its place, and a drain until the cut. The timeout layer
-/// ends it.
+/// None of them is of a request's body, which goes to the service as hyper has
+/// it: a handler that waits for bytes that never come holds its place, and a
+/// drain until the cut. What a client may take for the next piece is tower-http's
+/// `RequestBodyTimeoutLayer` to say (its feature `timeout`), on the routes that
+/// take bodies; the [crate's front page](crate) shows what comes of it. The
+/// timeout layer limits all that a handler takes, a long poll too.
 ///
 /// ```
 /// use std::time::Duration;
+/// use axum::{Router, routing::post};
 /// use buttress_drain::Limits;
+/// use bytes::Bytes;
+/// use tower_http::timeout::RequestBodyTimeoutLayer;
 ///
+/// let app: Router = Router::new()
+///     .route("/uploads", post(async |body: Bytes| body.len().to_string()))
+///     .layer(RequestBodyTimeoutLayer::new(Duration::from_secs(60)));
 /// let limits = Limits::builder()
 ///     .header_timeout(Duration::from_secs(5))
 ///     .max_connections(500)
 ///     .build()?;
-/// # let _ = limits;
+/// # let _ = (app, limits);
 /// # Ok::<(), buttress_drain::ConfigError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -113,8 +122,8 @@ impl LimitsBuilder {
     /// How long a request's head may take from its first byte to its last,
     /// however steadily it trickles in (by TLS: from its first bytes that do not
     /// come with the request before it); and a connection over HTTP/2 to close
-    /// when it was told to and has no request. Above 0, at most a day. Default
-    /// 10 s.
+    /// when it was told to and has no request; streams that its client opens
+    /// later than so are refused. Above 0, at most a day. Default 10 s.
     pub const fn header_timeout(mut self, timeout: Duration) -> Self {
         self.limits.header_timeout = timeout;
         self

@@ -47,8 +47,15 @@ use crate::{Label, Phase, Shutdown, io::Told, listen::Listener};
 /// (`hyper::upgrade::on`) work, and are counted and cut as the rest is; the
 /// report names them by the [`Label`] in the extensions of their response,
 /// where a [`DrainLayer`](crate::DrainLayer) that was told of routes puts one.
+/// Bodies of answers that have none (to HEAD, a 204, a 304) are left out.
 /// Each connection has a task of its own, and each request a clone of the
 /// service.
+///
+/// Of a tunnel in a stream of HTTP/2 hyper tells when this end has sent all that
+/// it will, not when the other has. From then on its connection gets a GOAWAY
+/// like an idle one, and stays, for as long as the client answers it, until
+/// hyper has seen the stream's end: a drain waits for that, up to the cut, and
+/// reports the last such tunnel of a connection if nothing else is open on it.
 ///
 /// ```
 /// use std::{convert::Infallible, time::Duration};

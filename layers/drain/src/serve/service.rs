@@ -11,7 +11,7 @@ use std::{
 
 use buttress_core::BoxError;
 use bytes::{Buf, Bytes};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, header::CONTENT_LENGTH, response::Parts};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
@@ -49,7 +49,11 @@ where
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let connect = request.method() == Method::CONNECT;
+        let head = request.method() == Method::HEAD;
         let traffic = &self.lane.record.traffic;
+        if traffic.is_refusing() {
+            return refused();
+        }
         traffic.bare(request.body().is_end_stream());
         let open = Some(Open::new(&self.lane));
         let mut service = self.service.clone();
@@ -71,9 +75,24 @@ where
         };
         CountedFuture {
             connect,
+            head,
             open,
             state,
         }
+    }
+}
+
+/// Of a request that nothing was done for: its client may send it again.
+#[cold]
+fn refused<S, F>() -> CountedFuture<S, F> {
+    let error = h2::Error::from(h2::Reason::REFUSED_STREAM);
+    CountedFuture {
+        connect: false,
+        head: false,
+        open: None,
+        state: State::Failed {
+            error: Some(error.into()),
+        },
     }
 }
 
@@ -96,7 +115,11 @@ impl Open {
     fn upgraded(self, route: Option<Label>) {
         let record = &self.0.record;
         if record.traffic.protocol() == Protocol::Http2 {
-            StreamExecutor::tunnel(self);
+            StreamExecutor::tunnel(Tunnel {
+                open: self,
+                route,
+                key: None,
+            });
             return;
         }
         record.traffic.speak(Protocol::Tunnel);
@@ -110,6 +133,29 @@ impl Drop for Open {
     }
 }
 
+/// A stream that is a tunnel, until hyper has sent the last of it.
+pub(super) struct Tunnel {
+    open: Open,
+    route: Option<Label>,
+    /// None before hyper has made a tunnel of it.
+    key: Option<usize>,
+}
+
+impl Tunnel {
+    pub(super) fn begins(&mut self) {
+        let key = self.open.0.record.tunnel_begins(self.route.take());
+        self.key = Some(key);
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            self.open.0.record.tunnel_sent(key);
+        }
+    }
+}
+
 pin_project! {
     pub(super) struct CountedFuture<S, F> {
         #[pin]
@@ -117,6 +163,7 @@ pin_project! {
         // None once the body has it.
         open: Option<Open>,
         connect: bool,
+        head: bool,
     }
 }
 
@@ -155,12 +202,18 @@ where
                     let response = ready!(call.poll(cx)).map_err(Into::into)?;
                     let (mut head, body) = response.into_parts();
                     let mut open = this.open.take();
-                    let tunnel = match head.status {
-                        StatusCode::SWITCHING_PROTOCOLS => true,
-                        status => *this.connect && status.is_success(),
-                    };
+                    let mut body = Some(body);
                     if let Some(request) = &open {
                         let lane = &*request.0;
+                        let is_http2 = lane.record.traffic.protocol() == Protocol::Http2;
+                        if is_http2 && (*this.head || is_bare(head.status)) {
+                            leave_out(&mut body, &mut head);
+                        }
+                        let tunnel = match head.status {
+                            // There is none over HTTP/2.
+                            StatusCode::SWITCHING_PROTOCOLS => !is_http2,
+                            status => *this.connect && status.is_success(),
+                        };
                         if tunnel {
                             let route = head.extensions.remove::<Label>();
                             if let Some(open) = open.take() {
@@ -182,6 +235,26 @@ where
     }
 }
 
+/// Whether such an answer has no body, whatever was asked.
+const fn is_bare(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// Drops a body that is not to be sent (RFC 9110, 6.4.1), which hyper does over
+/// HTTP/1 only: over HTTP/2 a client resets the stream, or reads for as long as
+/// there is something. Its length is told as it would be to a GET.
+#[cold]
+fn leave_out<B: Body>(body: &mut Option<B>, head: &mut Parts) {
+    let body = body.take().filter(|body| !body.is_end_stream());
+    let length = body.and_then(|body| body.size_hint().exact());
+    if let Some(length) = length
+        && head.status != StatusCode::NO_CONTENT
+        && !head.headers.contains_key(CONTENT_LENGTH)
+    {
+        head.headers.insert(CONTENT_LENGTH, length.into());
+    }
+}
+
 /// Whether the next request on this connection is better sent elsewhere, and
 /// an answer can say so.
 #[inline]
@@ -195,8 +268,9 @@ pin_project! {
     /// whose bytes are held until hyper has written them: it drops a body as
     /// soon as it has the last of it.
     pub(super) struct CountedBody<B> {
+        // None where it is not to be sent.
         #[pin]
-        body: B,
+        body: Option<B>,
         // While it has, or may have, something to take.
         waits: Option<Waits>,
         open: Option<Open>,
@@ -213,7 +287,10 @@ impl<B: Body> Body for CountedBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, B::Error>>> {
         let this = self.project();
-        let polled = this.body.poll_frame(cx);
+        let Some(body) = this.body.as_pin_mut() else {
+            return Poll::Ready(None);
+        };
+        let polled = body.poll_frame(cx);
         if polled.is_pending() {
             *this.waits = None;
         } else if this.waits.is_none() {
@@ -229,11 +306,12 @@ impl<B: Body> Body for CountedBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let body = self.body.as_ref();
+        body.map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
     }
 }
 

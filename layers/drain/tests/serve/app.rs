@@ -4,7 +4,7 @@ use std::{convert::Infallible, future::Future, pin::Pin, time::Duration};
 
 use buttress_core::BoxError;
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, Version, header};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Channel, Empty, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -38,16 +38,7 @@ where
     B::Error: Into<BoxError>,
 {
     tower::service_fn(|request: Request<B>| -> Answer {
-        // Over HTTP/2 hyper sends what it is given.
-        let bare = request.method() == Method::HEAD && request.version() == Version::HTTP_2;
-        Box::pin(async move {
-            let answer = answer(request).await;
-            Ok(if bare {
-                answer.map(|_| empty())
-            } else {
-                answer
-            })
-        })
+        Box::pin(async move { Ok(answer(request).await) })
     })
 }
 
@@ -97,6 +88,12 @@ where
         "panic" => panic!("as it was asked to"),
         "nothing" => status(StatusCode::NO_CONTENT),
         "same" => status(StatusCode::NOT_MODIFIED),
+        // With a body that such an answer has not.
+        "odd" => {
+            let status = u16::try_from(number(&path)).unwrap();
+            let odd = Response::builder().status(status);
+            odd.body(endless()).unwrap()
+        }
         "size" => match request.into_body().collect().await {
             Ok(body) => Response::new(text(body.to_bytes().len().to_string())),
             Err(_) => status(StatusCode::BAD_REQUEST),
@@ -110,7 +107,8 @@ where
                 let _ = write.shutdown().await;
             });
             if connect {
-                return status(StatusCode::OK);
+                let label = buttress_drain::Label::from("/tunnel");
+                return Response::builder().extension(label).body(empty()).unwrap();
             }
             Response::builder()
                 .status(StatusCode::SWITCHING_PROTOCOLS)

@@ -1,12 +1,17 @@
 //! To the last byte.
 
-use tokio::io::AsyncReadExt;
+use std::{
+    io::{Cursor, Read},
+    time::Duration,
+};
+
+use tokio::time::timeout;
 
 use crate::{
     Rig,
     app::{app, byte},
     client::{Client, get},
-    limits, ms, shutdown_of, soon, until,
+    limits, ms, shutdown_of, until,
 };
 
 const SIZE: usize = 10 * 1024 * 1024;
@@ -46,28 +51,28 @@ async fn a_paced_download_arrives_whole() {
 /// the client has not read yet when the server is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_of_single_bytes_gets_the_tail() {
-    let rig = Rig::of(shutdown_of(0, 10_000, 500), limits(), app()).await;
+    let rig = Rig::of(shutdown_of(0, 110_000, 500), limits(), app()).await;
     let mut client = Client::new(rig.addr).await;
     client.send(get(&format!("/paced/{SIZE}"))).await.unwrap();
-    let (status, _) = client.head().await.unwrap().unwrap();
-    assert_eq!(status, 200);
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 1).await;
+    let mut io = client.io.into_inner().into_std().unwrap();
+    io.set_nonblocking(false).unwrap();
+    // A system call for each byte of it, from the first of the head on: a
+    // thread's work for some seconds.
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut all = Vec::with_capacity(SIZE + SIZE / 64);
+        let mut single = [0];
+        while io.read(&mut single).unwrap() == 1 {
+            all.push(single[0]);
+        }
+        all
+    });
+    tokio::time::sleep(ms(50)).await;
     rig.trigger();
-    let mut body = Vec::new();
-    while body.len() < SIZE - 300_000 {
-        body.extend(client.chunk().await.unwrap().unwrap());
-    }
-    // By now all of it may be in buffers.
-    tokio::time::sleep(ms(300)).await;
-    let mut tail = Vec::new();
-    let mut single = [0];
-    while soon(client.io.read(&mut single)).await.unwrap() == 1 {
-        tail.push(single[0]);
-    }
-    let mut tail = Client::over(std::io::Cursor::new(tail));
-    while let Some(chunk) = tail.chunk().await.unwrap() {
-        body.extend(chunk);
-    }
-    assert_whole(&body);
+    let all = timeout(Duration::from_secs(100), reader).await.unwrap();
+    let mut all = Client::over(Cursor::new(all.unwrap()));
+    assert_whole(&all.answer().await.body);
     assert_eq!(rig.ended().await.exit_code(), 0);
 }
 
@@ -78,6 +83,9 @@ async fn answers_without_a_body_count_no_longer_than_they_take() {
     for (method, path, status) in [
         ("HEAD", "/", 200),
         ("HEAD", "/paced/100000", 200),
+        ("HEAD", "/endless", 200),
+        ("GET", "/odd/204", 204),
+        ("GET", "/odd/304", 304),
         ("GET", "/nothing", 204),
         ("GET", "/same", 304),
     ] {

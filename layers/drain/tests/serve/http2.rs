@@ -12,8 +12,9 @@ use tokio::{
 
 use crate::{Rig, app::app, limits, ms, shutdown, shutdown_of, soon, until};
 
-const DATA: u8 = 0;
+pub(crate) const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
@@ -30,10 +31,10 @@ pub(crate) struct Frames<I = TcpStream> {
 }
 
 #[derive(Debug)]
-struct Frame {
+pub(crate) struct Frame {
     kind: u8,
     flags: u8,
-    stream: u32,
+    pub(crate) stream: u32,
     payload: Vec<u8>,
 }
 
@@ -46,7 +47,7 @@ impl Frame {
 }
 
 impl Frames {
-    async fn new(addr: SocketAddr) -> Self {
+    pub(crate) async fn new(addr: SocketAddr) -> Self {
         let io = soon(TcpStream::connect(addr)).await.unwrap();
         io.set_nodelay(true).unwrap();
         Self::over(io).await
@@ -72,9 +73,14 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
         self.io.flush().await.unwrap();
     }
 
-    async fn get(&mut self, stream: u32, path: &str) {
-        // GET, http, and literals by the static table.
-        let mut head = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
+    pub(crate) async fn get(&mut self, stream: u32, path: &str) {
+        // GET by the static table.
+        self.ask(stream, &[0x82], path).await;
+    }
+
+    async fn ask(&mut self, stream: u32, method: &[u8], path: &str) {
+        // http, and literals by the static table.
+        let mut head = [method, &[0x86, 0x04, u8::try_from(path.len()).unwrap()]].concat();
         head.extend(path.as_bytes());
         head.extend([0x01, 4]);
         head.extend(b"test");
@@ -106,7 +112,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
         }
     }
 
-    async fn next_of(&mut self, kind: u8) -> Frame {
+    pub(crate) async fn next_of(&mut self, kind: u8) -> Frame {
         loop {
             let frame = self.next().await.unwrap().expect("it was closed");
             if frame.kind == kind {
@@ -116,7 +122,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Frames<I> {
     }
 
     /// Of status 200, with its body.
-    async fn answer(&mut self, stream: u32) -> Vec<u8> {
+    pub(crate) async fn answer(&mut self, stream: u32) -> Vec<u8> {
         let head = self.next_of(HEADERS).await;
         assert_eq!((head.stream, head.payload[0]), (stream, 0x88), "{head:?}");
         let mut body = Vec::new();
@@ -170,6 +176,27 @@ where
     assert_eq!(client.answer(5).await, b"slow");
     assert!(client.is_closed().await);
     took
+}
+
+/// Answers the PING between the GOAWAYs with more behind it than the server
+/// reads at once, and after a while with more still; gives the socket back at
+/// its end, which is a FIN.
+pub(crate) async fn crosses_the_close(mut client: Frames, wait: Duration) -> TcpStream {
+    assert_eq!(client.next_of(GOAWAY).await.last_stream(), ANY_STREAM);
+    let ping = client.next_of(PING).await;
+    // WINDOW_UPDATE of the connection by 1: nothing that is answered.
+    let update = [0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    let mut frames = vec![0, 0, 8, PING, ACK, 0, 0, 0, 0];
+    frames.extend(&ping.payload);
+    frames.extend(update.repeat(5000));
+    client.io.write_all(&frames).await.unwrap();
+    tokio::time::sleep(wait).await;
+    // Its FIN is no trouble to who sends: only a reset is.
+    client.io.write_all(&update.repeat(100)).await.unwrap();
+    // The end of the GOAWAYs, and of the connection.
+    assert_eq!(client.next_of(GOAWAY).await.last_stream(), 1);
+    assert!(client.is_closed().await);
+    client.io
 }
 
 #[tokio::test]
@@ -235,6 +262,47 @@ async fn a_client_that_never_answers_the_ping_is_not_waited_for() {
     while client.next().await.unwrap().is_some() {}
     let took = clock::now() - start;
     assert!((ms(290)..ms(3000)).contains(&took), "{took:?}");
+    drop(client);
+    assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// Nor is one that opens streams on and on: after a time for its answer they
+/// are refused, which says that they may be sent again, and what is there is
+/// finished.
+#[tokio::test]
+async fn a_client_that_goes_on_without_an_answer_to_the_ping_is_refused() {
+    let limits = limits().header_timeout(ms(300));
+    let rig = Rig::of(shutdown_of(0, 8000, 500), limits, app()).await;
+    let mut client = Frames::new(rig.addr).await;
+    client.get(1, "/").await;
+    client.answer(1).await;
+    let start = rig.trigger();
+    client.next_of(PING).await;
+    let (mut stream, mut answered) = (3, Vec::new());
+    client.get(stream, "/slow/1000").await;
+    let refused = loop {
+        tokio::time::sleep(ms(50)).await;
+        stream += 2;
+        client.get(stream, "/").await;
+        let frame = client.next().await.unwrap().expect("it was closed");
+        match frame.kind {
+            RST_STREAM => break frame,
+            HEADERS => answered.push(frame.stream),
+            _ => {}
+        }
+        assert!(clock::now() - start < ms(2000));
+    };
+    let took = clock::now() - start;
+    assert!((ms(290)..ms(950)).contains(&took), "{took:?}");
+    assert_eq!(refused.payload, 7_u32.to_be_bytes(), "REFUSED_STREAM");
+    assert!(answered.len() > 1, "{answered:?}");
+    while let Some(frame) = client.next().await.unwrap() {
+        if frame.kind == HEADERS {
+            answered.push(frame.stream);
+        }
+    }
+    assert!(answered.contains(&3), "it had begun");
+    assert!(clock::now() - start < ms(4000));
     drop(client);
     assert_eq!(rig.ended().await.exit_code(), 0);
 }
@@ -371,4 +439,44 @@ async fn no_stream_that_was_taken_is_lost() {
         assert!(answered.unwrap() > 5);
     }
     assert_eq!(rig.ended().await.exit_code(), 0);
+}
+
+/// hyper would send a body that no such answer has.
+#[tokio::test]
+async fn answers_without_a_body_end_with_their_head() {
+    let rig = Rig::of(shutdown(), limits(), app()).await;
+    let mut frames = Frames::new(rig.addr).await;
+    // The method by its name, that of the static table's second.
+    let head: &[u8] = &[0x02, 4, b'H', b'E', b'A', b'D'];
+    let get: &[u8] = &[0x82];
+    for (n, (method, path)) in [
+        (head, "/"),
+        (head, "/paced/100000"),
+        (head, "/endless"),
+        (get, "/odd/204"),
+        (get, "/odd/304"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let stream = 2 * n as u32 + 1;
+        frames.ask(stream, method, path).await;
+        loop {
+            let frame = frames.next().await.unwrap().unwrap();
+            if frame.stream == stream {
+                assert_eq!((frame.kind, frame.flags & END), (HEADERS, END), "{path}");
+                break;
+            }
+        }
+    }
+    // If one of them counted still, this would be cut.
+    rig.trigger();
+    frames.next_of(GOAWAY).await;
+    let ping = frames.next_of(PING).await;
+    frames.acknowledge(&ping).await;
+    frames.next_of(GOAWAY).await;
+    assert!(frames.is_closed().await);
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
+    assert!(report.drained_after() < ms(1400), "{report}");
 }

@@ -1,7 +1,10 @@
 //! Silent and slow clients.
 
+use axum::{Router, routing::post};
 use buttress_core::clock;
-use tokio::net::TcpStream;
+use bytes::Bytes;
+use tokio::{net::TcpStream, time::sleep};
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::{
     Rig,
@@ -76,6 +79,50 @@ async fn a_head_that_was_sent_ahead_and_stops_is_closed() {
     assert!(client.is_closed().await.unwrap());
     let took = clock::now() - begun;
     assert!((ms(150)..ms(3000)).contains(&took), "{took:?}");
+}
+
+/// And one that came while the request before it was served.
+#[tokio::test]
+async fn a_head_that_begins_within_a_request_and_stops_is_closed() {
+    let rig = Rig::of(shutdown(), limits().header_timeout(ms(200)), app()).await;
+    let mut client = Client::new(rig.addr).await;
+    client.send(get("/slow/150")).await.unwrap();
+    tokio::time::sleep(ms(50)).await;
+    client.send("GET /b").await.unwrap();
+    assert_eq!(client.answer().await.text(), "slow");
+    let begun = clock::now();
+    assert!(client.is_closed().await.unwrap());
+    let took = clock::now() - begun;
+    assert!((ms(150)..ms(3000)).contains(&took), "{took:?}");
+}
+
+/// Which a server is to pass over (RFC 9112, section 2.2): it begins no head.
+#[tokio::test]
+async fn an_empty_line_between_requests_is_none() {
+    let rig = Rig::of(shutdown(), limits().header_timeout(ms(100)), app()).await;
+    let mut before = Client::new(rig.addr).await;
+    before.send("\r\n").await.unwrap();
+    let mut after = Client::new(rig.addr).await;
+    after.get("/").await;
+    after.send("\r\n").await.unwrap();
+    let mut within = Client::new(rig.addr).await;
+    within.send(get("/slow/100")).await.unwrap();
+    tokio::time::sleep(ms(50)).await;
+    within.send("\r\n").await.unwrap();
+    assert_eq!(within.answer().await.text(), "slow");
+    tokio::time::sleep(ms(400)).await;
+    for client in [&mut before, &mut after, &mut within] {
+        assert_eq!(client.get("/").await.text(), "hello");
+        client.send("\r\n").await.unwrap();
+    }
+    // And it holds no drain.
+    tokio::time::sleep(ms(50)).await;
+    rig.trigger();
+    for client in [&mut before, &mut after, &mut within] {
+        assert!(client.is_closed().await.unwrap());
+    }
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
 }
 
 /// Over HTTP/2 nothing is written, and nothing stalls, where a client opens no
@@ -204,4 +251,89 @@ async fn heads_have_a_size() {
     }
     let mut client = Client::new(rig.addr).await;
     assert_eq!(client.get("/").await.status, 200);
+}
+
+/// As the front page has it for what is not ours to limit.
+fn uploads() -> Router {
+    let poll = async |body: Bytes| {
+        sleep(ms(900)).await;
+        body
+    };
+    Router::new()
+        .route("/size", post(async |body: Bytes| body.len().to_string()))
+        .route("/poll", post(poll))
+        .layer(RequestBodyTimeoutLayer::new(ms(300)))
+}
+
+fn post_of(path: &str, length: usize, body: &str) -> String {
+    format!("POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n{body}")
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_gives_its_place_back() {
+    let rig = Rig::of(shutdown(), limits().max_connections(1), uploads()).await;
+    let mut stalled = Client::new(rig.addr).await;
+    let begun = clock::now();
+    stalled.send(post_of("/size", 9, "half")).await.unwrap();
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 1).await;
+    let mut next = Client::new(rig.addr).await;
+    next.send(post_of("/size", 5, "whole")).await.unwrap();
+    let answer = stalled.answer().await;
+    assert_eq!(answer.status, 400);
+    let took = clock::now() - begun;
+    assert!((ms(290)..ms(3000)).contains(&took), "{took:?}");
+    assert!(stalled.is_closed().await.unwrap());
+    drop(stalled);
+    assert_eq!(next.answer().await.text(), "5");
+}
+
+/// Over HTTP/2 it is one of the streams of its connection.
+#[tokio::test]
+async fn a_body_that_stalls_takes_no_other_stream_with_it() {
+    let rig = Rig::of(shutdown(), limits(), uploads()).await;
+    let io = soon(TcpStream::connect(rig.addr)).await.unwrap();
+    let (mut send, connection) = h2::client::handshake(io).await.unwrap();
+    tokio::spawn(connection);
+    let request = |path: &str| {
+        let request = http::Request::post(format!("http://test{path}"));
+        request.body(()).unwrap()
+    };
+    let (stalled, mut half) = send.send_request(request("/size"), false).unwrap();
+    half.send_data(Bytes::from("half"), false).unwrap();
+    let (polled, mut whole) = send.send_request(request("/poll"), false).unwrap();
+    whole.send_data(Bytes::from("whole"), true).unwrap();
+    assert_eq!(soon(stalled).await.unwrap().status(), 400);
+    assert_eq!(soon(polled).await.unwrap().status(), 200);
+    assert_eq!(rig.shutdown.connections(), 1);
+}
+
+#[tokio::test]
+async fn neither_a_slow_upload_nor_a_long_poll_stalls() {
+    let rig = Rig::of(shutdown(), limits(), uploads()).await;
+    let mut slow = Client::new(rig.addr).await;
+    slow.send(post_of("/size", 8, "")).await.unwrap();
+    for _ in 0..8 {
+        sleep(ms(100)).await;
+        slow.send("x").await.unwrap();
+    }
+    assert_eq!(slow.answer().await.text(), "8");
+    let mut polls = Client::new(rig.addr).await;
+    polls.send(post_of("/poll", 5, "whole")).await.unwrap();
+    assert_eq!(polls.answer().await.text(), "whole");
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_holds_no_drain() {
+    let rig = Rig::of(shutdown(), limits(), uploads()).await;
+    let mut stalled = Client::new(rig.addr).await;
+    stalled.send(post_of("/size", 9, "half")).await.unwrap();
+    let shutdown = rig.shutdown.clone();
+    until(|| shutdown.connections() == 1).await;
+    rig.trigger();
+    assert_eq!(stalled.answer().await.status, 400);
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 0, "{report}");
+    // Long before the cut.
+    assert!(report.took() < ms(1400), "{report}");
 }

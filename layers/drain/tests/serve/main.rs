@@ -6,13 +6,16 @@ mod app;
 mod bodies;
 mod client;
 mod drain;
+mod grpc;
 mod http2;
 mod limits;
 mod listeners;
 mod races;
 mod stacks;
+mod talk;
 mod tls;
 mod tunnels;
+mod unread;
 mod unsent;
 
 use std::{future::Future, net::SocketAddr, time::Duration};

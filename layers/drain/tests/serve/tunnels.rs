@@ -2,15 +2,15 @@
 
 use std::{
     convert::Infallible,
-    future::{Future, poll_fn},
+    future::{Future, pending, poll_fn},
     pin::{Pin, pin},
 };
 
-use buttress_core::clock;
-use buttress_drain::{CutKind, DrainLayer, Phase, Server};
+use buttress_core::{Head, clock};
+use buttress_drain::{CutKind, DrainLayer, Label, Phase, Server};
 use bytes::Bytes;
-use h2::client::SendRequest;
-use http::{Request, Response};
+use h2::{RecvStream, client::SendRequest};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::Empty;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -21,9 +21,15 @@ use tokio::{
     task::JoinHandle,
 };
 
-use tower::Layer;
+use tower::{Layer, ServiceExt};
 
-use crate::{Rig, app::app, client::Client, limits, ms, shutdown_of, soon, until};
+use crate::{
+    Rig,
+    app::app,
+    client::Client,
+    http2::{DATA, Frames},
+    limits, ms, shutdown_of, soon, until,
+};
 
 const UPGRADE: &str =
     "GET /tunnel HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n";
@@ -230,7 +236,162 @@ async fn a_tunnel_in_a_stream_counts_too() {
     assert_eq!(data, "still");
     // It ends when it is cut.
     while let Some(Ok(_)) = soon(from.data()).await {}
-    assert_eq!(rig.ended().await.exit_code(), 124);
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 124);
+    let [cut] = report.cut() else {
+        panic!("{report}");
+    };
+    assert_eq!(cut.kind(), CutKind::Tunnel);
+    assert_eq!(cut.label().unwrap().as_str(), "/tunnel");
+}
+
+async fn assert_ended(from: &mut RecvStream) {
+    while let Some(data) = soon(from.data()).await {
+        assert_eq!(data.unwrap(), "");
+    }
+}
+
+/// By the layer, over HTTP/2 as well; and a request beside them is not lost
+/// among tunnels, of which one is over.
+#[tokio::test]
+async fn tunnels_in_streams_are_named_as_their_requests_were() {
+    let service = tower::service_fn(|mut request: Request<Incoming>| async move {
+        if request.method() != Method::CONNECT {
+            pending::<()>().await;
+        }
+        tokio::spawn(async move {
+            let io = hyper::upgrade::on(&mut request).await.unwrap();
+            let _ = TokioIo::new(io).read_u8().await;
+        });
+        Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
+    });
+    let shutdown = shutdown_of(0, 600, 300);
+    let layer = DrainLayer::new(&shutdown).route_by(|request: Head<'_>| {
+        Label::from(match request.uri.authority() {
+            Some(to) => format!("to {}", to.host()),
+            None => "elsewhere".to_owned(),
+        })
+    });
+    let rig = Rig::of(shutdown, limits(), layer.layer(service)).await;
+    let (mut send, _connection) = http2(&rig, false).await;
+    let mut tunnels = Vec::new();
+    for to in ["one:1", "two:2", "three:3"] {
+        let request = Request::connect(to).body(()).unwrap();
+        let (answer, to) = send.send_request(request, false).unwrap();
+        let answer = soon(answer).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        tunnels.push((answer.into_body(), to));
+    }
+    let (mut from, mut over) = tunnels.remove(1);
+    over.send_data(Bytes::from("x"), true).unwrap();
+    assert_ended(&mut from).await;
+    let request = Request::get("http://beside/").body(()).unwrap();
+    let (_answer, _) = send.send_request(request, true).unwrap();
+    until(|| rig.shutdown.requests() == 1).await;
+    rig.trigger();
+    let report = rig.ended().await;
+    let mut cut: Vec<_> = report
+        .cut()
+        .iter()
+        .map(|cut| (cut.kind().as_str(), cut.label().unwrap().as_str()))
+        .collect();
+    cut.sort_unstable();
+    assert_eq!(
+        cut,
+        [
+            ("request", "to beside"),
+            ("tunnel", "to one"),
+            ("tunnel", "to three")
+        ]
+    );
+    drop(tunnels);
+}
+
+/// The server's direction first, over HTTP/2: what is sent on it still holds
+/// the drain, and is cut by name.
+#[tokio::test]
+async fn a_tunnel_in_a_stream_that_was_shut_down_is_read_to_its_end() {
+    for ends in [true, false] {
+        let (sender, mut receiver) = mpsc::unbounded_channel();
+        let service = tower::service_fn(move |mut request: Request<Incoming>| {
+            let sender = sender.clone();
+            async move {
+                tokio::spawn(async move {
+                    let upgraded = hyper::upgrade::on(&mut request).await.unwrap();
+                    let mut io = TokioIo::new(upgraded);
+                    io.shutdown().await.unwrap();
+                    let mut read = Vec::new();
+                    let whole = io.read_to_end(&mut read).await.is_ok();
+                    sender.send((whole, read.len())).unwrap();
+                });
+                let label = Label::from("/up");
+                let response = Response::builder().extension(label);
+                Ok::<_, Infallible>(response.body(Empty::<Bytes>::new()).unwrap())
+            }
+        });
+        let limits = limits().header_timeout(ms(100));
+        let rig = Rig::of(shutdown_of(0, 2000, 500), limits, service).await;
+        let (mut send, _connection) = http2(&rig, false).await;
+        let request = Request::connect("test:443").body(()).unwrap();
+        let (answer, mut to) = send.send_request(request, false).unwrap();
+        let mut from = soon(answer).await.unwrap().into_body();
+        assert_ended(&mut from).await;
+        rig.trigger();
+        // Quiet for longer than a connection has that is to close.
+        for _ in 0..4 {
+            tokio::time::sleep(ms(200)).await;
+            to.send_data(Bytes::from(vec![b'x'; 1000]), false).unwrap();
+        }
+        if ends {
+            to.send_data(Bytes::new(), true).unwrap();
+            assert_eq!(soon(receiver.recv()).await, Some((true, 4000)));
+            let report = rig.ended().await;
+            assert_eq!(report.exit_code(), 0, "{report}");
+            assert!(report.drained_after() < ms(1400), "{report}");
+        } else {
+            let report = rig.ended().await;
+            assert_eq!(report.exit_code(), 124);
+            let [cut] = report.cut() else {
+                panic!("{report}");
+            };
+            assert_eq!(cut.kind(), CutKind::Tunnel);
+            assert_eq!(cut.label().unwrap().as_str(), "/up");
+        }
+    }
+}
+
+/// There are none by 101 over HTTP/2: what is answered so is a request, and
+/// counts as long as it is, whatever is opened beside it.
+#[tokio::test]
+async fn no_tunnel_comes_of_a_101_in_a_stream() {
+    let service = tower::service_fn(|request: Request<Incoming>| async move {
+        let app = app();
+        let odd = request.uri().path() == "/endless";
+        let mut answer = app.oneshot(request).await.unwrap();
+        if odd {
+            *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        }
+        Ok::<_, Infallible>(answer)
+    });
+    let limits = limits().header_timeout(ms(100));
+    let rig = Rig::of(shutdown_of(0, 1500, 500), limits, service).await;
+    let mut client = Frames::new(rig.addr).await;
+    client.get(1, "/endless").await;
+    client.next_of(DATA).await;
+    client.get(3, "/").await;
+    loop {
+        let data = client.next_of(DATA).await;
+        if data.stream == 3 {
+            break;
+        }
+    }
+    rig.trigger();
+    let report = rig.ended().await;
+    assert_eq!(report.exit_code(), 124, "{report}");
+    let [cut] = report.cut() else {
+        panic!("{report}");
+    };
+    assert_eq!(cut.kind(), CutKind::Connection);
 }
 
 /// And no longer than it is there.

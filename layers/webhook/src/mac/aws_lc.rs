@@ -3,7 +3,7 @@
 //! measures the same, wipes neither.
 
 use aws_lc_rs::{
-    digest::{SHA256, digest},
+    digest::{self, SHA256},
     hmac::{Context, HMAC_SHA256, Key},
 };
 
@@ -26,8 +26,12 @@ impl Start {
     }
 }
 
-pub(crate) fn sha256(bytes: &[u8]) -> [u8; TAG] {
-    array(digest(&SHA256, bytes).as_ref())
+pub(crate) fn sha256(pieces: &[&[u8]]) -> [u8; TAG] {
+    let mut running = digest::Context::new(&SHA256);
+    for piece in pieces {
+        running.update(piece);
+    }
+    array(running.finish().as_ref())
 }
 
 fn array(bytes: &[u8]) -> [u8; TAG] {

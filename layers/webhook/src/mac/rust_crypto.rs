@@ -23,8 +23,12 @@ impl Start {
     }
 }
 
-pub(crate) fn sha256(bytes: &[u8]) -> [u8; TAG] {
-    Sha256::digest(bytes).into()
+pub(crate) fn sha256(pieces: &[&[u8]]) -> [u8; TAG] {
+    let mut running = Sha256::new();
+    for piece in pieces {
+        running.update(piece);
+    }
+    running.finalize().into()
 }
 
 // `Hmac` holds two of these and a buffer that is wiped, too, but does not say so.

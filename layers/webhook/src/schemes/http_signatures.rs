@@ -20,8 +20,8 @@ use self::{
     fields::{Item, Member, Value},
 };
 use crate::{
-    Claim, Envelope, Key, MOST_SIGNATURES, Message, Reason, Scheme, Secret, SecretError, SignError,
-    TAG, Tag, mac::sha256, text,
+    Envelope, Key, MOST_SIGNATURES, Message, Reason, Scheme, Secret, SecretError, SignError,
+    Statement, TAG, Tag, mac::sha256, text,
 };
 
 const SIGNATURE: HeaderName = HeaderName::from_static("signature");
@@ -238,13 +238,13 @@ impl HttpSignatures {
     }
 
     /// What one label claims; nothing if it is none of ours.
-    fn claim(
+    fn statement(
         &self,
         input: &Member<'_>,
         signatures: &[Member<'_>],
         target: &Target<'_>,
         digest: &mut Option<Result<[u8; TAG], Reason>>,
-    ) -> Result<Option<Claim>, Reason> {
+    ) -> Result<Option<Statement>, Reason> {
         let parameters = &input.parameters;
         if self.tag.is_some() && self.tag.as_deref() != text_of(parameters.get("tag")) {
             return Ok(None);
@@ -288,22 +288,24 @@ impl HttpSignatures {
         base.extend(PARAMETERS);
         base.extend(fields::canonical(items, parameters).bytes());
 
-        let mut claim = Claim::new(tag, base).known_by(known_by).timestamp(created);
+        let mut statement = Statement::new(tag, base)
+            .known_by(known_by)
+            .timestamp(created);
         if let Some(digest) = covered_digest {
-            claim = claim.sha256_of_body(digest);
+            statement = statement.sha256_of_body(digest);
         }
         if let Some(expires) = parameters.get("expires") {
-            claim = claim.expires(u64::try_from(number(expires)?).unwrap_or(0));
+            statement = statement.expires(u64::try_from(number(expires)?).unwrap_or(0));
         }
         if let Some(key_id) = parameters.get("keyid") {
-            claim = claim.key_id(text_of(Some(key_id)).ok_or(Reason::Malformed)?);
+            statement = statement.key_id(text_of(Some(key_id)).ok_or(Reason::Malformed)?);
         }
         if self.id_as_nonce {
             let _ = parameters.get("nonce").ok_or(Reason::MissingId)?;
             let id = nonce.filter(|id| text::is_id(id));
-            claim = claim.id(id.ok_or(Reason::Malformed)?);
+            statement = statement.id(id.ok_or(Reason::Malformed)?);
         }
-        Ok(Some(claim))
+        Ok(Some(statement))
     }
 }
 
@@ -393,13 +395,13 @@ impl Scheme for HttpSignatures {
         // One that cannot be read does not spoil the others.
         let mut nothing = None;
         for input in &inputs {
-            match self.claim(input, &signatures, &target, &mut digest) {
-                Ok(Some(claim)) => {
-                    length += claim.base.len();
+            match self.statement(input, &signatures, &target, &mut digest) {
+                Ok(Some(statement)) => {
+                    length += statement.base.len();
                     if envelope.is_full() || length > LONGEST {
                         return Err(Reason::Malformed);
                     }
-                    envelope = envelope.claim(claim);
+                    envelope = envelope.statement(statement);
                 }
                 Ok(None) => {}
                 Err(reason) => nothing = nothing.or(Some(reason)),
@@ -457,7 +459,7 @@ fn components(items: &[Item<'_>]) -> Result<Vec<Component>, Reason> {
 /// The digest that is there, if it is right: it may be among what others have
 /// signed.
 fn content_digest(headers: &HeaderMap, body: &[u8]) -> HeaderValue {
-    let digest = sha256(body);
+    let digest = sha256(&[body]);
     let mut there = headers.get_all(CONTENT_DIGEST).iter();
     if let (Some(only), None) = (there.next(), there.next())
         && sha256_claimed(headers) == Ok(digest)

@@ -1,0 +1,91 @@
+//! What is measured of signing and verifying: over the bare MAC of the same
+//! bytes, with the key's schedule kept on either side.
+
+use std::{hint::black_box, time::Duration};
+
+use buttress_webhook::{GitHub, Message, Scheme, Secret, Signer, Standard, Stripe, Verifier};
+use hmac::{Hmac, KeyInit, Mac};
+use http::{Request, request::Parts};
+use sha2::Sha256;
+
+use crate::measure::Run;
+
+const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+const ID: &str = "msg_p5jXN8AQM9LWM0D4loKWxJek";
+const NOW: u64 = 1_700_000_000;
+
+fn secret() -> Secret {
+    Secret::new(SECRET).expect("it is long enough")
+}
+
+fn message(body: &[u8]) -> Message<'_> {
+    Message {
+        id: ID,
+        timestamp: NOW,
+        body,
+    }
+}
+
+fn parts() -> Parts {
+    let (mut parts, ()) = Request::new(()).into_parts();
+    parts.headers.reserve(8);
+    parts
+}
+
+/// The MAC of a body of so many bytes, and nothing else.
+#[must_use]
+pub fn bare(length: usize) -> Run {
+    let body = vec![b'x'; length];
+    let key = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("any length will do");
+    Box::new(move |calls| {
+        for _ in 0..calls {
+            let mut mac = key.clone();
+            mac.update(black_box(&body));
+            black_box(mac.finalize().into_bytes());
+        }
+    })
+}
+
+/// A request signed by `scheme`, its headers written into a map that has room.
+#[must_use]
+pub fn sign(scheme: impl Scheme, length: usize) -> Run {
+    let body = vec![b'x'; length];
+    let signer = Signer::new(scheme, [secret()]).expect("a secret of every scheme");
+    let mut request = parts();
+    Box::new(move |calls| {
+        for _ in 0..calls {
+            let signed = signer.sign(&mut request, &message(black_box(&body)));
+            signed.expect("a sound message");
+            black_box(&request);
+        }
+    })
+}
+
+/// A request verified that was signed by `scheme`.
+#[must_use]
+pub fn verify(scheme: impl Scheme + Clone, length: usize) -> Run {
+    let body = vec![b'x'; length];
+    let mut request = parts();
+    let signer = Signer::new(scheme.clone(), [secret()]).expect("a secret of every scheme");
+    let signed = signer.sign(&mut request, &message(&body));
+    signed.expect("a sound message");
+    let verifier = Verifier::new(scheme, [secret()]).expect("a secret of every scheme");
+    Box::new(move |calls| {
+        for _ in 0..calls {
+            let now = Duration::from_secs(NOW);
+            let verified = verifier.verify((&request).into(), black_box(&body), now);
+            let _ = black_box(verified.expect("it is genuine"));
+        }
+    })
+}
+
+/// What is signed and verified, and by what.
+pub const SCHEMES: [(&str, fn(usize) -> Run, fn(usize) -> Run); 3] = [
+    (
+        "standard",
+        |n| sign(Standard::new(), n),
+        |n| verify(Standard::new(), n),
+    ),
+    ("stripe", |n| sign(Stripe, n), |n| verify(Stripe, n)),
+    ("github", |n| sign(GitHub, n), |n| verify(GitHub, n)),
+];

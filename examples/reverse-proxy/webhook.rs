@@ -1,0 +1,147 @@
+//! Verifying what comes in and signing what goes out, where a route asks for
+//! it: then a request's body is held as a whole, within `max_body`.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use buttress::{
+    BoxError, Refusal, RefusalKind,
+    webhook::{
+        SignLayer, VerifyLayer, WholeBody,
+        sign::{Cause, Error},
+    },
+};
+use bytes::Bytes;
+use http::Request;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep};
+
+use crate::{
+    forward::Failed,
+    headers,
+    settings::{Limits, Name, SignWebhook, VerifyWebhook},
+};
+
+/// The layer for a route whose requests must be signed.
+pub(crate) fn verify(name: &Name, rule: &VerifyWebhook, limits: &Limits) -> VerifyLayer {
+    rule.builder()
+        .name(name.0.clone())
+        .max_body(limits.max_body.in_memory())
+        .build()
+        .expect("checked in the settings")
+}
+
+/// The layer for a route that signs each attempt.
+pub(crate) fn sign(name: &Name, rule: &SignWebhook, limits: &Limits) -> SignLayer {
+    SignLayer::builder(rule.signer())
+        .name(name.0.clone())
+        .max_body(limits.max_body.in_memory())
+        .build()
+        .expect("the name is a good one")
+}
+
+/// What comes before the signature: a client that names its headers in
+/// `Connection` would have them taken away after they are written.
+pub(crate) fn unnamed<B>(mut request: Request<B>) -> Request<B> {
+    headers::forget_named(request.headers_mut());
+    request
+}
+
+impl From<Error<Failed>> for Failed {
+    fn from(error: Error<Failed>) -> Self {
+        let not_signed = match error {
+            Error::Inner(failed) => return failed,
+            Error::NotSigned(not_signed) => not_signed,
+        };
+        // Whose body it is may have said why it broke off.
+        let said = match not_signed.cause() {
+            Cause::Body(error) => Refusal::find(&**error).cloned(),
+            _ => None,
+        };
+        said.unwrap_or_else(|| Refusal::from(&not_signed)).into()
+    }
+}
+
+pin_project! {
+    /// A request's body on its way through a route's layers.
+    #[project = UploadProj]
+    pub(crate) enum Upload {
+        /// As the client sends it.
+        Streaming { #[pin] body: Incoming },
+        /// The same, where it is going to be held.
+        Timed { #[pin] body: Incoming, silence: Duration, stall: Option<Pin<Box<Sleep>>> },
+        /// All of it, verified.
+        Whole { #[pin] body: WholeBody },
+    }
+}
+
+impl Upload {
+    /// With how long a client may send nothing of what is going to be held.
+    pub(crate) fn of(
+        silence: Option<Duration>,
+    ) -> impl Fn(Request<Incoming>) -> Request<Self> + Clone {
+        move |request| {
+            request.map(|body| match silence {
+                None => Self::Streaming { body },
+                Some(silence) => Self::Timed {
+                    body,
+                    silence,
+                    stall: None,
+                },
+            })
+        }
+    }
+
+    pub(crate) fn whole(request: Request<WholeBody>) -> Request<Self> {
+        request.map(|body| Self::Whole { body })
+    }
+}
+
+impl Body for Upload {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.project() {
+            UploadProj::Streaming { body } => body.poll_frame(cx).map_err(Into::into),
+            UploadProj::Whole { body } => body.poll_frame(cx).map_err(Into::into),
+            UploadProj::Timed {
+                body,
+                silence,
+                stall,
+            } => {
+                if let Poll::Ready(frame) = body.poll_frame(cx) {
+                    *stall = None;
+                    return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+                }
+                let stall = stall.get_or_insert_with(|| Box::pin(sleep(*silence)));
+                ready!(stall.as_mut().poll(cx));
+                let stalled = Refusal::new(RefusalKind::RequestTimeout)
+                    .with_detail("the request body stalled");
+                Poll::Ready(Some(Err(stalled.into())))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Streaming { body } | Self::Timed { body, .. } => body.is_end_stream(),
+            Self::Whole { body } => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Streaming { body } | Self::Timed { body, .. } => body.size_hint(),
+            Self::Whole { body } => body.size_hint(),
+        }
+    }
+}
