@@ -9,10 +9,7 @@ use std::{
 
 use buttress::{
     BoxError, Refusal, RefusalKind,
-    webhook::{
-        SignLayer, VerifyLayer, WholeBody,
-        sign::{Cause, Error},
-    },
+    webhook::{SignLayer, VerifyLayer, WholeBody, sign::Error},
 };
 use bytes::Bytes;
 use http::Request;
@@ -54,16 +51,10 @@ pub(crate) fn unnamed<B>(mut request: Request<B>) -> Request<B> {
 
 impl From<Error<Failed>> for Failed {
     fn from(error: Error<Failed>) -> Self {
-        let not_signed = match error {
-            Error::Inner(failed) => return failed,
-            Error::NotSigned(not_signed) => not_signed,
-        };
-        // Whose body it is may have said why it broke off.
-        let said = match not_signed.cause() {
-            Cause::Body(error) => Refusal::find(&**error).cloned(),
-            _ => None,
-        };
-        said.unwrap_or_else(|| Refusal::from(&not_signed)).into()
+        match error {
+            Error::Inner(failed) => failed,
+            Error::NotSigned(not_signed) => Refusal::from(&not_signed).into(),
+        }
     }
 }
 

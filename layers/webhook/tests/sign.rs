@@ -329,7 +329,7 @@ async fn a_body_that_breaks_fails_with_its_own_error() {
     let drained = Refusal::new(RefusalKind::Draining);
     let body = ScriptedBody::new().fail(drained.clone());
     let error = service.oneshot(post(body)).await.unwrap_err();
-    assert_eq!(error.refusal(), Some(drained));
+    assert_eq!(error.refusal(), Some(drained.before_sending()));
     assert_eq!(script.call_count(), 0);
     script.assert_finished();
 }

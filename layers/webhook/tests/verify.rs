@@ -17,7 +17,7 @@ use std::{
 };
 
 use buttress_core::{
-    Head, Refusal,
+    BoxError, Head, Refusal, RefusalKind,
     testing::{
         Fate, ReadinessProbe, Script, ScriptHandle, Scripted, Step, advance, settle,
         web::{self, BodyFate, ScriptedBody},
@@ -394,6 +394,18 @@ async fn what_is_too_large_is_refused_before_anything_is_computed() {
     let just = ScriptedBody::new().data(vec![0; 600]).data(vec![0; 400]);
     assert_eq!(status(&service, Request::new(just)).await, 401);
     assert_eq!(read.load(SeqCst), 1);
+    assert_eq!(script.call_count(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_ends_a_body_may_say_why() {
+    let (inner, script) = handler();
+    let service = standard().build().unwrap().layer(inner);
+    let (parts, _) = signed("msg_1", "first").into_parts();
+    let body = ScriptedBody::new().data("first").fail("stalled");
+    let body = body.map_err(|_| BoxError::from(Refusal::new(RefusalKind::RequestTimeout)));
+    let response = send(&service, with(parts, body)).await;
+    is_problem(&response, 408, "request_timeout");
     assert_eq!(script.call_count(), 0);
 }
 

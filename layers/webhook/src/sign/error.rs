@@ -75,9 +75,12 @@ impl From<&NotSigned> for Refusal {
     fn from(not_signed: &NotSigned) -> Self {
         let refusal = match &not_signed.cause {
             Cause::TooLarge { .. } => Self::new(RefusalKind::BodyTooLarge),
-            Cause::Body(_) => {
-                Self::new(RefusalKind::BadRequest).with_detail("the body of the request broke off")
-            }
+            Cause::Body(error) => match Self::find(&**error) {
+                // A layer further out has ended it, and says why.
+                Some(refusal) => return refusal.clone().before_sending(),
+                None => Self::new(RefusalKind::BadRequest)
+                    .with_detail("the body of the request broke off"),
+            },
             Cause::Sign(_) => {
                 Self::new(RefusalKind::Internal).with_detail("the request could not be signed")
             }
@@ -167,13 +170,7 @@ impl<E: Inspect> Inspect for Error<E> {
 
     fn refusal(&self) -> Option<Refusal> {
         match self {
-            Self::NotSigned(why) => Some(match &why.cause {
-                // A layer further out may have ended the body, by a refusal.
-                Cause::Body(error) => Refusal::find(&**error)
-                    .cloned()
-                    .unwrap_or_else(|| Refusal::from(why)),
-                _ => Refusal::from(why),
-            }),
+            Self::NotSigned(why) => Some(why.into()),
             Self::Inner(error) => error.refusal(),
         }
     }

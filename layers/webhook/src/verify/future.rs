@@ -2,6 +2,7 @@
 //! answer, or to one of ours.
 
 use std::{
+    error::Error,
     fmt,
     future::Future,
     pin::Pin,
@@ -215,6 +216,10 @@ impl<S> Waiting<S> {
     fn refuse<F>(&self, verdict: Verdict) -> Next<S, F> {
         Next::Answer(self.shared.refuse(verdict, self.head()))
     }
+
+    fn broken<F>(&self, error: &(dyn Error + 'static)) -> Next<S, F> {
+        Next::Answer(self.shared.broken(error, self.head()))
+    }
 }
 
 impl<S, B> VerifyFuture<S, B>
@@ -249,6 +254,7 @@ impl<S, B, R> Future for VerifyFuture<S, B>
 where
     S: Service<Request<WholeBody>, Response = Response<R>>,
     B: Body,
+    B::Error: Into<BoxError>,
     R: Body,
 {
     type Output = Result<Response<VerifyBody<R>>, S::Error>;
@@ -263,7 +269,7 @@ where
                     match whole {
                         Ok(whole) => waiting.collected(whole),
                         Err(NotWhole::TooLarge) => waiting.refuse(Verdict::TooLarge),
-                        Err(NotWhole::Broken(_)) => waiting.refuse(Verdict::Broken),
+                        Err(NotWhole::Broken(error)) => waiting.broken(&*error.into()),
                     }
                 }
                 StateProj::Looking { looking, waiting } => {

@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use buttress_core::Head;
+use buttress_core::{BoxError, Head};
 use http::{HeaderMap, Request, Response, header::CONTENT_LENGTH};
 use http_body::Body;
 use tower_service::Service;
@@ -76,6 +76,7 @@ impl<S, B, R> Service<Request<B>> for Verify<S>
 where
     S: Service<Request<WholeBody>, Response = Response<R>> + Clone,
     B: Body,
+    B::Error: Into<BoxError>,
     R: Body,
 {
     type Response = Response<VerifyBody<R>>;

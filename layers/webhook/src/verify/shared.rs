@@ -1,6 +1,7 @@
 //! What a layer, its services and their calls have in common.
 
 use std::{
+    error::Error,
     fmt::{Display, Write},
     future::Future,
     sync::{
@@ -226,6 +227,21 @@ impl Shared {
             Verdict::Verified => Refusal::new(RefusalKind::Internal),
         };
         self.respond(refusal, request)
+    }
+
+    /// The same where the body broke off: who ended it may have said why, by a
+    /// refusal.
+    #[cold]
+    pub(crate) fn broken(
+        &self,
+        error: &(dyn Error + 'static),
+        request: Head<'_>,
+    ) -> Response<Bytes> {
+        let Some(refusal) = Refusal::find(error) else {
+            return self.refuse(Verdict::Broken, request);
+        };
+        self.metrics.judged(Verdict::Broken);
+        self.respond(refusal.clone(), request)
     }
 
     fn respond(&self, refusal: Refusal, request: Head<'_>) -> Response<Bytes> {
