@@ -794,7 +794,7 @@ fn a_nonce_is_the_id() {
 async fn a_length_may_be_covered() {
     let scheme = || HttpSignatures::new().field(CONTENT_LENGTH);
     let signer = Signer::new(scheme(), [secret()]).unwrap();
-    let layer = SignLayer::builder(signer).clock(|| seconds(NOW));
+    let layer = SignLayer::builder(signer).wall_clock(|| seconds(NOW));
     let service = layer
         .build()
         .unwrap()
