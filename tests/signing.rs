@@ -33,7 +33,7 @@ fn sign() -> SignLayer {
     let seconds = AtomicU64::new(NOW);
     let clock = move || Duration::from_secs(seconds.fetch_add(1, Ordering::Relaxed));
     let signer = Signer::new(Standard::new(), [secret()]).unwrap();
-    let builder = SignLayer::builder(signer).clock(clock).max_body(1000);
+    let builder = SignLayer::builder(signer).wall_clock(clock).max_body(1000);
     builder.build().unwrap()
 }
 

@@ -272,7 +272,7 @@ mod tests {
     use http::{HeaderValue, Request, request::Parts};
 
     use super::*;
-    use crate::{Message, Signer, Stripe};
+    use crate::{Key, Message, SignError, Signer, Statement, Stripe};
 
     const NOW: u64 = 1_700_000_000;
 
@@ -321,6 +321,82 @@ mod tests {
         assert_eq!((both.0, one.0), (0, 1));
         assert_eq!(both.1, one.1);
         assert_ne!(both.1, judge(&signed(scheme(), "", NOW + 1)).1);
+    }
+
+    /// One signature of the body, by a time of its own, beside two of other
+    /// bytes.
+    #[derive(Debug)]
+    struct Mixed {
+        together: Option<(u64, &'static [u8])>,
+        statements: [(u64, &'static [u8]); 2],
+    }
+
+    impl Scheme for Mixed {
+        fn name(&self) -> &'static str {
+            "mixed"
+        }
+
+        fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
+            Key::of(secret)
+        }
+
+        fn sign(&self, _: &mut Parts, _: &Message<'_>, _: &[Key]) -> Result<(), SignError> {
+            Ok(())
+        }
+
+        fn read<'r>(&self, _: Head<'r>) -> Result<Envelope<'r>, Reason> {
+            let key = Key::of(&secrets()[1]).unwrap();
+            let mut envelope = Envelope::new();
+            if let Some((time, body)) = self.together {
+                envelope = envelope.timestamp(time).tag(key.tag(&[body]));
+            }
+            for (time, base) in self.statements {
+                let statement = Statement::new(key.tag(&[base]), b"base".to_vec());
+                envelope = envelope.statement(statement.timestamp(time).id("claimed"));
+            }
+            Ok(envelope)
+        }
+    }
+
+    #[test]
+    fn each_signature_has_a_time_of_its_own() {
+        const FRESH: u64 = NOW - 300;
+        const STALE: u64 = NOW - 301;
+        const AHEAD: u64 = NOW + 301;
+        let judge = |together, statements| {
+            let verifier = Verifier::new(
+                Mixed {
+                    together,
+                    statements,
+                },
+                secrets(),
+            )
+            .unwrap();
+            let request = signed(Stripe, "", NOW);
+            let verified = verifier.verify((&request).into(), b"{}", Duration::from_secs(NOW));
+            verified.map(|verified| (verified.timestamp, verified.id.is_some()))
+        };
+        let (body, base, wrong): (&[u8], &[u8], &[u8]) = (b"{}", b"base", b"wrong");
+        let mismatch = Err(Reason::SignatureMismatch);
+        let old = Err(Reason::TimestampTooOld);
+        let none = [(STALE, base), (AHEAD, base)];
+        let second = [(STALE, base), (FRESH, base)];
+        let forged = [(FRESH, wrong), (FRESH, wrong)];
+
+        assert_eq!(judge(None, none), old);
+        assert_eq!(judge(Some((STALE, body)), none), old);
+        assert_eq!(
+            judge(Some((AHEAD, body)), none),
+            Err(Reason::TimestampTooNew)
+        );
+        assert_eq!(judge(Some((FRESH, body)), none), Ok((Some(FRESH), false)));
+        assert_eq!(judge(Some((FRESH, wrong)), none), mismatch);
+        assert_eq!(judge(None, second), Ok((Some(FRESH), true)));
+        assert_eq!(judge(Some((STALE, body)), second), Ok((Some(FRESH), true)));
+        assert_eq!(judge(Some((STALE, body)), forged), mismatch);
+        assert_eq!(judge(Some((NOW, body)), forged), Ok((Some(NOW), false)));
+        // The body is no base, and the base is no body.
+        assert_eq!(judge(Some((NOW, base)), [(NOW, body); 2]), mismatch);
     }
 
     #[test]

@@ -1,15 +1,22 @@
 //! HTTP message signatures against the RFCs' own examples, against themselves,
 //! and against what must not pass.
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use buttress_webhook::{
-    Component, HttpSignatures, Key, Message, Reason, Secret, SignError, Signer, Standard, Verified,
-    Verifier,
+    Component, HttpSignatures, Key, Message, Reason, Secret, SignError, SignLayer, Signer,
+    Standard, Verified, Verifier, WholeBody, sign::Cause,
 };
-use http::{HeaderName, HeaderValue, Request, Uri, header::HOST, request::Parts, uri};
+use http::{
+    HeaderName, HeaderValue, Request, Uri,
+    header::{CONTENT_LENGTH, HOST},
+    request::Parts,
+    uri,
+};
+use http_body_util::Full;
 use proptest::prelude::*;
+use tower::{Layer, ServiceExt, service_fn};
 
 const NOW: u64 = 1_700_000_000;
 const BODY: &[u8] = br#"{"hello": "world"}"#;
@@ -780,6 +787,31 @@ fn a_nonce_is_the_id() {
         let verdict = judged(scheme(), &request, BODY);
         assert_eq!(verdict, Err(Reason::Malformed), "{nonce}");
     }
+}
+
+/// What the layer sets right is set right before it is signed.
+#[tokio::test]
+async fn a_length_may_be_covered() {
+    let scheme = || HttpSignatures::new().field(CONTENT_LENGTH);
+    let signer = Signer::new(scheme(), [secret()]).unwrap();
+    let layer = SignLayer::builder(signer).wall_clock(|| seconds(NOW));
+    let service = layer
+        .build()
+        .unwrap()
+        .layer(service_fn(async |request: Request<WholeBody>| {
+            Ok::<_, Infallible>(request)
+        }));
+    let request = || Request::post("https://example.com/");
+    let sent = request().header(CONTENT_LENGTH, 3).body(Full::new(BODY));
+    let sent = service.clone().oneshot(sent.unwrap()).await.unwrap();
+    assert_eq!(sent.headers()[CONTENT_LENGTH], "18");
+    let (parts, body) = sent.into_parts();
+    assert!(judged(scheme(), &parts, body.bytes()).is_ok());
+
+    let without = request().body(Full::new(BODY)).unwrap();
+    let error = service.oneshot(without).await.unwrap_err();
+    let cause = error.not_signed().unwrap().cause();
+    assert!(matches!(cause, Cause::Sign(SignError::Field)));
 }
 
 const PIECES: &str = r#"(webhook|a|sig1)?=?(\("@method" "@authority" "@path" "@query" "content-digest"( "[a-z-]{0,8}"(;(req|sf|tr))?)?\)|[ -~]{0,20})(;created=17000000[0-9]{2}|;alg="hmac-sha256"|;keyid="[a-z]{0,3}"|;[ -~]{0,9}){0,3}"#;

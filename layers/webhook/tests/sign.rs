@@ -48,7 +48,7 @@ fn signer(text: &str) -> Signer {
 
 fn layer(signer: Signer) -> SignLayer {
     let builder = SignLayer::builder(signer).name("orders");
-    let builder = builder.clock(|| Duration::from_secs(NOW));
+    let builder = builder.wall_clock(|| Duration::from_secs(NOW));
     builder
         .ids(|| MessageId::new("msg_made").unwrap())
         .build()
@@ -183,7 +183,7 @@ async fn attempts_share_an_id_and_no_timestamp() {
     let seconds = Arc::new(AtomicU64::new(NOW));
     let clock = move || Duration::from_secs(seconds.fetch_add(1, Ordering::Relaxed));
     let sign = SignLayer::builder(signer(OLD))
-        .clock(clock)
+        .wall_clock(clock)
         .build()
         .unwrap();
     let (inner, script) = wire();

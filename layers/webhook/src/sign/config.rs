@@ -83,7 +83,7 @@ impl<M> SignBuilder<M> {
 
     /// The clock that timestamps are from, read when a request is signed.
     /// Default: the system's.
-    pub fn clock(mut self, clock: impl WallClock) -> Self {
+    pub fn wall_clock(mut self, clock: impl WallClock) -> Self {
         self.clock = SharedWallClock::new(clock);
         self
     }

@@ -20,7 +20,7 @@
 //! let secret = Secret::new("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")?;
 //! let sign = SignLayer::builder(Signer::new(Standard::new(), [secret])?)
 //!     .name("orders")
-//!     .clock(|| Duration::from_secs(1_700_000_000))
+//!     .wall_clock(|| Duration::from_secs(1_700_000_000))
 //!     .build()?;
 //!
 //! let service = ServiceBuilder::new()

@@ -26,8 +26,8 @@ use crate::WholeBody;
 /// limit, say) is held while the body is read, and given back if nothing is
 /// sent. Dropping the response future drops the body, or the call.
 ///
-/// No lock is held while it waits. A body is signed in one go, which takes
-/// about 5 ms for 1 MiB where the processor has no instructions for SHA-256.
+/// No lock is held while it waits. A body is signed in one go: 1 MiB takes about
+/// 0.6 ms, and 3 to 6 ms where the processor has no instructions for SHA-256.
 pub struct Sign<S, M = Errors> {
     inner: S,
     shared: Arc<Shared>,
