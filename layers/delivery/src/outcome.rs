@@ -187,7 +187,7 @@ mod tests {
                 300..400 => ("redirected", "redirected"),
                 410 => ("gone", "gone"),
                 408 | 425 | 429 => ("retry", "retry"),
-                400..500 | 501 => ("retry", "permanent"),
+                400..=499 | 501 => ("retry", "permanent"),
                 _ => ("retry", "retry"),
             };
             let seen = answered(status);

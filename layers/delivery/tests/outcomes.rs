@@ -36,7 +36,10 @@ async fn it_arrives_signed_by_all_schemes_and_is_over() {
     assert_eq!(webhooks.emit(event("a.b").id("msg_1")).await.unwrap(), 1);
     settle().await;
     let sent = receiver.requests().remove(0);
-    assert_eq!((sent.method().as_str(), sent.uri().to_string().as_str()), ("POST", "https://a.example/hook?x=1"));
+    assert_eq!(
+        (sent.method().as_str(), sent.uri().to_string().as_str()),
+        ("POST", "https://a.example/hook?x=1")
+    );
     let header = |name: &str| sent.headers()[name].to_str().unwrap().to_owned();
     assert_eq!(header("webhook-id"), "msg_1");
     assert_eq!(header("webhook-timestamp"), EPOCH.to_string());
@@ -53,7 +56,10 @@ async fn it_arrives_signed_by_all_schemes_and_is_over() {
     assert_eq!((result.status, result.attempt), (Status::Delivered, 1));
     assert_eq!(result.response_status, Some(StatusCode::NO_CONTENT));
     let status = webhooks.status();
-    assert_eq!((status.queued, status.in_flight, status.dead_letters), (0, 0, 0));
+    assert_eq!(
+        (status.queued, status.in_flight, status.dead_letters),
+        (0, 0, 0)
+    );
     receiver.assert_finished();
 }
 
@@ -72,7 +78,10 @@ async fn always_500_is_four_calls_a_failure_and_a_dead_letter() {
     assert_eq!(standings(&webhooks), [(Status::Failed, 4, failing(500))]);
     let letters = webhooks.dead_letters();
     assert_eq!(letters.len(), 1);
-    assert_eq!((letters[0].record.attempts, Some(letters[0].cause.clone())), (4, failing(500)));
+    assert_eq!(
+        (letters[0].record.attempts, Some(letters[0].cause.clone())),
+        (4, failing(500))
+    );
     assert_eq!(letters[0].died, secs(EPOCH + 7));
     assert_eq!(webhooks.status().queued, 0);
 
@@ -80,7 +89,9 @@ async fn always_500_is_four_calls_a_failure_and_a_dead_letter() {
     let requests = receiver.requests();
     let of = |name: &str| -> Vec<String> {
         let values = requests.iter().map(|request| &request.headers()[name]);
-        values.map(|value| value.to_str().unwrap().to_owned()).collect()
+        values
+            .map(|value| value.to_str().unwrap().to_owned())
+            .collect()
     };
     let ids = of("webhook-id");
     assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
@@ -138,7 +149,10 @@ async fn a_body_that_trickles_has_the_same_time() {
     webhooks.emit(event("a")).await.unwrap();
     advance(secs(30)).await;
     let result = newest(&webhooks);
-    assert_eq!((result.status, result.error.clone()), (Status::Retrying, Some(Cause::Timeout)));
+    assert_eq!(
+        (result.status, result.error.clone()),
+        (Status::Retrying, Some(Cause::Timeout))
+    );
     // What was seen of it counts.
     assert_eq!(result.response_status, Some(StatusCode::OK));
     assert_eq!(result.body, "x".repeat(8));
@@ -147,7 +161,8 @@ async fn a_body_that_trickles_has_the_same_time() {
 
 #[tokio::test(start_paused = true)]
 async fn a_good_head_whose_body_breaks_is_no_delivery() {
-    let (webhooks, _receiver) = hooked(|_| with(200, &[], ScriptedBody::new().data("ok").fail("reset")));
+    let (webhooks, _receiver) =
+        hooked(|_| with(200, &[], ScriptedBody::new().data("ok").fail("reset")));
     let _worker = webhooks.start().unwrap();
     webhooks.emit(event("a")).await.unwrap();
     settle().await;
@@ -169,7 +184,10 @@ async fn an_answer_without_end_is_cut_and_delivered() {
     webhooks.emit(event("a")).await.unwrap();
     settle().await;
     let result = newest(&webhooks);
-    assert_eq!((result.status, result.body.len()), (Status::Delivered, 4096));
+    assert_eq!(
+        (result.status, result.body.len()),
+        (Status::Delivered, 4096)
+    );
     assert_eq!(result.duration, Some(Duration::ZERO));
     assert_eq!(watches.lock().unwrap()[0].fate(), BodyFate::Dropped);
 }
@@ -177,14 +195,22 @@ async fn an_answer_without_end_is_cut_and_delivered() {
 #[tokio::test(start_paused = true)]
 async fn a_redirect_is_not_followed() {
     for code in [301, 302, 303, 307, 308] {
-        let (webhooks, receiver) =
-            hooked(move |_| with(code, &[("location", "http://169.254.169.254/")], ScriptedBody::new()));
+        let (webhooks, receiver) = hooked(move |_| {
+            with(
+                code,
+                &[("location", "http://169.254.169.254/")],
+                ScriptedBody::new(),
+            )
+        });
         let _worker = webhooks.start().unwrap();
         webhooks.emit(event("a")).await.unwrap();
         advance(secs(60)).await;
         let cause = Cause::Redirected(StatusCode::from_u16(code).unwrap());
         assert_eq!(standings(&webhooks), [(Status::Failed, 1, Some(cause))]);
-        assert_eq!((receiver.call_count(), webhooks.dead_letters().len()), (1, 1));
+        assert_eq!(
+            (receiver.call_count(), webhooks.dead_letters().len()),
+            (1, 1)
+        );
     }
 }
 
@@ -229,7 +255,10 @@ async fn an_attempt_under_way_when_its_registration_is_disabled_is_the_last() {
     assert_eq!(receiver.call_count(), 2);
     assert_eq!(
         standings(&webhooks),
-        [(Status::Failed, 1, Some(Cause::Gone)), (Status::Failed, 1, Some(Cause::Gone))]
+        [
+            (Status::Failed, 1, Some(Cause::Gone)),
+            (Status::Failed, 1, Some(Cause::Gone))
+        ]
     );
     assert_eq!(webhooks.status().queued, 0);
 }
@@ -237,9 +266,19 @@ async fn an_attempt_under_way_when_its_registration_is_disabled_is_the_last() {
 #[tokio::test(start_paused = true)]
 async fn the_endpoint_has_a_word() {
     for (word, code, expected, disabled) in [
-        ("disable", 500, (Status::Failed, Some(Cause::Disabled)), true),
+        (
+            "disable",
+            500,
+            (Status::Failed, Some(Cause::Disabled)),
+            true,
+        ),
         ("disable", 200, (Status::Delivered, None), true),
-        ("abort-message", 503, (Status::Failed, Some(Cause::Aborted)), false),
+        (
+            "abort-message",
+            503,
+            (Status::Failed, Some(Cause::Aborted)),
+            false,
+        ),
         ("abort-message", 200, (Status::Delivered, None), false),
     ] {
         let (webhooks, receiver) =
@@ -248,7 +287,11 @@ async fn the_endpoint_has_a_word() {
         webhooks.emit(event("a")).await.unwrap();
         advance(secs(60)).await;
         let result = newest(&webhooks);
-        assert_eq!((result.status, result.error.clone()), expected, "{word} {code}");
+        assert_eq!(
+            (result.status, result.error.clone()),
+            expected,
+            "{word} {code}"
+        );
         assert_eq!(receiver.call_count(), 1);
         assert_eq!(webhooks.list()[0].disabled.is_some(), disabled);
     }
@@ -256,9 +299,14 @@ async fn the_endpoint_has_a_word() {
 
 #[tokio::test(start_paused = true)]
 async fn client_errors_are_tried_again_unless_they_are_permanent() {
-    for (code, calls_by_default, calls_strictly) in
-        [(400, 4, 1), (404, 4, 1), (408, 4, 4), (425, 4, 4), (429, 4, 4), (500, 4, 4)]
-    {
+    for (code, calls_by_default, calls_strictly) in [
+        (400, 4, 1),
+        (404, 4, 1),
+        (408, 4, 4),
+        (425, 4, 4),
+        (429, 4, 4),
+        (500, 4, 4),
+    ] {
         for strict in [false, true] {
             let (transport, receiver) = receiver(move |_| status(code));
             let webhooks = builder().build(transport).unwrap();
@@ -270,7 +318,11 @@ async fn client_errors_are_tried_again_unless_they_are_permanent() {
             let _worker = webhooks.start().unwrap();
             webhooks.emit(event("a")).await.unwrap();
             advance(secs(60)).await;
-            let expected = if strict { calls_strictly } else { calls_by_default };
+            let expected = if strict {
+                calls_strictly
+            } else {
+                calls_by_default
+            };
             assert_eq!(receiver.call_count(), expected, "{code} {strict}");
             assert_eq!(webhooks.dead_letters().len(), 1);
         }
@@ -296,9 +348,17 @@ async fn retry_after_is_a_floor_under_a_ceiling() {
         let _worker = webhooks.start().unwrap();
         webhooks.emit(event("a")).await.unwrap();
         settle().await;
-        assert_eq!(newest(&webhooks).retry_in, Some(secs(second)), "{asked} {code}");
+        assert_eq!(
+            newest(&webhooks).retry_in,
+            Some(secs(second)),
+            "{asked} {code}"
+        );
         advance(secs(second)).await;
-        assert_eq!(receiver.arrivals(), [secs(0), secs(second)], "{asked} {code}");
+        assert_eq!(
+            receiver.arrivals(),
+            [secs(0), secs(second)],
+            "{asked} {code}"
+        );
     }
 }
 
@@ -315,7 +375,12 @@ async fn who_asks_to_be_left_alone_is() {
     assert_eq!(receiver.call_count(), 1);
     advance(secs(1)).await;
     assert_eq!(receiver.arrivals(), [secs(0), secs(20), secs(20)]);
-    assert!(webhooks.results(None, None).iter().all(|result| result.status == Status::Delivered));
+    assert!(
+        webhooks
+            .results(None, None)
+            .iter()
+            .all(|result| result.status == Status::Delivered)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -342,7 +407,9 @@ async fn a_transport_that_panics_is_one_that_fails() {
 async fn waits_are_jittered_by_half() {
     let (transport, receiver) = receiver(|_| status(500));
     let webhooks = builder().random(|| 0).build(transport).unwrap();
-    let registration = hook("https://a.example/").retry_delay(secs(4)).max_retry_delay(secs(10));
+    let registration = hook("https://a.example/")
+        .retry_delay(secs(4))
+        .max_retry_delay(secs(10));
     webhooks.register(registration).unwrap();
     let _worker = webhooks.start().unwrap();
     webhooks.emit(event("a")).await.unwrap();
@@ -354,21 +421,32 @@ async fn waits_are_jittered_by_half() {
 async fn dead_letters_are_sent_again_or_dropped() {
     let (transport, receiver) = receiver(|_| status(302));
     let webhooks = builder().build(transport).unwrap();
-    let id = webhooks.register(hook("https://a.example/a").id("mine")).unwrap();
+    let id = webhooks
+        .register(hook("https://a.example/a").id("mine"))
+        .unwrap();
     let _worker = webhooks.start().unwrap();
     for name in ["a", "b", "c"] {
-        webhooks.emit(event(name).id(format!("msg_{name}"))).await.unwrap();
+        webhooks
+            .emit(event(name).id(format!("msg_{name}")))
+            .await
+            .unwrap();
     }
     settle().await;
     let letters = webhooks.dead_letters();
-    let names: Vec<&str> = letters.iter().map(|letter| &*letter.record.message.event).collect();
+    let names: Vec<&str> = letters
+        .iter()
+        .map(|letter| &*letter.record.message.event)
+        .collect();
     assert_eq!(names, ["a", "b", "c"]);
 
     receiver.push(status(200));
     let again = webhooks.redrive(letters[1].record.id).await.unwrap();
     settle().await;
     let result = newest(&webhooks);
-    assert_eq!((result.id, result.status, result.attempt), (again, Status::Delivered, 1));
+    assert_eq!(
+        (result.id, result.status, result.attempt),
+        (again, Status::Delivered, 1)
+    );
     let requests = receiver.requests();
     assert_eq!(requests[3].headers()["webhook-id"], "msg_b");
     assert_eq!(requests[3].body().bytes(), requests[1].body().bytes());
@@ -399,13 +477,17 @@ async fn dead_letters_have_a_ceiling_and_the_newest_are_kept() {
         settle().await;
     }
     let letters = webhooks.dead_letters();
-    let names: Vec<&str> = letters.iter().map(|letter| &*letter.record.message.event).collect();
+    let names: Vec<&str> = letters
+        .iter()
+        .map(|letter| &*letter.record.message.event)
+        .collect();
     assert_eq!(names, ["b", "c"]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn no_secret_is_shown_anywhere() {
-    let (transport, _receiver) = receiver(|_| Step::err("no route to https://a.example/T0KEN?key=K3Y"));
+    let (transport, _receiver) =
+        receiver(|_| Step::err("no route to https://a.example/T0KEN?key=K3Y"));
     let webhooks = builder().build(transport).unwrap();
     let registration = hook("https://a.example/T0KEN?key=K3Y")
         .signed_by(Standard::new(), [secret()])

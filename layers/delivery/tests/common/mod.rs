@@ -66,6 +66,10 @@ pub fn hook(url: &str) -> Registration {
     Registration::new(url).events(["*"])
 }
 
+pub fn only(url: &str, patterns: &[&str]) -> Registration {
+    Registration::new(url).events(patterns.iter().copied())
+}
+
 pub fn event(name: &str) -> Event {
     Event::new(name, json!({"text": "hello"}))
 }
