@@ -90,6 +90,10 @@ impl WebhooksBuilder {
 
     /// How many deliveries may be accepted and not over: waiting, under way or
     /// to be retried. Default 1000.
+    ///
+    /// Each holds its event's body, which those of one event share: at worst as
+    /// many of [`max_body`](Self::max_body) as there are deliveries, and as many
+    /// again for the dead letters.
     pub const fn capacity(mut self, deliveries: usize) -> Self {
         self.limits.capacity = deliveries;
         self
@@ -249,8 +253,9 @@ impl WebhooksBuilder {
         if limits.lane_capacity > limits.capacity {
             return Err(Problem::LaneCapacity.into());
         }
-        // More are never in use at once.
-        let most_lanes = limits.capacity.max(1000);
+        // Origins are what users register: an open breaker is never forgotten,
+        // and has to have room beside all others.
+        let most_lanes = limits.registrations.max(1000);
         let breakers = match self.breaker {
             None => None,
             Some(settings) => {

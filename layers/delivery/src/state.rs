@@ -375,6 +375,8 @@ impl State {
                 Err(cause) => {
                     let fate = Fate::doomed(cause.unwrap_or(Cause::Unregistered));
                     self.end(id, fate, now);
+                    // As if it had gone a moment later.
+                    queued += 1;
                     continue;
                 }
             };

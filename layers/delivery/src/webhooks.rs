@@ -130,7 +130,7 @@ impl Webhooks {
     /// letters. An attempt that is under way ends as it will, and is the last.
     ///
     /// They are gone when this future is first polled; dropping it later leaves
-    /// it to the worker to tell the store.
+    /// it to the next attempt, or to the stop, to tell the store.
     ///
     /// [`Cause::Unregistered`]: crate::Cause::Unregistered
     pub async fn unregister(&self, which: impl Into<Selector>) -> usize {
@@ -195,6 +195,7 @@ impl Webhooks {
         let now = shared.now();
         let made = || shared.name_one("msg");
         let message = Arc::new(event.seal(now.unix, shared.max_body, made)?);
+        let count = found.len();
         let records: Vec<(u64, Record)> = found
             .into_iter()
             .map(|(number, target)| {
@@ -216,7 +217,10 @@ impl Webhooks {
             state.accept(records, now)
         });
         shared.news.notify_one();
-        shared.flush().await;
+        // What others have the store to write is not this one's to wait for.
+        if queued < count {
+            shared.flush().await;
+        }
         Ok(queued)
     }
 
@@ -535,3 +539,20 @@ impl Drop for Shared {
         self.state.lock().close();
     }
 }
+
+/// So that the compiler can say it here, not where it is used.
+const _: fn() = || {
+    fn fits<T: Clone + Send + Sync + 'static>() {}
+    fits::<Webhooks>();
+    fn moves<T: Send + Sync + 'static>() {}
+    moves::<Worker>();
+    moves::<Subscriber>();
+    fn goes<T: Send>(_: &T) {}
+    let _ = |webhooks: &Webhooks, event: Event, id: DeliveryId| {
+        goes(&webhooks.emit(event));
+        goes(&webhooks.unregister(Selector::all()));
+        goes(&webhooks.redrive(id));
+        goes(&webhooks.redrive_all(None));
+        goes(&webhooks.drop_letter(id));
+    };
+};

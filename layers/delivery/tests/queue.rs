@@ -619,11 +619,8 @@ impl DeliveryStore for Faulty {
 #[tokio::test(start_paused = true)]
 async fn what_the_store_does_not_keep_is_not_accepted() {
     let store = Faulty::default();
-    let refuse = |refuses| {
-        store
-            .refuses
-            .store(refuses, std::sync::atomic::Ordering::SeqCst)
-    };
+    let switch = Arc::clone(&store.refuses);
+    let refuse = |refuses| switch.store(refuses, std::sync::atomic::Ordering::SeqCst);
     let (transport, receiver) = receiver(|_| status(200));
     let webhooks = builder()
         .capacity(1)

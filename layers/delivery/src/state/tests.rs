@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{Message, Registration};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Step {
     Register { which: u8, ordered: bool },
     Unregister(u8),
