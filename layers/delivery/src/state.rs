@@ -358,9 +358,9 @@ impl State {
     }
 
     /// Takes on what the store has kept, for which there is room. How many are
-    /// queued.
-    pub(crate) fn accept(&mut self, records: Vec<(u64, Record)>, now: Now) -> usize {
-        let mut queued = 0;
+    /// queued, and whether all of them are still.
+    pub(crate) fn accept(&mut self, records: Vec<(u64, Record)>, now: Now) -> (usize, bool) {
+        let (mut queued, mut whole) = (0, true);
         for (number, record) in records {
             let id = record.id;
             // It may have gone while the store was asked.
@@ -377,18 +377,20 @@ impl State {
                     self.end(id, fate, now);
                     // As if it had gone a moment later.
                     queued += 1;
+                    whole = false;
                     continue;
                 }
             };
             let lane = self.lanes.get(&target.lane);
             if lane.is_some_and(|lane| lane.held >= self.limits.lane_capacity) {
                 self.end(id, Fate::Dead(Cause::Crowded), now);
+                whole = false;
                 continue;
             }
             self.settle_in(id, number, &target, now);
             queued += 1;
         }
-        queued
+        (queued, whole)
     }
 
     /// Takes on what an earlier run has left.

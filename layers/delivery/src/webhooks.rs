@@ -195,7 +195,6 @@ impl Webhooks {
         let now = shared.now();
         let made = || shared.name_one("msg");
         let message = Arc::new(event.seal(now.unix, shared.max_body, made)?);
-        let count = found.len();
         let records: Vec<(u64, Record)> = found
             .into_iter()
             .map(|(number, target)| {
@@ -212,13 +211,13 @@ impl Webhooks {
             .collect();
         let kept = records.iter().map(|(_, record)| record.clone()).collect();
         shared.store.accept(kept).await.map_err(EmitError::Store)?;
-        let queued = shared.with(|state| {
+        let (queued, whole) = shared.with(|state| {
             reserved.give_back(state);
             state.accept(records, now)
         });
         shared.news.notify_one();
         // What others have the store to write is not this one's to wait for.
-        if queued < count {
+        if !whole {
             shared.flush().await;
         }
         Ok(queued)
