@@ -5,6 +5,7 @@ mod cause;
 mod config;
 mod error;
 mod event;
+mod map;
 pub mod metrics;
 mod outcome;
 mod pattern;

@@ -1,9 +1,9 @@
 //! Which events a registration is for, and finding the registrations of an
 //! event without asking all of them.
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::collections::hash_map::Entry;
 
-use crate::error::Problem;
+use crate::{error::Problem, map::Map};
 
 /// The longest name of an event, in bytes.
 const LONGEST: usize = 128;
@@ -66,8 +66,8 @@ impl Pattern {
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     all: Vec<u64>,
-    exact: HashMap<Box<str>, Vec<u64>>,
-    under: HashMap<Box<str>, Vec<u64>>,
+    exact: Map<Box<str>, Vec<u64>>,
+    under: Map<Box<str>, Vec<u64>>,
 }
 
 impl Index {

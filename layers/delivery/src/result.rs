@@ -1,7 +1,7 @@
 //! How deliveries stand: the recent ones, and whoever listens.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     fmt,
     sync::{Arc, Weak},
     time::Duration,
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use tokio::sync::Notify;
 
-use crate::{Cause, DeliveryId, RegistrationId, Scope};
+use crate::{Cause, DeliveryId, RegistrationId, Scope, map::Map};
 
 /// How a delivery stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -112,7 +112,7 @@ pub(crate) struct History {
     most: usize,
     most_in_scope: usize,
     by_number: BTreeMap<u64, Arc<DeliveryResult>>,
-    by_scope: HashMap<Scope, VecDeque<u64>>,
+    by_scope: Map<Scope, VecDeque<u64>>,
 }
 
 impl History {
@@ -121,7 +121,7 @@ impl History {
             most,
             most_in_scope,
             by_number: BTreeMap::new(),
-            by_scope: HashMap::new(),
+            by_scope: Map::default(),
         }
     }
 

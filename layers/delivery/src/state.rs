@@ -7,7 +7,7 @@ mod letters;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -21,6 +21,7 @@ pub(crate) use self::letters::Letters;
 use crate::{
     Cause, DeadLetter, DeliveryId, DeliveryResult, Record, RegisterError, RegistrationId,
     RegistrationInfo, Scope, Selector, Status,
+    map::Map,
     outcome::Next,
     pattern::Index,
     registration::Target,
@@ -44,15 +45,15 @@ pub(crate) struct State {
     limits: Limits,
     /// By number, in the order in which they came.
     registrations: BTreeMap<u64, Entry>,
-    numbers: HashMap<RegistrationId, u64>,
+    numbers: Map<RegistrationId, u64>,
     global: Index,
-    scoped: HashMap<Arc<str>, Index>,
-    deliveries: HashMap<DeliveryId, Delivery>,
+    scoped: Map<Arc<str>, Index>,
+    deliveries: Map<DeliveryId, Delivery>,
     /// Room that is taken for what the store is asked to keep.
     reserved: usize,
     /// Deliveries of an earlier run whose registration is not there yet.
-    orphans: HashMap<RegistrationId, Vec<DeliveryId>>,
-    lanes: HashMap<Arc<str>, Lane>,
+    orphans: Map<RegistrationId, Vec<DeliveryId>>,
+    lanes: Map<Arc<str>, Lane>,
     /// Lanes that have something to send and may, each once: they take turns.
     runnable: VecDeque<Arc<str>>,
     timers: BTreeMap<(Instant, u64), Wake>,
@@ -176,13 +177,13 @@ impl State {
             history: History::new(limits.results, limits.results_in_scope),
             limits,
             registrations: BTreeMap::new(),
-            numbers: HashMap::new(),
+            numbers: Map::default(),
             global: Index::default(),
-            scoped: HashMap::new(),
-            deliveries: HashMap::new(),
+            scoped: Map::default(),
+            deliveries: Map::default(),
             reserved: 0,
-            orphans: HashMap::new(),
-            lanes: HashMap::new(),
+            orphans: Map::default(),
+            lanes: Map::default(),
             runnable: VecDeque::new(),
             timers: BTreeMap::new(),
             in_flight: 0,

@@ -1,10 +1,10 @@
 //! Where accepted deliveries outlive the process.
 
-use std::{collections::HashMap, fmt, pin::Pin, sync::Arc, time::Duration};
+use std::{fmt, pin::Pin, sync::Arc, time::Duration};
 
 use buttress_core::{BoxError, sync::Mutex};
 
-use crate::{Cause, Message, RegistrationId, Scope};
+use crate::{Cause, Message, RegistrationId, Scope, map::Map};
 
 /// What a delivery is known by: 128 bits, unlike those of all others.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -139,8 +139,8 @@ pub struct MemoryStore(Arc<Mutex<Memory>>);
 #[derive(Debug, Default)]
 struct Memory {
     next: u64,
-    records: HashMap<DeliveryId, (u64, Record)>,
-    letters: HashMap<DeliveryId, (u64, DeadLetter)>,
+    records: Map<DeliveryId, (u64, Record)>,
+    letters: Map<DeliveryId, (u64, DeadLetter)>,
 }
 
 impl MemoryStore {
@@ -212,7 +212,7 @@ impl DeliveryStore for MemoryStore {
     }
 
     fn load(&self) -> StoreFuture<'_, Kept> {
-        fn in_order<T: Clone>(map: &HashMap<DeliveryId, (u64, T)>) -> Vec<T> {
+        fn in_order<T: Clone>(map: &Map<DeliveryId, (u64, T)>) -> Vec<T> {
             let mut all: Vec<&(u64, T)> = map.values().collect();
             all.sort_unstable_by_key(|(number, _)| *number);
             all.into_iter().map(|(_, kept)| kept.clone()).collect()

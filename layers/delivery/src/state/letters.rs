@@ -1,14 +1,14 @@
 //! What has failed for good, as much as there may be of it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
-use crate::{DeadLetter, DeliveryId};
+use crate::{DeadLetter, DeliveryId, map::Map};
 
 pub(crate) struct Letters {
     most: usize,
     next: u64,
     by_number: BTreeMap<u64, DeadLetter>,
-    numbers: HashMap<DeliveryId, u64>,
+    numbers: Map<DeliveryId, u64>,
 }
 
 impl Letters {
@@ -17,7 +17,7 @@ impl Letters {
             most,
             next: 0,
             by_number: BTreeMap::new(),
-            numbers: HashMap::new(),
+            numbers: Map::default(),
         }
     }
 
