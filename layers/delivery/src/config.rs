@@ -273,8 +273,10 @@ impl WebhooksBuilder {
                 let limit = Limit::new(quota).name(LIMIT).max_keys(most_lanes);
                 let layer = RateLimitLayer::builder().limit(limit).build();
                 let layer = layer.map_err(|error| Problem::Quota(error.to_string()))?;
-                let limit = layer.handle().limit(LIMIT);
-                Some(limit.map_err(|error| Problem::Quota(error.to_string()))?)
+                let handle = layer.handle();
+                let limit = handle.limit(LIMIT);
+                let limit = limit.map_err(|error| Problem::Quota(error.to_string()))?;
+                Some((handle, limit))
             }
         };
         // Its first reading takes a while.

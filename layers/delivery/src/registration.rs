@@ -2,7 +2,7 @@
 
 use std::{borrow::Borrow, fmt, sync::Arc, time::Duration};
 
-use buttress_core::label;
+use buttress_core::{label, sync::Mutex};
 use buttress_webhook::{Scheme, Secret, SecretError, Signer};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 
@@ -295,7 +295,7 @@ impl Registration {
             url,
             patterns,
             scope: self.scope,
-            signer: self.signer,
+            signer: Mutex::new(self.signer),
             headers: headers(&self.headers)?,
             timeout: self.timeout,
             max_retries: self.max_retries,
@@ -420,7 +420,8 @@ pub(crate) struct Target {
     pub(crate) url: Uri,
     pub(crate) patterns: Vec<Pattern>,
     pub(crate) scope: Scope,
-    pub(crate) signer: Option<Signer>,
+    /// Changed while it serves.
+    pub(crate) signer: Mutex<Option<Signer>>,
     pub(crate) headers: HeaderMap,
     pub(crate) timeout: Duration,
     pub(crate) max_retries: u32,
@@ -429,6 +430,13 @@ pub(crate) struct Target {
     pub(crate) permanent: Permanent,
     pub(crate) ordered: bool,
     pub(crate) lane: Arc<str>,
+}
+
+impl Target {
+    /// What signs the next attempt.
+    pub(crate) fn signer(&self) -> Option<Signer> {
+        self.signer.lock().clone()
+    }
 }
 
 /// A registration as it stands: see [`Webhooks::list`](crate::Webhooks::list).
@@ -468,7 +476,7 @@ impl RegistrationInfo {
             events: events.collect(),
             scope: target.scope.clone(),
             lane: Arc::clone(&target.lane),
-            schemes: target.signer.iter().flat_map(Signer::schemes).collect(),
+            schemes: target.signer().iter().flat_map(Signer::schemes).collect(),
             ordered: target.ordered,
             disabled,
             queued,

@@ -303,6 +303,11 @@ impl State {
         true
     }
 
+    pub(crate) fn target(&self, id: &str) -> Option<&Arc<Target>> {
+        let number = self.numbers.get(id)?;
+        Some(&self.registrations.get(number)?.target)
+    }
+
     pub(crate) fn list(&self) -> Vec<RegistrationInfo> {
         self.registrations
             .values()

@@ -18,7 +18,8 @@ use buttress_core::{
     random::SharedRandom,
     sync::Mutex,
 };
-use buttress_rate_limit::LimitHandle;
+use buttress_rate_limit::{Handle, LimitHandle};
+use buttress_webhook::Signer;
 use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
@@ -52,7 +53,7 @@ pub(crate) struct Shared {
     pub(crate) writing: tokio::sync::Mutex<()>,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) breakers: Option<Registry>,
-    pub(crate) rates: Option<LimitHandle>,
+    pub(crate) rates: Option<(Handle, LimitHandle)>,
     pub(crate) wall: SharedWallClock,
     pub(crate) random: SharedRandom,
     /// The upper half of all ids that are made here.
@@ -144,6 +145,20 @@ impl Webhooks {
     #[must_use]
     pub fn list(&self) -> Vec<RegistrationInfo> {
         self.0.state.lock().list()
+    }
+
+    /// Has the attempts of a registration signed by this from now on, also those
+    /// of what is queued; whether there is one of this id. For a rotation: first
+    /// by both secrets, then by the new one.
+    #[expect(clippy::must_use_candidate, reason = "it does something")]
+    pub fn sign_by(&self, id: &RegistrationId, signer: Signer) -> bool {
+        let target = self.0.state.lock().target(id.as_str()).cloned();
+        let Some(target) = target else {
+            return false;
+        };
+        // The old one is wiped outside of the lock.
+        drop(target.signer.lock().replace(signer));
+        true
     }
 
     /// Lets a registration hear of events again that its endpoint has
@@ -358,9 +373,20 @@ impl Webhooks {
 
     /// The breakers of the lanes, by the lanes' names; `None` where there are
     /// none.
+    ///
+    /// A lane that waits for its breaker asks it again when it was to be ready,
+    /// also where it was closed by hand before.
     #[must_use]
     pub fn breakers(&self) -> Option<&Registry> {
         self.0.breakers.as_ref()
+    }
+
+    /// The rate limits of the lanes, by the limit's name `webhooks` and the
+    /// lanes' names as keys; `None` where there are none. Quotas can be replaced
+    /// while they serve, also of one lane.
+    #[must_use]
+    pub fn rate_limits(&self) -> Option<&Handle> {
+        self.0.rates.as_ref().map(|(handle, _)| handle)
     }
 }
 

@@ -206,7 +206,7 @@ impl Shared {
         };
         // After the breaker: what it refuses costs the endpoint's rate nothing.
         // A permit that is not used counts as nothing.
-        if let Some(rates) = &self.rates {
+        if let Some((_, rates)) = &self.rates {
             let charged = rates.check(&Key::from(lane));
             charged.map_err(|refusal| sound(refusal.retry_after()))?;
         }
@@ -227,7 +227,7 @@ impl Shared {
         let id = HeaderValue::from_str(&message.id).map_err(|_| Cause::NotSigned)?;
         headers.insert(ID, id);
         headers.insert(TIMESTAMP, HeaderValue::from(unix_now.as_secs()));
-        let Some(signer) = &job.target.signer else {
+        let Some(signer) = job.target.signer() else {
             return Ok(request);
         };
         let (mut head, body) = request.into_parts();

@@ -11,6 +11,7 @@ use buttress_delivery::{
     StartError, Status, StoreFuture, Webhooks,
 };
 use buttress_rate_limit::Quota;
+use buttress_webhook::{Secret, Signer, Standard};
 use common::*;
 
 fn host(request: &Sent) -> &str {
@@ -810,4 +811,48 @@ async fn ten_thousand_others_are_not_asked() {
     let _worker = webhooks.start().unwrap();
     advance(secs(1)).await;
     assert_eq!(receiver.call_count(), 12);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_secret_is_rotated_while_it_serves() {
+    let (transport, receiver) = receiver(|_| status(200));
+    receiver.push(status(500));
+    let webhooks = builder().build(transport).unwrap();
+    let old = Secret::from_bytes([7; 32]).unwrap();
+    let registration = hook("https://a.example/").signed_by(Standard::new(), [old]);
+    let id = webhooks.register(registration.unwrap()).unwrap();
+    let _worker = webhooks.start().unwrap();
+    webhooks.emit(event("a")).await.unwrap();
+    settle().await;
+    let new = Signer::new(Standard::new(), [secret()]).unwrap();
+    assert!(webhooks.sign_by(&id, new.clone()));
+    assert!(!webhooks.sign_by(&"other".into(), new));
+    // The retry of what was queued before is signed by it, too.
+    advance(secs(1)).await;
+    let requests = receiver.requests();
+    let signed: Vec<bool> = (0..2)
+        .map(|n| is_signed(Standard::new(), &requests[n], secs(EPOCH)))
+        .collect();
+    assert_eq!(signed, [false, true]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rate_is_replaced_while_it_serves() {
+    let (transport, receiver) = receiver(|_| status(200));
+    let webhooks = builder()
+        .rate_limit(Quota::per_hour(1))
+        .build(transport)
+        .unwrap();
+    webhooks.register(hook("https://a.example/")).unwrap();
+    let _worker = webhooks.start().unwrap();
+    let limits = webhooks.rate_limits().unwrap();
+    let lane = buttress_core::key::Key::from("https://a.example:443");
+    limits
+        .set_quota_for("webhooks", &lane, Some(Quota::per_second(1)))
+        .unwrap();
+    for _ in 0..3 {
+        webhooks.emit(event("a")).await.unwrap();
+    }
+    advance(secs(5)).await;
+    assert_eq!(receiver.arrivals(), [0, 1, 2].map(secs));
 }
