@@ -73,6 +73,8 @@ pub(crate) struct State {
 struct Entry {
     target: Arc<Target>,
     disabled: Option<Cause>,
+    /// Until when its endpoint asks to be left alone.
+    hold: Option<Instant>,
     /// Its deliveries in their order, where it keeps one. Only the first is
     /// with the lane or the timer.
     chain: VecDeque<DeliveryId>,
@@ -217,6 +219,7 @@ impl State {
         let entry = Entry {
             target: Arc::clone(target),
             disabled: None,
+            hold: None,
             chain: VecDeque::new(),
             queued: 0,
         };
@@ -552,8 +555,10 @@ impl State {
         delivery.result = Arc::new(result);
         let home = delivery.home.clone();
 
-        if let (Some(hold), Some(home)) = (report.hold, &home) {
-            self.hold(&home.target.lane, now.at + hold);
+        if let (Some(hold), Some(home)) = (report.hold, &home)
+            && let Some(entry) = self.registrations.get_mut(&home.registration)
+        {
+            entry.hold = entry.hold.max(Some(now.at + hold));
         }
         match fate {
             Fate::Retry(cause) => self.retry(id, cause, report.wait, now),
@@ -570,10 +575,10 @@ impl State {
         let Some(delivery) = self.deliveries.get_mut(&id) else {
             return;
         };
-        delivery.record.due = now.unix + wait;
+        delivery.record.due = now.unix.saturating_add(wait);
         let attempts = delivery.record.attempts;
         self.writes
-            .push_back(Write::Retry(id, attempts, now.unix + wait));
+            .push_back(Write::Retry(id, attempts, now.unix.saturating_add(wait)));
         let mut result = DeliveryResult::clone(&delivery.result);
         result.status = Status::Retrying;
         result.error = Some(cause);

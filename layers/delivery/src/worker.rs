@@ -16,7 +16,7 @@ use tokio::{
     select,
     sync::oneshot,
     task::{JoinHandle, JoinSet},
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{sleep, timeout},
 };
 use tracing::{error, info};
 
@@ -24,7 +24,7 @@ use crate::{
     Cause, DeliveryId, StartError, Status,
     config::LOOK_AGAIN,
     outcome::{Next, backoff, judge},
-    state::{Job, Report},
+    state::{Job, Now, Report},
     transport::{Exchange, caught},
     webhooks::Shared,
 };
@@ -109,10 +109,25 @@ pub(crate) fn start(shared: &Arc<Shared>) -> Result<Worker, StartError> {
 }
 
 async fn drive(shared: Arc<Shared>, mut stop: oneshot::Receiver<Duration>) -> Stopped {
+    loop {
+        // A clock of the user's may: what was under way is put back.
+        match caught(work(&shared, &mut stop)).await {
+            Some(stopped) => return stopped,
+            None => error!(name = &*shared.name, "the webhooks' worker panicked"),
+        }
+        // It had been told to stop, and cannot be told again.
+        if stop.is_terminated() {
+            return Stopped::default();
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+}
+
+async fn work(shared: &Arc<Shared>, stop: &mut oneshot::Receiver<Duration>) -> Stopped {
     let mut flights = JoinSet::new();
     select! {
         biased;
-        _ = &mut stop => return Stopped::default(),
+        _ = &mut *stop => return Stopped::default(),
         () = shared.load() => {}
     }
     let grace = loop {
@@ -121,15 +136,15 @@ async fn drive(shared: Arc<Shared>, mut stop: oneshot::Receiver<Duration>) -> St
         let wait = next.map(|next| next - clock::now());
         select! {
             biased;
-            grace = &mut stop => break grace.unwrap_or_default(),
+            grace = &mut *stop => break grace.unwrap_or_default(),
             () = shared.news.notified() => {}
             () = sleep(wait.unwrap_or_default()), if wait.is_some() => {}
         }
     };
     while flights.try_join_next().is_some() {}
     let before = flights.len();
-    let until = Instant::now() + grace;
-    while let Ok(Some(_)) = timeout_at(until, flights.join_next()).await {}
+    let ends = async { while flights.join_next().await.is_some() {} };
+    let _ = timeout(grace, ends).await;
     let cut_off = flights.len();
     // Each puts its delivery back when it is dropped.
     flights.shutdown().await;
@@ -152,13 +167,19 @@ async fn drive(shared: Arc<Shared>, mut stop: oneshot::Receiver<Duration>) -> St
 struct Flight {
     shared: Arc<Shared>,
     id: DeliveryId,
+    /// When it began, since the Unix epoch: nothing that may panic is asked
+    /// when this is dropped.
+    began: Duration,
     landed: bool,
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
         if !self.landed {
-            let now = self.shared.now();
+            let now = Now {
+                at: clock::now(),
+                unix: self.began,
+            };
             self.shared.with(|state| state.cut_off(self.id, now));
             self.shared.news.notify_one();
         }
@@ -172,7 +193,7 @@ impl Shared {
             let now = self.now();
             let (next, job) = {
                 let mut state = self.state.lock();
-                (state.fire(now.at), state.pick())
+                (state.fire(now.at), state.pick(now))
             };
             let Some(job) = job else {
                 return next;
@@ -180,6 +201,7 @@ impl Shared {
             let flight = Flight {
                 shared: Arc::clone(self),
                 id: job.record.id,
+                began: now.unix,
                 landed: false,
             };
             match self.gate(&job.target.lane) {

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use buttress_circuit_breaker::Settings;
-use buttress_core::testing::{Fate, Script, Step, advance, elapsed, settle};
+use buttress_core::testing::{Fate, Script, Step, advance, elapsed, settle, web::ScriptedBody};
 use buttress_delivery::{
     Cause, DeliveryStore, EmitError, Kept, MemoryStore, Record, RegisterError, Scope, Selector,
     StartError, Status, StoreFuture, Webhooks,
@@ -855,4 +855,55 @@ async fn a_rate_is_replaced_while_it_serves() {
     }
     advance(secs(5)).await;
     assert_eq!(receiver.arrivals(), [0, 1, 2].map(secs));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_to_be_left_alone_speaks_for_itself() {
+    // One host, two tenants.
+    let (transport, receiver) = receiver(|request| match request.uri().path() {
+        "/busy" => with(429, &[("retry-after", "3600")], ScriptedBody::new()),
+        _ => status(200),
+    });
+    let webhooks = builder().build(transport).unwrap();
+    webhooks.register(hook("https://a.example/busy")).unwrap();
+    webhooks.register(hook("https://a.example/other")).unwrap();
+    let _worker = webhooks.start().unwrap();
+    for _ in 0..10 {
+        webhooks.emit(event("a")).await.unwrap();
+        advance(secs(1)).await;
+    }
+    assert_eq!(receiver.call_count(), 11);
+    assert_eq!(webhooks.status().queued, 10);
+    // All of them at once, and none before its time.
+    advance(secs(3600)).await;
+    assert_eq!(receiver.arrivals()[11], secs(3600));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_panics_ends_neither_the_worker_nor_the_process() {
+    let panics = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let broken = Arc::clone(&panics);
+    let (transport, _receiver) = receiver(|_| status(200).after(secs(1)));
+    let webhooks = builder()
+        .wall_clock(move || {
+            assert!(
+                !broken.load(std::sync::atomic::Ordering::SeqCst),
+                "on purpose"
+            );
+            secs(EPOCH)
+        })
+        .build(transport)
+        .unwrap();
+    webhooks.register(hook("https://a.example/")).unwrap();
+    let worker = webhooks.start().unwrap();
+    webhooks.emit(event("a")).await.unwrap();
+    settle().await;
+    panics.store(true, std::sync::atomic::Ordering::SeqCst);
+    advance(secs(5)).await;
+    assert_eq!(webhooks.status().queued, 1);
+    panics.store(false, std::sync::atomic::Ordering::SeqCst);
+    advance(secs(5)).await;
+    assert_eq!(newest(&webhooks).status, Status::Delivered);
+    // A grace without end is one.
+    assert_eq!(worker.stop(std::time::Duration::MAX).await.queued, 0);
 }

@@ -16,19 +16,13 @@ pub(super) struct Lane {
     in_flight: usize,
     /// Whether it is among the runnable ones.
     listed: bool,
-    /// Until when nothing is sent.
-    blocked: Option<Block>,
-}
-
-struct Block {
-    timer: (Instant, u64),
-    /// Whether the endpoint has asked for it: then nothing ends it earlier.
-    asked: bool,
+    /// Until when its breaker or its rate lets nothing pass: the timer's.
+    blocked: Option<(Instant, u64)>,
 }
 
 impl State {
     /// Starts the next attempt that may be, whose lane's turn it is.
-    pub(crate) fn pick(&mut self) -> Option<Job> {
+    pub(crate) fn pick(&mut self, now: Now) -> Option<Job> {
         while self.in_flight < self.limits.concurrency {
             let key = self.runnable.pop_front()?;
             let Some(lane) = self.lanes.get_mut(&key) else {
@@ -47,6 +41,15 @@ impl State {
             let Some(home) = &delivery.home else {
                 continue;
             };
+            let hold = self
+                .registrations
+                .get(&home.registration)
+                .and_then(|entry| entry.hold);
+            if let Some(until) = hold.filter(|until| *until > now.at) {
+                self.wait(id, until);
+                self.enlist_lane(&key);
+                continue;
+            }
             lane.in_flight += 1;
             self.in_flight += 1;
             delivery.phase = Phase::Flying;
@@ -70,7 +73,7 @@ impl State {
         }
         if let Some(home) = &delivery.home {
             let lane = Arc::clone(&home.target.lane);
-            self.block(&lane, until, false);
+            self.block(&lane, until);
         }
         self.land(id, false);
         self.ready_first(id);
@@ -89,7 +92,6 @@ impl State {
                         lane.blocked = None;
                     }
                     self.enlist_lane(&key);
-                    self.forget_lane(&key);
                 }
             }
         }
@@ -137,11 +139,8 @@ impl State {
             return;
         };
         lane.in_flight -= 1;
-        if was_made
-            && lane.blocked.as_ref().is_some_and(|block| !block.asked)
-            && let Some(block) = lane.blocked.take()
-        {
-            self.timers.remove(&block.timer);
+        if was_made && let Some(timer) = lane.blocked.take() {
+            self.timers.remove(&timer);
         }
         self.enlist_lane(key);
     }
@@ -164,26 +163,14 @@ impl State {
         self.forget_lane(key);
     }
 
-    /// The endpoint asks to be left alone.
-    pub(super) fn hold(&mut self, key: &Arc<str>, until: Instant) {
-        self.block(key, until, true);
-    }
-
-    fn block(&mut self, key: &Arc<str>, until: Instant, asked: bool) {
-        let number = self.count();
+    fn block(&mut self, key: &Arc<str>, until: Instant) {
+        let timer = (until, self.count());
         let Some(lane) = self.lanes.get_mut(key) else {
             return;
         };
-        if let Some(block) = &mut lane.blocked {
-            block.asked |= asked;
-            if block.timer.0 >= until {
-                return;
-            }
-            self.timers.remove(&block.timer);
+        if let Some(before) = lane.blocked.replace(timer) {
+            self.timers.remove(&before);
         }
-        let asked = asked || lane.blocked.as_ref().is_some_and(|block| block.asked);
-        let timer = (until, number);
-        lane.blocked = Some(Block { timer, asked });
         self.timers.insert(timer, Wake::Lane(Arc::clone(key)));
     }
 
@@ -200,21 +187,17 @@ impl State {
         }
     }
 
-    /// A lane is there for its deliveries, or because it is to be left alone:
-    /// that is remembered of no more lanes than could be in use.
+    /// A lane is there for its deliveries: what its breaker and its rate know,
+    /// they remember themselves.
     fn forget_lane(&mut self, key: &Arc<str>) {
-        let many = self.lanes.len() > self.limits.capacity;
-        let Some(lane) = self.lanes.get(key) else {
-            return;
-        };
-        if lane.held > 0 || lane.blocked.is_some() && !many {
+        if self.lanes.get(key).is_none_or(|lane| lane.held > 0) {
             return;
         }
         let Some(lane) = self.lanes.remove(key) else {
             return;
         };
-        if let Some(block) = lane.blocked {
-            self.timers.remove(&block.timer);
+        if let Some(timer) = lane.blocked {
+            self.timers.remove(&timer);
         }
         // Only where what was ready was taken back.
         if lane.listed {
@@ -245,18 +228,15 @@ impl State {
             assert!(lane.in_flight <= self.limits.lane_concurrency);
             let ready = of_lane().filter(|d| d.phase == Phase::Ready).count();
             assert_eq!(lane.ready.len(), ready);
-            assert!(
-                lane.held > 0 || lane.blocked.is_some(),
-                "an idle lane is kept"
-            );
+            assert!(lane.held > 0, "an idle lane is kept");
             let may = lane.blocked.is_none()
                 && ready > 0
                 && lane.in_flight < self.limits.lane_concurrency;
             assert!(!may || lane.listed, "a lane that may send is forgotten");
             let turns = self.runnable.iter().filter(|other| *other == key).count();
             assert_eq!(turns, usize::from(lane.listed));
-            if let Some(block) = &lane.blocked {
-                assert!(matches!(self.timers.get(&block.timer), Some(Wake::Lane(k)) if k == key));
+            if let Some(timer) = &lane.blocked {
+                assert!(matches!(self.timers.get(timer), Some(Wake::Lane(k)) if k == key));
                 timers += 1;
             }
         }

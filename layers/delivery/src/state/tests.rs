@@ -183,7 +183,7 @@ impl Model {
             }
             Step::Pick => {
                 self.state.fire(now.at);
-                if let Some(job) = self.state.pick() {
+                if let Some(job) = self.state.pick(now) {
                     assert!(job.record.due <= now.unix, "it is early");
                     self.flying.push(job.record.id);
                 }
@@ -294,32 +294,4 @@ proptest! {
         prop_assert!(model.state.lanes.is_empty());
         prop_assert!(model.state.runnable.is_empty());
     }
-}
-
-#[test]
-fn lanes_that_are_left_alone_are_not_remembered_without_end() {
-    let mut model = Model::new();
-    for number in 0..100 {
-        let id = format!("brief{number}");
-        let registration = Registration::new(format!("http://h{number}.example/"))
-            .id(id.clone())
-            .events(["*"]);
-        let target = Arc::new(registration.check(|| unreachable!()).ok().unwrap());
-        model.state.register(&target, model.now).unwrap();
-        model.step(Step::Emit { scope: 0 });
-        model.step(Step::Pick);
-        model.step(Step::End {
-            flying: 0,
-            code: 3,
-            wait: 8,
-        });
-        model.check();
-        model.state.unregister(&Selector::all().id(id), model.now);
-        model.check();
-        assert!(model.state.lanes.len() <= LIMITS.capacity);
-    }
-    // Those that are remembered are so until they may be sent to again.
-    assert_eq!(model.state.lanes.len(), LIMITS.capacity);
-    model.step(Step::Advance(8));
-    assert!(model.state.lanes.is_empty());
 }
