@@ -28,6 +28,9 @@ use crate::{
     result::{Feed, History},
 };
 
+/// How long a delivery of an earlier run waits for its registration.
+const ORPHANED: Duration = Duration::from_secs(3600);
+
 /// How much there may be of everything.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -100,8 +103,10 @@ struct Home {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Its registration is not there yet.
-    Orphan,
+    /// Nowhere yet.
+    New,
+    /// Its registration is not there yet; the timer ends the wait for it.
+    Orphan((Instant, u64)),
     /// Another of its registration goes first.
     Chained,
     /// In its lane.
@@ -114,6 +119,7 @@ enum Phase {
 
 enum Wake {
     Delivery(DeliveryId),
+    Orphan(DeliveryId),
     Lane(Arc<str>),
 }
 
@@ -413,8 +419,18 @@ impl State {
             let target = Arc::clone(&entry.target);
             self.settle_in(id, number, &target, now);
         } else {
+            let key = (now.at + ORPHANED, self.count());
+            if let Some(delivery) = self.deliveries.get_mut(&id) {
+                delivery.phase = Phase::Orphan(key);
+            }
+            self.timers.insert(key, Wake::Orphan(id));
             self.orphans.entry(registration).or_default().push(id);
         }
+    }
+
+    /// Its registration has not come.
+    fn give_up_orphan(&mut self, id: DeliveryId, now: Now) {
+        self.end(id, Fate::Dead(Cause::Unregistered), now);
     }
 
     fn add(&mut self, record: Record, now: Now) {
@@ -429,7 +445,7 @@ impl State {
         let delivery = Delivery {
             record,
             home: None,
-            phase: Phase::Orphan,
+            phase: Phase::New,
             doomed: None,
             number,
             result,
@@ -445,6 +461,9 @@ impl State {
         ) else {
             return;
         };
+        if let Phase::Orphan(key) = delivery.phase {
+            self.timers.remove(&key);
+        }
         delivery.home = Some(Home {
             registration: number,
             target: Arc::clone(target),
@@ -488,7 +507,8 @@ impl State {
         match delivery.phase {
             Phase::Waiting(key) => drop(self.timers.remove(&key)),
             Phase::Flying => self.in_flight -= 1,
-            Phase::Orphan => {
+            Phase::Orphan(key) => {
+                self.timers.remove(&key);
                 if let Some(waiting) = self.orphans.get_mut(&delivery.record.registration) {
                     waiting.retain(|other| *other != id);
                     if waiting.is_empty() {
@@ -496,7 +516,7 @@ impl State {
                     }
                 }
             }
-            Phase::Chained | Phase::Ready => {}
+            Phase::New | Phase::Chained | Phase::Ready => {}
         }
         if let Some(home) = &delivery.home {
             self.leave(&home.target.lane, id, delivery.phase);

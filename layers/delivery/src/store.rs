@@ -99,7 +99,9 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> +
 /// The schedule is the worker's and in memory; a store is written to when a
 /// delivery is accepted (before [`emit`](crate::Webhooks::emit) says so), after
 /// each attempt that failed, and when it is over, and it is read once, when the
-/// worker starts. So it serves one process at a time.
+/// worker starts. So it serves one process at a time. What it has kept for a
+/// registration whose id is not there waits an hour for it, and is a dead letter
+/// then.
 ///
 /// What it says of [`accept`](Self::accept) goes to the caller. Elsewhere an
 /// error is logged, and the delivery goes on in memory: after a crash the

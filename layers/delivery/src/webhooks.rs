@@ -131,12 +131,13 @@ impl Webhooks {
     /// letters. An attempt that is under way ends as it will, and is the last.
     ///
     /// They are gone when this future is first polled; dropping it later leaves
-    /// it to the next attempt, or to the stop, to tell the store.
+    /// it to the worker to tell the store.
     ///
     /// [`Cause::Unregistered`]: crate::Cause::Unregistered
     pub async fn unregister(&self, which: impl Into<Selector>) -> usize {
         let (which, now) = (which.into(), self.0.now());
         let count = self.0.with(|state| state.unregister(&which, now));
+        self.0.news.notify_one();
         self.0.flush().await;
         count
     }
@@ -367,6 +368,7 @@ impl Webhooks {
     /// Drops a dead letter; whether there was one.
     pub async fn drop_letter(&self, id: DeliveryId) -> bool {
         let found = self.0.with(|state| state.drop_letter(id));
+        self.0.news.notify_one();
         self.0.flush().await;
         found
     }

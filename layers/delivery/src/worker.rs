@@ -125,6 +125,8 @@ async fn drive(shared: Arc<Shared>, mut stop: oneshot::Receiver<Duration>) -> St
 
 async fn work(shared: &Arc<Shared>, stop: &mut oneshot::Receiver<Duration>) -> Stopped {
     let mut flights = JoinSet::new();
+    // Writes what no attempt does, so that the store keeps nobody waiting.
+    let mut clerk = JoinSet::new();
     select! {
         biased;
         _ = &mut *stop => return Stopped::default(),
@@ -133,6 +135,11 @@ async fn work(shared: &Arc<Shared>, stop: &mut oneshot::Receiver<Duration>) -> S
     let grace = loop {
         while flights.try_join_next().is_some() {}
         let next = shared.dispatch(&mut flights);
+        while clerk.try_join_next().is_some() {}
+        if clerk.is_empty() && shared.state.lock().next_write().is_some() {
+            let shared = Arc::clone(shared);
+            clerk.spawn(async move { shared.flush().await });
+        }
         let wait = next.map(|next| next - clock::now());
         select! {
             biased;
@@ -191,10 +198,7 @@ impl Shared {
     fn dispatch(self: &Arc<Self>, flights: &mut JoinSet<()>) -> Option<clock::Instant> {
         loop {
             let now = self.now();
-            let (next, job) = {
-                let mut state = self.state.lock();
-                (state.fire(now.at), state.pick(now))
-            };
+            let (next, job) = self.with(|state| (state.fire(now), state.pick(now)));
             let Some(job) = job else {
                 return next;
             };

@@ -575,6 +575,39 @@ async fn what_a_store_keeps_goes_on_in_another_process() {
     assert!(store.is_empty());
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_nobody_claims_is_a_dead_letter_after_an_hour() {
+    let store = MemoryStore::new();
+    let first = {
+        let (transport, _receiver) = receiver(|_| status(500));
+        let webhooks = builder().store(store.clone()).build(transport).unwrap();
+        webhooks
+            .register(hook("https://a.example/").id("mine"))
+            .unwrap();
+        webhooks.emit(event("a")).await.unwrap();
+        newest(&webhooks).id
+    };
+    let (transport, receiver) = receiver(|_| status(200));
+    let webhooks = builder().store(store.clone()).build(transport).unwrap();
+    let _worker = webhooks.start().unwrap();
+    advance(secs(3599)).await;
+    assert_eq!(webhooks.status().queued, 1);
+    advance(secs(1)).await;
+    assert_eq!(webhooks.status().queued, 0);
+    let letter = webhooks.dead_letters().remove(0);
+    assert_eq!(
+        (letter.record.id, letter.cause),
+        (first, Cause::Unregistered)
+    );
+    // Who comes late has it sent again.
+    webhooks
+        .register(hook("https://a.example/").id("mine"))
+        .unwrap();
+    assert_eq!(webhooks.redrive_all(None).await.queued, 1);
+    settle().await;
+    assert_eq!((receiver.call_count(), store.is_empty()), (1, true));
+}
+
 /// Fails as it is told.
 #[derive(Clone, Default)]
 struct Faulty {

@@ -80,13 +80,14 @@ impl State {
     }
 
     /// Wakes what is due. When to come again.
-    pub(crate) fn fire(&mut self, now: Instant) -> Option<Instant> {
+    pub(crate) fn fire(&mut self, now: Now) -> Option<Instant> {
         while let Some(entry) = self.timers.first_entry() {
-            if entry.key().0 > now {
+            if entry.key().0 > now.at {
                 return Some(entry.key().0);
             }
             match entry.remove() {
                 Wake::Delivery(id) => self.ready(id),
+                Wake::Orphan(id) => self.give_up_orphan(id, now),
                 Wake::Lane(key) => {
                     if let Some(lane) = self.lanes.get_mut(&key) {
                         lane.blocked = None;
@@ -158,7 +159,7 @@ impl State {
                 }
             }
             Phase::Flying => self.landed(key, true),
-            Phase::Orphan | Phase::Chained | Phase::Waiting(_) => {}
+            Phase::New | Phase::Orphan(_) | Phase::Chained | Phase::Waiting(_) => {}
         }
         self.forget_lane(key);
     }
@@ -247,9 +248,14 @@ impl State {
                 timers += 1;
             }
         }
+        timers += self.orphans.values().map(Vec::len).sum::<usize>();
         assert_eq!(self.timers.len(), timers, "a timer is left behind");
         let known = |key: &Arc<str>| self.lanes.contains_key(key);
         assert!(self.runnable.iter().all(known), "a turn is left behind");
+        for waiting in self.orphans.values() {
+            let orphan = |id| matches!(self.deliveries[id].phase, Phase::Orphan(_));
+            assert!(!waiting.is_empty() && waiting.iter().all(orphan));
+        }
         for (number, entry) in &self.registrations {
             let mine = || {
                 all.clone().filter(|d| {

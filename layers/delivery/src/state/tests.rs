@@ -21,6 +21,7 @@ enum Step {
     End { flying: usize, code: u8, wait: u8 },
     CutOff(usize),
     Redrive(usize),
+    Adopt(u8),
     Advance(u8),
 }
 
@@ -36,6 +37,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(flying, code, wait)| Step::End { flying, code, wait }),
         1 => (0..8_usize).prop_map(Step::CutOff),
         1 => (0..8_usize).prop_map(Step::Redrive),
+        1 => (0..6_u8).prop_map(Step::Adopt),
         4 => (0..9_u8).prop_map(Step::Advance),
     ]
 }
@@ -93,6 +95,17 @@ fn report(code: u8, wait: u8) -> Report {
         body: Bytes::new(),
         took: Duration::ZERO,
     }
+}
+
+fn message() -> Arc<Message> {
+    Arc::new(Message {
+        event: "a.b".into(),
+        id: "msg".into(),
+        request_id: None,
+        content_type: HeaderValue::from_static("text/plain"),
+        body: Bytes::new(),
+        emitted: Duration::ZERO,
+    })
 }
 
 struct Model {
@@ -167,22 +180,24 @@ impl Model {
                     assert!(self.state.depth() + found.len() > LIMITS.capacity);
                     return;
                 }
-                let message = Arc::new(Message {
-                    event: "a.b".into(),
-                    id: "msg".into(),
-                    request_id: None,
-                    content_type: HeaderValue::from_static("text/plain"),
-                    body: Bytes::new(),
-                    emitted: now.unix,
-                });
+                let message = message();
                 let records = found
                     .into_iter()
                     .map(|(number, target)| (number, self.record(&message, &target)))
                     .collect();
                 self.accept(records);
             }
+            Step::Adopt(which) => {
+                if self.state.depth() == LIMITS.capacity {
+                    return;
+                }
+                let record = self.record(&message(), &target(which, false));
+                self.accepted += 1;
+                self.store.insert(record.id, false);
+                self.state.adopt(record, now);
+            }
             Step::Pick => {
-                self.state.fire(now.at);
+                self.state.fire(now);
                 if let Some(job) = self.state.pick(now) {
                     assert!(job.record.due <= now.unix, "it is early");
                     self.flying.push(job.record.id);
@@ -227,7 +242,7 @@ impl Model {
                     at: now.at + span,
                     unix: now.unix + span,
                 };
-                self.state.fire(self.now.at);
+                self.state.fire(self.now);
             }
         }
     }
@@ -281,7 +296,11 @@ proptest! {
             model.step(step);
             model.check();
         }
-        // In the end everything ends: whatever waits gets its turn.
+        // In the end everything ends: whatever waits gets its turn, and whose
+        // registration does not come is given up.
+        for _ in 0..401 {
+            model.step(Step::Advance(9));
+        }
         for _ in 0..60 {
             model.step(Step::Advance(9));
             while let Some(id) = model.take_flying(0) {
