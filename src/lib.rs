@@ -16,6 +16,10 @@ mod ext;
 #[cfg(feature = "circuit-breaker")]
 pub use buttress_circuit_breaker as circuit_breaker;
 
+/// Webhook delivery: the crate `buttress-delivery`.
+#[cfg(feature = "delivery")]
+pub use buttress_delivery as delivery;
+
 /// Graceful shutdown: the crate `buttress-drain`.
 #[cfg(feature = "drain")]
 pub use buttress_drain as drain;
