@@ -353,3 +353,23 @@ async fn each_attempt_is_signed_anew_under_one_id() {
     assert!(ids.iter().all(|(_, genuine)| *genuine), "{ids:?}");
     assert!(ids.iter().all(|(id, _)| *id == ids[0].0), "{ids:?}");
 }
+
+#[tokio::test]
+async fn the_demo_takes_what_is_signed_with_its_secret() {
+    let proxy = Proxy::start_with(&["--admin", "127.0.0.1:0"]).await;
+    let (mut head, body) =
+        signed(Sha256::new(), "demo-secret", "", b"{\"order\":17}", 0).into_parts();
+    head.uri = "/hooks/echo".parse().unwrap();
+    let good = Request::from_parts(head.clone(), body);
+    let answer = fetch(proxy.listen, good).await;
+    let text = String::from_utf8_lossy(answer.body()).into_owned();
+    assert!(text.starts_with("POST /echo"), "{text}");
+    assert!(text.contains("\nwebhook-signature: v1,"), "{text}");
+    assert!(answer.headers().contains_key("x-ratelimit-remaining"));
+    let tampered = Request::from_parts(head, Full::from("{\"order\":18}"));
+    problem(
+        &fetch(proxy.listen, tampered).await,
+        401,
+        "signature_mismatch",
+    );
+}
