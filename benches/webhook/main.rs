@@ -8,9 +8,9 @@ use std::env;
 
 use buttress_benches::{
     delivery::emit,
-    measure::{Run, interleave},
+    measure::interleave,
     table::{self, Row, Section, Table, number},
-    webhook::{SCHEMES, bare},
+    webhook::{Make, SCHEMES, bare},
 };
 
 const LENGTHS: [(usize, &str); 3] = [(256, "256 B"), (1024, "1 KiB"), (64 << 10, "64 KiB")];
@@ -32,8 +32,6 @@ fn main() {
         "time over that of hmac 0.13 with sha2 0.11, its key kept, over the same body; of emit as it says.",
     );
 }
-
-type Make = fn(usize) -> Run;
 
 fn rows(table: &mut Table, what: &str, pick: fn((&'static str, Make, Make)) -> Make) {
     for (length, size) in LENGTHS {
