@@ -19,10 +19,10 @@ fn main() {
     let only = env::args().skip(1).find(|arg| arg != "--bench");
     let sections: [Section; 3] = [
         ("webhook-sign", |table| {
-            rows(table, "sign", |(_, sign, _)| sign)
+            rows(table, "sign", |(_, sign, _)| sign);
         }),
         ("webhook-verify", |table| {
-            rows(table, "verify", |(_, _, verify)| verify)
+            rows(table, "verify", |(_, _, verify)| verify);
         }),
         ("webhook-emit", emits),
     ];
