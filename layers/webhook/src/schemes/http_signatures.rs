@@ -59,6 +59,11 @@ const LARGEST: u64 = 999_999_999_999_999;
 /// 9421 §3.2 has it; of several signatures, one that is right is enough. Of the
 /// digests `sha-256` must be there; others are passed over.
 ///
+/// Without [a nonce](Self::id_as_nonce) a repeat is known by what is signed and
+/// the times. So a sender whose signatures of one message cover different
+/// components, or are of different seconds, has sent as many messages: have it
+/// sign a nonce.
+///
 /// ```
 /// use buttress_webhook::{HttpSignatures, Message, Secret, Signer, Verifier};
 /// use http::Request;
