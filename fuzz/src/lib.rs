@@ -12,7 +12,9 @@ use std::{
 
 use buttress::{
     timeout::TimeoutLayer,
-    webhook::{GitHub, Scheme, Secret, Sha256, Shopify, Slack, Standard, Stripe, Verifier},
+    webhook::{
+        GitHub, HttpSignatures, Scheme, Secret, Sha256, Shopify, Slack, Standard, Stripe, Verifier,
+    },
 };
 use buttress_core::{Head, key::ClientIp, retry_after};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
@@ -61,6 +63,13 @@ pub const WORDS: &[&str] = &[
     "@query",
     "content-digest",
     "sig1",
+    "sig1=",
+    "sig1=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:",
+    "sha-256=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:",
+    "()",
+    "(\"@method\" \"@authority\" \"@path\" \"@query\" \"content-digest\")",
+    ";created=1700000000",
+    ";nonce=\"a\"",
     "for=",
     "by=",
     "proto=https",
@@ -114,6 +123,8 @@ pub fn webhook(data: &[u8]) {
             Box::new(Stripe),
             Box::new(Standard::new()),
             Box::new(Standard::svix()),
+            Box::new(HttpSignatures::new()),
+            Box::new(HttpSignatures::new().components([]).id_as_nonce()),
         ];
         let verifiers = schemes.into_iter();
         verifiers

@@ -320,6 +320,28 @@ async fn what_goes_out_is_signed_whatever_the_client_says() {
     let answer = fetch(proxy.listen, forged).await;
     assert!(is_genuine(headers(&answer, &WEBHOOK), b"paid"));
 
+    // An id that is good is the message's, and one that is not is replaced: it
+    // was a 500.
+    let id = |values: &[&'static str]| {
+        let mut request = post("paid");
+        for value in values {
+            request
+                .headers_mut()
+                .append("webhook-id", value.parse().unwrap());
+        }
+        async {
+            let answer = fetch(proxy.listen, request).await;
+            let headers = headers(&answer, &WEBHOOK);
+            let id = headers["webhook-id"].to_str().unwrap().to_owned();
+            assert!(is_genuine(headers, b"paid"), "{id}");
+            id
+        }
+    };
+    assert_eq!(id(&["order-7"]).await, "order-7");
+    for bad in [&["order.7"][..], &["order 7"], &["order-7", "order-8"]] {
+        assert!(id(bad).await.starts_with("msg_"), "{bad:?}");
+    }
+
     let mut large = post("");
     *large.body_mut() = Full::from(vec![b'x'; 1025]);
     problem(&fetch(proxy.listen, large).await, 413, "body_too_large");

@@ -28,7 +28,9 @@ const LONGEST: usize = 64;
 /// is passed over.
 ///
 /// An id with a `.` is not signed, since another message has the same signed
-/// bytes.
+/// bytes. For the same reason one with what could be a time between its dots
+/// is [malformed](Reason::Malformed): it may be the id and the time of another
+/// message, whose body begins with a time and a `.`, read one piece further on.
 #[derive(Clone, Debug)]
 pub struct Standard {
     id: HeaderName,
@@ -150,7 +152,7 @@ impl Scheme for Standard {
         let id = text::single(headers, &self.id, Reason::MissingId)?;
         let timestamp = text::single(headers, &self.timestamp, Reason::MissingTimestamp)?;
         let signatures = text::single(headers, &self.signature, Reason::MissingSignature)?;
-        if !text::is_id(id) {
+        if !text::is_id(id) || has_time(id) {
             return Err(Reason::Malformed);
         }
         let mut envelope = Envelope::new()
@@ -178,4 +180,12 @@ impl Scheme for Standard {
         }
         Ok(envelope)
     }
+}
+
+/// Whether the id may be that of another message with its time behind it: of ten
+/// digits or more, as all are since 2001. Shorter numbers are ids of senders who
+/// count.
+fn has_time(id: &str) -> bool {
+    let mut pieces = id.split('.').skip(1);
+    pieces.any(|piece| piece.len() >= 10 && piece.bytes().all(|byte| byte.is_ascii_digit()))
 }
