@@ -329,7 +329,7 @@ impl Tags {
     }
 
     #[inline]
-    fn push(&mut self, tag: Tag) {
+    pub(crate) fn push(&mut self, tag: Tag) {
         match self.first {
             None => self.first = Some(tag),
             Some(_) => self.more.push(tag),

@@ -155,17 +155,19 @@ impl Scheme for Standard {
         if !text::is_id(id) || has_time(id) {
             return Err(Reason::Malformed);
         }
-        let mut envelope = Envelope::new()
-            .id(id)
-            .timestamp(text::seconds(timestamp)?)
-            .signed_before([id.as_bytes(), b".", timestamp.as_bytes(), b"."]);
+        let mut envelope = Envelope {
+            id: Some(id),
+            timestamp: Some(text::seconds(timestamp)?),
+            before: [id.as_bytes(), b".", timestamp.as_bytes(), b"."],
+            ..Envelope::new()
+        };
         // One entry that cannot be read does not spoil the others.
         let mut nothing = Reason::MissingSignature;
         for entry in signatures.split_ascii_whitespace() {
             match entry.split_once(',') {
                 Some(("v1", text)) => match text::base64(text) {
                     Some(_) if envelope.is_full() => return Err(Reason::Malformed),
-                    Some(tag) => envelope = envelope.tag(tag),
+                    Some(tag) => envelope.tags.push(tag),
                     None => nothing = Reason::Malformed,
                 },
                 Some(_) if nothing == Reason::MissingSignature => {
