@@ -172,7 +172,9 @@ impl VerifyBuilder {
 
     /// How many messages are remembered in this process: at so many a new one
     /// gets a 503, since none is forgotten before its time. Default 100 000,
-    /// which with ids of 40 bytes take about 25 MB.
+    /// which with ids of 40 bytes take about 25 MB. With the default
+    /// [tolerance](Self::tolerance) that is 166 new messages a second for good:
+    /// have room for as many as come in twice the tolerance and a second.
     pub fn max_replays(mut self, max_replays: NonZeroUsize) -> Self {
         self.max_replays = max_replays;
         self
