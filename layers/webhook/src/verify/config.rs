@@ -180,7 +180,8 @@ impl VerifyBuilder {
         self
     }
 
-    /// Keeps claims in a store, as for a fleet, and not in this process.
+    /// Keeps claims in a store, as for a fleet, and not in this process. There
+    /// must be some: see [`replay_protection`](Self::replay_protection).
     pub fn replay_store(mut self, store: impl ReplayStore) -> Self {
         self.store = Some(Arc::new(store));
         self
@@ -250,6 +251,9 @@ impl VerifyBuilder {
         }
         if self.max_body == 0 {
             return Err(Problem::MaxBody.into());
+        }
+        if self.store.is_some() && !self.protected {
+            return Err(Problem::IdleStore.into());
         }
         let secrets = match (self.secrets, self.lookup) {
             (Some(_), Some(_)) => return Err(Problem::TwoSources.into()),
