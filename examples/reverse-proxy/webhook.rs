@@ -53,7 +53,7 @@ pub(crate) fn signable<B>(
         let headers = request.headers_mut();
         headers::forget_named(headers);
         if let Some(id) = &id
-            && !is_good(headers.get_all(id))
+            && !is_good(&headers.get_all(id))
         {
             headers.remove(id);
         }
@@ -62,7 +62,7 @@ pub(crate) fn signable<B>(
 }
 
 /// Whether it stands once and can be signed, by each of the schemes.
-fn is_good(values: GetAll<'_, HeaderValue>) -> bool {
+fn is_good(values: &GetAll<'_, HeaderValue>) -> bool {
     let mut values = values.iter();
     let (Some(id), None) = (values.next(), values.next()) else {
         return false;

@@ -1393,6 +1393,14 @@ fn what_makes_no_sense_is_named() {
         (new().tolerance(Duration::from_millis(1500)), "tolerance"),
         (new().tolerance(Duration::MAX), "tolerance"),
         (new().max_body(0), "body"),
+        // It was never asked, and its owner thought that repeats were known.
+        (new().replay_store(Store::default()), "store"),
+        (
+            standard()
+                .replay_store(Store::default())
+                .replay_protection(false),
+            "store",
+        ),
         (
             none()
                 .lookup(lookup())
@@ -1415,6 +1423,8 @@ fn what_makes_no_sense_is_named() {
         assert!(error.contains(named), "{error}");
     }
     assert!(new().build().is_ok());
+    let store = new().replay_store(Store::default());
+    assert!(store.replay_protection(true).build().is_ok());
 }
 
 /// The clock of the receiver is the one that was given.

@@ -188,6 +188,11 @@ impl Scheme for Standard {
 /// digits or more, as all are since 2001. Shorter numbers are ids of senders who
 /// count.
 fn has_time(id: &str) -> bool {
-    let mut pieces = id.split('.').skip(1);
-    pieces.any(|piece| piece.len() >= 10 && piece.bytes().all(|byte| byte.is_ascii_digit()))
+    // Nearly none has a dot.
+    let Some((_, behind)) = id.split_once('.') else {
+        return false;
+    };
+    let is_time =
+        |piece: &str| piece.len() >= 10 && piece.bytes().all(|byte| byte.is_ascii_digit());
+    behind.split('.').any(is_time)
 }
