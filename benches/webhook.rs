@@ -3,6 +3,7 @@
 
 use std::{hint::black_box, time::Duration};
 
+use aws_lc_rs::hmac as hmac_aws_lc;
 use buttress_webhook::{GitHub, Message, Scheme, Secret, Signer, Standard, Stripe, Verifier};
 use hmac::{Hmac, KeyInit, Mac};
 use http::{Request, request::Parts};
@@ -42,6 +43,18 @@ pub fn bare(length: usize) -> Run {
             let mut mac = key.clone();
             mac.update(black_box(&body));
             black_box(mac.finalize().into_bytes());
+        }
+    })
+}
+
+/// The same by AWS-LC.
+#[must_use]
+pub fn bare_aws_lc(length: usize) -> Run {
+    let body = vec![b'x'; length];
+    let key = hmac_aws_lc::Key::new(hmac_aws_lc::HMAC_SHA256, SECRET.as_bytes());
+    Box::new(move |calls| {
+        for _ in 0..calls {
+            black_box(hmac_aws_lc::sign(&key, black_box(&body)));
         }
     })
 }

@@ -2,7 +2,8 @@
 //! costs.
 //!
 //! `cargo bench -p buttress-benches -- webhook`; with a longer name only the
-//! sections whose name begins so: webhook-sign, webhook-verify, webhook-emit.
+//! sections whose name begins so: webhook-sign, webhook-verify,
+//! webhook-backends, webhook-emit.
 
 use std::env;
 
@@ -10,20 +11,21 @@ use buttress_benches::{
     delivery::emit,
     measure::interleave,
     table::{self, Row, Section, Table, number},
-    webhook::{Make, SCHEMES, bare},
+    webhook::{Make, SCHEMES, bare, bare_aws_lc},
 };
 
 const LENGTHS: [(usize, &str); 3] = [(256, "256 B"), (1024, "1 KiB"), (64 << 10, "64 KiB")];
 
 fn main() {
     let only = env::args().skip(1).find(|arg| arg != "--bench");
-    let sections: [Section; 3] = [
+    let sections: [Section; 4] = [
         ("webhook-sign", |table| {
             rows(table, "sign", |(_, sign, _)| sign);
         }),
         ("webhook-verify", |table| {
             rows(table, "verify", |(_, _, verify)| verify);
         }),
+        ("webhook-backends", backends),
         ("webhook-emit", emits),
     ];
     table::tell(
@@ -48,6 +50,22 @@ fn rows(table: &mut Table, what: &str, pick: fn((&'static str, Make, Make)) -> M
                 goal: Some(1.05),
             });
         }
+    }
+}
+
+/// What the feature `aws-lc-rs` is chosen by.
+fn backends(table: &mut Table) {
+    for (length, size) in LENGTHS {
+        let mut all = [bare(length), bare_aws_lc(length)];
+        let rounds = interleave(&mut all, 100);
+        table.push(Row {
+            what: format!("MAC alone {size}, AWS-LC over sha2"),
+            ours: format!("{} ns", number(rounds.cost(1))),
+            peer: format!("{} ns", number(rounds.cost(0))),
+            figure: rounds.median(|round| round[1] / round[0]),
+            instructions: None,
+            goal: None,
+        });
     }
 }
 

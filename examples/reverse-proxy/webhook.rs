@@ -2,6 +2,7 @@
 //! it: then a request's body is held as a whole, within `max_body`.
 
 use std::{
+    num::NonZeroUsize,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -24,11 +25,16 @@ use crate::{
     settings::{Limits, Name, SignWebhook, VerifyWebhook},
 };
 
+/// How many messages a route remembers: for the ten minutes that five of
+/// tolerance take, 1600 a second. At some 250 bytes each.
+const MAX_REPLAYS: NonZeroUsize = NonZeroUsize::new(1_000_000).unwrap();
+
 /// The layer for a route whose requests must be signed.
 pub(crate) fn verify(name: &Name, rule: &VerifyWebhook, limits: &Limits) -> VerifyLayer {
     rule.builder()
         .name(name.0.clone())
         .max_body(limits.max_body.in_memory())
+        .max_replays(MAX_REPLAYS)
         .build()
         .expect("checked in the settings")
 }

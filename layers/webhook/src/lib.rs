@@ -14,7 +14,7 @@ mod signer;
 pub mod testing;
 mod text;
 mod verifier;
-mod verify;
+pub mod verify;
 
 pub use collect::WholeBody;
 pub use error::{SecretError, SignError};
@@ -25,7 +25,10 @@ pub use scheme::{Envelope, LONGEST_ID, MOST_SIGNATURES, Message, Reason, Scheme,
 pub use schemes::{Component, HttpSignatures, ParameterError};
 pub use schemes::{GitHub, Sha256, Shopify, Slack, Standard, Stripe};
 pub use secret::Secret;
-pub use sign::{MessageId, MessageIdLayer, MessageIds, Sign, SignBuilder, SignHandle, SignLayer};
+pub use sign::{
+    MessageId, MessageIdLayer, MessageIds, Sign, SignBuilder, SignConfigError, SignHandle,
+    SignLayer,
+};
 pub use signer::Signer;
 pub use verifier::{Verified, Verifier};
 pub use verify::{

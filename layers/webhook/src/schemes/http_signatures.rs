@@ -170,8 +170,8 @@ impl HttpSignatures {
 
     /// Signs the message's id as `nonce`, and demands one, which is then the
     /// message's id: so a repeat is known by it, and each attempt is a repeat
-    /// of the first. Default: no nonce, and the MAC is what a repeat is known
-    /// by.
+    /// of the first. Default: no nonce, and a repeat is known by what is
+    /// signed.
     #[must_use]
     pub const fn id_as_nonce(mut self) -> Self {
         self.id_as_nonce = true;

@@ -9,7 +9,7 @@ use buttress_core::{
     respond::SharedResponder,
 };
 
-use super::{ConfigError, Errors, MessageId, Respond, SignLayer, id::Ids, shared::Shared};
+use super::{Errors, MessageId, Respond, SignConfigError, SignLayer, id::Ids, shared::Shared};
 use crate::Signer;
 
 /// The longest body that is signed, unless it is set otherwise.
@@ -100,10 +100,10 @@ impl<M> SignBuilder<M> {
     ///
     /// # Errors
     ///
-    /// What is wrong with the settings: see [`ConfigError`].
-    pub fn build(self) -> Result<SignLayer<M>, ConfigError> {
+    /// What is wrong with the settings: see [`SignConfigError`].
+    pub fn build(self) -> Result<SignLayer<M>, SignConfigError> {
         if !label::is_sound(&self.name, 128) {
-            return Err(ConfigError(()));
+            return Err(SignConfigError(()));
         }
         Ok(SignLayer::new(Shared::new(
             self.name,

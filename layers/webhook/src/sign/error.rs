@@ -8,15 +8,15 @@ use crate::SignError;
 
 /// Settings that make no sense; the message says what they must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigError(pub(crate) ());
+pub struct SignConfigError(pub(crate) ());
 
-impl fmt::Display for ConfigError {
+impl fmt::Display for SignConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the name must be 1 to 128 printable ASCII characters")
     }
 }
 
-impl std::error::Error for ConfigError {}
+impl std::error::Error for SignConfigError {}
 
 /// Why a request was not signed.
 #[derive(Debug)]

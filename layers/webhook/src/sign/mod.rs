@@ -53,7 +53,7 @@ mod shared;
 
 pub use self::{
     config::SignBuilder,
-    error::{Cause, ConfigError, Error, NotSigned},
+    error::{Cause, Error, NotSigned, SignConfigError},
     future::{ErrorFuture, ResponseFuture},
     handle::SignHandle,
     id::{MessageId, MessageIdLayer, MessageIds},

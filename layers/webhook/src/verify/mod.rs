@@ -1,4 +1,6 @@
-//! The server's side: collects, verifies, claims, and hands on.
+//! Verifying what a server is sent: the [`VerifyLayer`], which collects,
+//! verifies, claims, and hands on. The [crate's front page](crate) shows it at
+//! work.
 
 mod claim;
 mod config;
@@ -7,7 +9,7 @@ mod future;
 mod handle;
 mod layer;
 mod lookup;
-mod metrics;
+pub mod metrics;
 mod replay;
 mod service;
 mod shared;
