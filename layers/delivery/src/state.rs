@@ -31,6 +31,9 @@ use crate::{
 /// How long a delivery of an earlier run waits for its registration.
 const ORPHANED: Duration = Duration::from_secs(3600);
 
+/// How far a store may be behind, in changes, where the queue is smaller.
+const LEAST_BEHIND: usize = 1024;
+
 /// How much there may be of everything.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -89,6 +92,8 @@ struct Delivery {
     /// `None`: an orphan.
     home: Option<Home>,
     phase: Phase,
+    /// An earlier run has left it: it goes before what this one has emitted.
+    adopted: bool,
     /// Why it will not be tried again, whatever comes of the attempt under way.
     doomed: Option<Cause>,
     number: u64,
@@ -338,6 +343,13 @@ impl State {
         found.into_iter().filter_map(target).collect()
     }
 
+    /// Whether the lane of a registration holds as much as it may.
+    pub(crate) fn is_crowded(&self, number: u64) -> bool {
+        let entry = self.registrations.get(&number);
+        let lane = entry.and_then(|entry| self.lanes.get(&entry.target.lane));
+        lane.is_some_and(|lane| lane.held >= self.limits.lane_capacity)
+    }
+
     /// The registration that a letter is to be sent to again, and whether it is
     /// disabled.
     pub(crate) fn registration(&self, id: &RegistrationId) -> Option<(u64, bool)> {
@@ -363,6 +375,10 @@ impl State {
             (self.deliveries.len() + self.reserved + count).saturating_sub(self.limits.capacity);
         if count > 0 && over > 0 {
             return Err(over.min(count));
+        }
+        // What the store has not been told of takes memory, too.
+        if count > 0 && self.writes.len() >= self.limits.capacity.max(LEAST_BEHIND) {
+            return Err(count);
         }
         self.reserved += count;
         Ok(())
@@ -411,8 +427,14 @@ impl State {
     /// Takes on what an earlier run has left.
     pub(crate) fn adopt(&mut self, record: Record, now: Now) {
         let id = record.id;
+        if self.deliveries.contains_key(&id) {
+            return;
+        }
         let registration = record.registration.clone();
         self.add(record, now);
+        if let Some(delivery) = self.deliveries.get_mut(&id) {
+            delivery.adopted = true;
+        }
         if let Some((number, false)) = self.registration(&registration)
             && let Some(entry) = self.registrations.get(&number)
         {
@@ -446,6 +468,7 @@ impl State {
             record,
             home: None,
             phase: Phase::New,
+            adopted: false,
             doomed: None,
             number,
             result,
@@ -471,13 +494,45 @@ impl State {
         entry.queued += 1;
         self.lanes.entry(Arc::clone(&target.lane)).or_default().held += 1;
         if target.ordered {
-            entry.chain.push_back(id);
-            if entry.chain.len() > 1 {
-                delivery.phase = Phase::Chained;
+            let adopted = delivery.adopted;
+            delivery.phase = Phase::Chained;
+            let before = |other: &DeliveryId| self.deliveries.get(other).is_some_and(|d| d.adopted);
+            let place = match entry.chain.front().copied() {
+                Some(first) if adopted && !before(&first) => usize::from(!self.step_back(first)),
+                _ if adopted => entry.chain.partition_point(before),
+                _ => entry.chain.len(),
+            };
+            let Some(entry) = self.registrations.get_mut(&number) else {
+                return;
+            };
+            entry.chain.insert(place, id);
+            if place > 0 {
                 return;
             }
         }
         self.begin(id, now);
+    }
+
+    /// Has the first of its registration wait behind another, unless its
+    /// attempt is under way.
+    fn step_back(&mut self, id: DeliveryId) -> bool {
+        let Some(delivery) = self.deliveries.get_mut(&id) else {
+            return true;
+        };
+        match delivery.phase {
+            Phase::Flying => return false,
+            Phase::Waiting(key) => drop(self.timers.remove(&key)),
+            Phase::Ready => {
+                if let Some(home) = &delivery.home
+                    && let Some(lane) = self.lanes.get_mut(&home.target.lane)
+                {
+                    lane.take_ready(id);
+                }
+            }
+            Phase::New | Phase::Orphan(_) | Phase::Chained => {}
+        }
+        delivery.phase = Phase::Chained;
+        true
     }
 
     /// Its turn in its registration has come.
@@ -485,7 +540,13 @@ impl State {
         let Some(delivery) = self.deliveries.get(&id) else {
             return;
         };
-        let wait = delivery.record.due.saturating_sub(now.unix);
+        // By a time of day that may have been another when it was put down: no
+        // wait is longer than the longest.
+        let longest = delivery
+            .home
+            .as_ref()
+            .map_or(Duration::ZERO, |home| home.target.max_retry_delay);
+        let wait = delivery.record.due.saturating_sub(now.unix).min(longest);
         if wait.is_zero() {
             self.ready(id);
         } else {

@@ -6,10 +6,9 @@ use std::{
     pin::{Pin, pin},
     sync::Arc,
     task::Poll,
-    time::Duration,
 };
 
-use buttress_core::{BoxError, retry_after, sync::Mutex};
+use buttress_core::{BoxError, clock::SharedWallClock, retry_after, sync::Mutex};
 use buttress_webhook::WholeBody;
 use bytes::{Buf, BufMut, BytesMut};
 use http::{Request, Response};
@@ -42,7 +41,7 @@ pub(crate) trait Transport: Send + Sync {
         &'a self,
         request: Request<WholeBody>,
         caps: Caps,
-        unix_now: Duration,
+        wall: &'a SharedWallClock,
         exchange: &'a mut Exchange,
     ) -> Exchanging<'a>;
 }
@@ -75,7 +74,7 @@ where
         &'a self,
         request: Request<WholeBody>,
         caps: Caps,
-        unix_now: Duration,
+        wall: &'a SharedWallClock,
         exchange: &'a mut Exchange,
     ) -> Exchanging<'a> {
         Box::pin(async move {
@@ -88,18 +87,19 @@ where
             let answer = answer.map_err(|error| failed(error.into()))?;
             let (head, body) = answer.into_parts();
             exchange.seen.status = Some(head.status);
-            exchange.seen.retry_after = retry_after::parse(&head.headers, unix_now);
+            exchange.seen.retry_after = retry_after::parse(&head.headers, wall.unix_now());
             exchange.seen.word = Word::of(&head.headers);
             let mut body = pin!(body);
             let mut read = 0;
             while let Some(frame) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
                 let frame = frame.map_err(|error| Cause::Broken(words(&error.into(), &uri)))?;
-                let Ok(data) = frame.into_data() else {
-                    continue;
-                };
-                read += data.remaining();
-                let room = caps.kept - exchange.body.len();
-                exchange.body.put(data.take(room));
+                // A frame without data counts as a byte: they, too, end.
+                read += 1;
+                if let Ok(data) = frame.into_data() {
+                    read += data.remaining().saturating_sub(1);
+                    let room = caps.kept - exchange.body.len();
+                    exchange.body.put(data.take(room));
+                }
                 // Dropped unread, which closes the connection where it must.
                 if read >= caps.read {
                     break;

@@ -1,6 +1,7 @@
 //! The handle, and what it shares with the worker.
 
 use std::{
+    collections::HashSet,
     fmt,
     sync::{
         Arc,
@@ -157,8 +158,9 @@ impl Webhooks {
         let Some(target) = target else {
             return false;
         };
-        // The old one is wiped outside of the lock.
-        drop(target.signer.lock().replace(signer));
+        let old = target.signer.lock().replace(signer);
+        // Wiped outside of the lock.
+        drop(old);
         true
     }
 
@@ -299,6 +301,9 @@ impl Webhooks {
                 Some((_, true)) => return Err(RedriveError::Disabled),
                 Some((number, false)) => number,
             };
+            if state.is_crowded(number) {
+                return Err(RedriveError::Full);
+            }
             state.reserve(1).map_err(|_| RedriveError::Full)?;
             (letter, number)
         };
@@ -338,27 +343,33 @@ impl Webhooks {
     }
 
     /// Sends all dead letters again, or those of one registration, the oldest
-    /// first, for as long as there is room.
+    /// first, as far as there is room: where one of a registration has none,
+    /// none of it that is younger goes before it.
     pub async fn redrive_all(&self, registration: Option<&RegistrationId>) -> Redriven {
-        let chosen: Vec<DeliveryId> = {
+        let chosen: Vec<(DeliveryId, RegistrationId)> = {
             let state = self.0.state.lock();
             let letters = state.letters.iter().map(|letter| &letter.record);
             letters
                 .filter(|record| registration.is_none_or(|id| *id == record.registration))
-                .map(|record| record.id)
+                .map(|record| (record.id, record.registration.clone()))
                 .collect()
         };
         let mut redriven = Redriven {
             queued: 0,
             left: chosen.len(),
         };
-        for id in chosen {
+        let mut crowded = HashSet::new();
+        for (id, registration) in chosen {
+            if crowded.contains(&registration) {
+                continue;
+            }
             match self.redrive(id).await {
                 Ok(_) => {
                     redriven.queued += 1;
                     redriven.left -= 1;
                 }
-                Err(RedriveError::Full | RedriveError::Store(_)) => break,
+                Err(RedriveError::Full) => drop(crowded.insert(registration)),
+                Err(RedriveError::Store(_)) => break,
                 Err(_) => {}
             }
         }
@@ -546,6 +557,10 @@ impl Shared {
         };
         let now = self.now();
         self.with(|state| {
+            // A worker that was dropped while it read may have been quicker.
+            if self.loaded.swap(true, SeqCst) {
+                return;
+            }
             for letter in kept.letters {
                 if !self.is_ours(letter.record.id) {
                     state.bury(letter);
@@ -557,7 +572,6 @@ impl Shared {
                 }
             }
         });
-        self.loaded.store(true, SeqCst);
     }
 }
 
