@@ -25,7 +25,7 @@ use crate::{
     outcome::Next,
     pattern::Index,
     registration::Target,
-    result::{Feed, History},
+    result::{Feed, Feeds, History},
 };
 
 /// How long a delivery of an earlier run waits for its registration.
@@ -66,7 +66,7 @@ pub(crate) struct State {
     in_flight: usize,
     pub(crate) letters: Letters,
     history: History,
-    feeds: Vec<Weak<Feed>>,
+    feeds: Feeds,
     /// What has changed since it was last asked: for logs and metrics.
     told: Vec<Arc<DeliveryResult>>,
     /// What is to be written into the store, in this order.
@@ -200,7 +200,7 @@ impl State {
             runnable: VecDeque::new(),
             timers: BTreeMap::new(),
             in_flight: 0,
-            feeds: Vec::new(),
+            feeds: Feeds::default(),
             told: Vec::new(),
             writes: VecDeque::new(),
             overflowed: Vec::new(),
@@ -732,22 +732,16 @@ impl State {
 
     // What is told.
 
-    pub(crate) fn subscribe(&mut self, feed: Weak<Feed>) {
-        self.feeds.retain(|feed| feed.strong_count() > 0);
-        self.feeds.push(feed);
+    pub(crate) fn subscribe(&mut self, scope: Option<Scope>, feed: Weak<Feed>) {
+        self.feeds.add(scope, feed);
     }
 
     pub(crate) fn close(&mut self) {
-        self.feeds
-            .drain(..)
-            .filter_map(|feed| feed.upgrade())
-            .for_each(|feed| feed.close());
+        self.feeds.close();
     }
 
     fn tell(&mut self, result: &Arc<DeliveryResult>) {
-        for feed in self.feeds.iter().filter_map(Weak::upgrade) {
-            feed.tell(result);
-        }
+        self.feeds.tell(result);
         if result.status != Status::Pending {
             self.told.push(Arc::clone(result));
         }

@@ -245,8 +245,8 @@ impl Webhooks {
     /// on.
     #[must_use]
     pub fn subscribe(&self, scope: Option<Scope>) -> Subscriber {
-        let (subscriber, feed) = Subscriber::new(scope, self.0.feed);
-        self.0.state.lock().subscribe(feed);
+        let (subscriber, feed) = Subscriber::new(self.0.feed);
+        self.0.state.lock().subscribe(scope, feed);
         subscriber
     }
 
