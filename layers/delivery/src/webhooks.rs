@@ -457,14 +457,15 @@ impl Shared {
 
     /// Changes the state, and tells of it when it is unlocked.
     pub(crate) fn with<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {
-        let (result, told, dropped, depth, letters) = {
+        let (result, told, dropped, before, after) = {
             let mut state = self.state.lock();
+            let before = (state.depth(), state.letters.len());
             let result = change(&mut state);
             let dropped = state.take_overflowed();
-            let (depth, letters) = (state.depth(), state.letters.len());
-            (result, state.take_told(), dropped, depth, letters)
+            let after = (state.depth(), state.letters.len());
+            (result, state.take_told(), dropped, before, after)
         };
-        self.metrics.held(depth, letters);
+        self.metrics.held(before, after);
         for result in &told {
             self.metrics.over(result.status);
             self.log(result);
@@ -577,7 +578,10 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.state.lock().close();
+        let mut state = self.state.lock();
+        state.close();
+        self.metrics
+            .held((state.depth(), state.letters.len()), (0, 0));
     }
 }
 
