@@ -270,14 +270,16 @@ impl State {
     }
 
     pub(crate) fn unregister(&mut self, selector: &Selector, now: Now) -> usize {
-        let chosen: HashSet<u64> = self
+        let chosen: Vec<u64> = self
             .registrations
             .iter()
             .filter(|(_, entry)| selector.fits(&entry.target))
             .map(|(number, _)| *number)
             .collect();
-        self.cancel(&chosen, &Cause::Unregistered, now);
-        for number in &chosen {
+        let all = chosen.iter().copied().collect();
+        self.cancel(&all, &Cause::Unregistered, now);
+        // The newest first: the index looks for them from its end.
+        for number in chosen.iter().rev() {
             if let Some(entry) = self.registrations.remove(number) {
                 self.numbers.remove(&entry.target.id);
                 self.delist(*number, &entry.target);
@@ -589,8 +591,9 @@ impl State {
                     if let Some(next) = entry.chain.front().copied() {
                         self.begin(next, now);
                     }
-                } else {
-                    entry.chain.retain(|other| *other != id);
+                } else if let Some(at) = entry.chain.iter().position(|other| *other == id) {
+                    // Where all are taken back, it is near the front.
+                    entry.chain.remove(at);
                 }
             }
         }

@@ -293,9 +293,11 @@ impl Webhooks {
     /// the store does not keep it. The letter is then where it was.
     pub async fn redrive(&self, id: DeliveryId) -> Result<DeliveryId, RedriveError> {
         let shared = &self.0;
-        let (letter, number) = {
+        let (letter, number, scope) = {
             let mut state = shared.state.lock();
             let letter = state.letters.get(id).ok_or(RedriveError::Unknown)?.clone();
+            let scope = state.target(letter.record.registration.as_str());
+            let scope = scope.map(|target| target.scope.clone());
             let number = match state.registration(&letter.record.registration) {
                 None => return Err(RedriveError::Unregistered),
                 Some((_, true)) => return Err(RedriveError::Disabled),
@@ -305,13 +307,14 @@ impl Webhooks {
                 return Err(RedriveError::Full);
             }
             state.reserve(1).map_err(|_| RedriveError::Full)?;
-            (letter, number)
+            (letter, number, scope)
         };
         let reserved = Reserved { shared, count: 1 };
         let record = Record {
             id: shared.delivery_id(),
             attempts: 0,
             due: Duration::ZERO,
+            scope: scope.unwrap_or(letter.record.scope),
             ..letter.record
         };
         let again = record.id;

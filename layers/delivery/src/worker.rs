@@ -316,7 +316,10 @@ async fn attempt(mut flight: Flight, job: Job, permit: Option<Permit>) {
     let (wait, hold) = match &judged.next {
         Next::Retry { floor, .. } => {
             let retry = job.record.attempts + 1;
-            let wait = backoff(job.target.retry_delay, retry, longest, &shared.random);
+            let first = job.target.retry_delay;
+            // Whoever panics here must not have it sent again at once.
+            let wait = caught(async { backoff(first, retry, longest, &shared.random) }).await;
+            let wait = wait.unwrap_or(longest);
             let floor = floor.map(|floor| floor.min(longest));
             (wait.max(floor.unwrap_or_default()), floor)
         }

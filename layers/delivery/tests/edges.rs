@@ -16,7 +16,7 @@ use std::{
 use buttress_core::testing::{advance, elapsed, settle, web::ScriptedBody};
 use buttress_delivery::{
     DeadLetter, DeliveryId, DeliveryStore, EmitError, Kept, MemoryStore, Record, RedriveError,
-    Registration, Status, StoreFuture,
+    Registration, Scope, Selector, Status, StoreFuture,
 };
 use bytes::Bytes;
 use common::*;
@@ -300,6 +300,66 @@ async fn what_an_earlier_run_left_goes_before_what_was_emitted_before_the_start(
         .collect();
     assert_eq!(names, ["a", "b", "c", "d"]);
     assert!(store.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_letter_is_sent_to_its_registration_as_that_is_now() {
+    let (transport, receiver) = receiver(|_| status(200));
+    receiver.push(status(302));
+    let webhooks = builder().build(transport).unwrap();
+    let mine = || hook("https://a.example/").id("mine");
+    webhooks.register(mine()).unwrap();
+    let _worker = webhooks.start().unwrap();
+    webhooks.emit(event("a")).await.unwrap();
+    settle().await;
+    webhooks.unregister(Selector::all()).await;
+    let scope = Scope::request("r");
+    webhooks.register(mine().scope(scope.clone())).unwrap();
+    assert_eq!(webhooks.redrive_all(None).await.queued, 1);
+    settle().await;
+    assert_eq!(newest(&webhooks).status, Status::Delivered);
+    assert_eq!(webhooks.results(Some(&scope), None).len(), 1);
+}
+
+/// A panic after an attempt is none of the endpoint's: it has its retries, and
+/// is not called again and again.
+#[tokio::test(start_paused = true)]
+async fn a_draw_that_panics_costs_the_endpoint_nothing() {
+    let (transport, receiver) = receiver(|_| status(500));
+    let webhooks = builder()
+        .random(|| panic!("on purpose"))
+        .without_breaker()
+        .build(transport)
+        .unwrap();
+    let registration = hook("https://a.example/").max_retry_delay(secs(10));
+    webhooks.register(registration).unwrap();
+    let _worker = webhooks.start().unwrap();
+    webhooks.emit(event("a")).await.unwrap();
+    advance(secs(100)).await;
+    assert_eq!(receiver.arrivals(), [0, 10, 20, 30].map(secs));
+    assert_eq!(webhooks.dead_letters().len(), 1);
+}
+
+/// One look at all of them for each would take minutes.
+#[tokio::test(start_paused = true)]
+async fn many_are_taken_back_in_no_time() {
+    let (transport, receiver) = receiver(|_| status(200).after(secs(20)));
+    let webhooks = builder().capacity(100_000).build(transport).unwrap();
+    for number in 0..20_000 {
+        let registration = only(&format!("https://h{number}.example/"), &["none"]);
+        webhooks.register(registration).unwrap();
+    }
+    webhooks.register(ordered()).unwrap();
+    let _worker = webhooks.start().unwrap();
+    for _ in 0..50_000 {
+        webhooks.emit(event("a")).await.unwrap();
+    }
+    settle().await;
+    assert_eq!(receiver.in_flight(), 1);
+    assert_eq!(webhooks.unregister(Selector::all()).await, 20_001);
+    assert_eq!(webhooks.status().queued, 1);
+    advance(secs(21)).await;
+    assert_eq!(webhooks.status().queued, 0);
 }
 
 /// Says everything twice.
