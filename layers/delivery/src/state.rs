@@ -630,7 +630,7 @@ impl State {
             return;
         };
         let fate = delivery.fate(report);
-        delivery.record.attempts += 1;
+        delivery.record.attempts = delivery.record.attempts.saturating_add(1);
         let mut result = DeliveryResult::clone(&delivery.result);
         result.attempt = delivery.record.attempts;
         result.response_status = report.status;

@@ -114,6 +114,8 @@ where
 /// query may be secrets.
 fn words(error: &BoxError, url: &http::Uri) -> Arc<str> {
     const LONGEST: usize = 256;
+    /// What is shorter is a word that errors are made of, and no secret.
+    const SECRET: usize = 8;
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -135,6 +137,14 @@ fn words(error: &BoxError, url: &http::Uri) -> Arc<str> {
         // "/" is none.
         if secret.len() > 1 {
             text = text.replace(&secret, "…");
+        }
+    }
+    // Whoever writes a url in a way of their own writes these as they are.
+    let plain = |char: char| char.is_ascii_alphanumeric() || "-_.~".contains(char);
+    let target = url.path_and_query().map_or("", |target| target.as_str());
+    for part in target.split(|char| !plain(char)) {
+        if part.len() >= SECRET {
+            text = text.replace(part, "…");
         }
     }
     if text.len() > LONGEST {
@@ -173,6 +183,18 @@ mod tests {
             "{words}"
         );
         assert!(words.contains("refused"));
+    }
+
+    #[test]
+    fn nor_a_part_of_the_url_in_other_words() {
+        let url = "https://a.example/v1/T0KENT0KEN|x?key=K3YK3YK3Y&to=me";
+        let error: BoxError =
+            "no route v1 to /v1/T0KENT0KEN%7Cx with {\"key\": \"K3YK3YK3Y\"}: refused".into();
+        let words = words(&error, &url.parse().unwrap());
+        assert_eq!(
+            &*words,
+            "no route v1 to /v1/…%7Cx with {\"key\": \"…\"}: refused"
+        );
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::{
 
 use buttress_circuit_breaker::Registry;
 use buttress_core::{
+    BoxError,
     clock::{self, SharedWallClock},
     random::SharedRandom,
     sync::Mutex,
@@ -228,7 +229,7 @@ impl Webhooks {
             })
             .collect();
         let kept = records.iter().map(|(_, record)| record.clone()).collect();
-        shared.store.accept(kept).await.map_err(EmitError::Store)?;
+        shared.keep(kept).await.map_err(EmitError::Store)?;
         let (queued, whole) = shared.with(|state| {
             reserved.give_back(state);
             state.accept(records, now)
@@ -319,11 +320,7 @@ impl Webhooks {
         };
         let again = record.id;
         let kept = vec![record.clone()];
-        shared
-            .store
-            .accept(kept)
-            .await
-            .map_err(RedriveError::Store)?;
+        shared.keep(kept).await.map_err(RedriveError::Store)?;
         let now = shared.now();
         let found = shared.with(|state| {
             reserved.give_back(state);
@@ -510,6 +507,12 @@ impl Shared {
                 info!(name, %id, event, event_id, registration, attempt, status, error, ?retry_in, "to be delivered again");
             }
         }
+    }
+
+    /// Has the store keep these. One that panics has not.
+    async fn keep(&self, records: Vec<Record>) -> Result<(), BoxError> {
+        let kept = caught(async { self.store.accept(records).await }).await;
+        kept.unwrap_or_else(|| Err("the store of deliveries panicked".into()))
     }
 
     /// Writes what is to be written, in its order.

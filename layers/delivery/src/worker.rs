@@ -315,7 +315,7 @@ async fn attempt(mut flight: Flight, job: Job, permit: Option<Permit>) {
     let longest = job.target.max_retry_delay;
     let (wait, hold) = match &judged.next {
         Next::Retry { floor, .. } => {
-            let retry = job.record.attempts + 1;
+            let retry = job.record.attempts.saturating_add(1);
             let first = job.target.retry_delay;
             // Whoever panics here must not have it sent again at once.
             let wait = caught(async { backoff(first, retry, longest, &shared.random) }).await;

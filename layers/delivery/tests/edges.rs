@@ -362,6 +362,48 @@ async fn many_are_taken_back_in_no_time() {
     assert_eq!(webhooks.status().queued, 0);
 }
 
+/// Panics where it is asked to keep something.
+struct Panicking;
+
+impl DeliveryStore for Panicking {
+    fn accept(&self, _: Vec<Record>) -> StoreFuture<'_, ()> {
+        panic!("on purpose")
+    }
+    fn retry(&self, _: DeliveryId, _: u32, _: std::time::Duration) -> StoreFuture<'_, ()> {
+        unreachable!()
+    }
+    fn settle(&self, _: DeliveryId) -> StoreFuture<'_, ()> {
+        unreachable!()
+    }
+    fn bury(&self, _: DeadLetter) -> StoreFuture<'_, ()> {
+        unreachable!()
+    }
+    fn drop_letter(&self, _: DeliveryId) -> StoreFuture<'_, ()> {
+        unreachable!()
+    }
+    fn load(&self) -> StoreFuture<'_, Kept> {
+        Box::pin(std::future::ready(Ok(Kept::default())))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_panics_is_one_that_keeps_nothing() {
+    let (transport, receiver) = receiver(|_| status(200));
+    let webhooks = builder()
+        .capacity(1)
+        .store(Panicking)
+        .build(transport)
+        .unwrap();
+    webhooks.register(hook("https://a.example/")).unwrap();
+    let _worker = webhooks.start().unwrap();
+    for _ in 0..3 {
+        let refused = webhooks.emit(event("a")).await;
+        assert!(matches!(refused, Err(EmitError::Store(_))));
+    }
+    settle().await;
+    assert_eq!((receiver.call_count(), webhooks.status().queued), (0, 0));
+}
+
 /// Says everything twice.
 struct Twice(MemoryStore);
 
