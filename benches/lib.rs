@@ -4,6 +4,7 @@
 pub mod breaker;
 pub mod contend;
 pub mod counts;
+pub mod delivery;
 pub mod drain;
 pub mod measure;
 pub mod retry;

@@ -79,8 +79,11 @@ pub fn verify(scheme: impl Scheme + Clone, length: usize) -> Run {
     })
 }
 
+/// Makes a run for a body of so many bytes.
+pub type Make = fn(usize) -> Run;
+
 /// What is signed and verified, and by what.
-pub const SCHEMES: [(&str, fn(usize) -> Run, fn(usize) -> Run); 3] = [
+pub const SCHEMES: [(&str, Make, Make); 3] = [
     (
         "standard",
         |n| sign(Standard::new(), n),

@@ -24,10 +24,38 @@ use tokio::{
     time::{Interval, interval},
 };
 
-use crate::settings::{Budget, CircuitBreaker, Count, LimitHeaders, RateLimit, Retry, Route, Span};
+use crate::settings::{
+    Budget, CircuitBreaker, Count, LimitHeaders, RateLimit, Retry, Route, SignWebhook, Span,
+    VerifyWebhook,
+};
 
-/// The demo's one route.
-pub(crate) fn route(upstream: SocketAddr) -> Route {
+/// The demo's routes: one for all, and one that takes only what is signed.
+pub(crate) fn routes(upstream: SocketAddr) -> [Route; 2] {
+    let sound = "this source is";
+    let all = route(upstream);
+    let hooks = Route {
+        name: "hooks".parse().expect(sound),
+        path: "/hooks".parse().expect(sound),
+        strip_prefix: true,
+        circuit_breaker: None,
+        verify_webhook: Some(VerifyWebhook {
+            scheme: "sha256".parse().expect(sound),
+            secrets: vec!["demo-secret".parse().expect(sound)],
+            tolerance: Span::secs(300),
+            replay_protection: None,
+        }),
+        sign_webhook: Some(SignWebhook {
+            scheme: "standard".parse().expect(sound),
+            secret: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+                .parse()
+                .expect(sound),
+        }),
+        ..all.clone()
+    };
+    [all, hooks]
+}
+
+fn route(upstream: SocketAddr) -> Route {
     let sound = "this source is";
     Route {
         name: "demo".parse().expect(sound),

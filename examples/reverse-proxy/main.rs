@@ -97,7 +97,7 @@ async fn run() -> Result<ExitCode, End> {
         let upstream = demo::upstream()
             .await
             .map_err(|error| End::Io("the demo's upstream".to_owned(), error))?;
-        settings.routes.push(demo::route(upstream));
+        settings.routes.extend(demo::routes(upstream));
     }
     settings.check(&origin)?;
     if check {

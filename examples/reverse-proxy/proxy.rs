@@ -266,9 +266,9 @@ impl Route {
         };
         // One id for all attempts.
         let ids = route.sign_webhook.as_ref();
-        let ids = ids.map(|_| {
+        let ids = ids.map(|rule| {
             (
-                MapRequestLayer::new(webhook::unnamed),
+                MapRequestLayer::new(webhook::signable(rule)),
                 MessageIdLayer::new(),
             )
         });

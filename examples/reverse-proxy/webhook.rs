@@ -9,10 +9,10 @@ use std::{
 
 use buttress::{
     BoxError, Refusal, RefusalKind,
-    webhook::{SignLayer, VerifyLayer, WholeBody, sign::Error},
+    webhook::{MessageId, SignLayer, VerifyLayer, WholeBody, sign::Error},
 };
 use bytes::Bytes;
-use http::Request;
+use http::{HeaderValue, Request, header::GetAll};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
@@ -42,11 +42,33 @@ pub(crate) fn sign(name: &Name, rule: &SignWebhook, limits: &Limits) -> SignLaye
         .expect("the name is a good one")
 }
 
-/// What comes before the signature: a client that names its headers in
-/// `Connection` would have them taken away after they are written.
-pub(crate) fn unnamed<B>(mut request: Request<B>) -> Request<B> {
-    headers::forget_named(request.headers_mut());
-    request
+/// What comes before the signature. A client that names its headers in
+/// `Connection` would have them taken away after they are written; and with an
+/// id that cannot be signed its request could not go at all.
+pub(crate) fn signable<B>(
+    rule: &SignWebhook,
+) -> impl Fn(Request<B>) -> Request<B> + Clone + use<B> {
+    let id = rule.id_header();
+    move |mut request| {
+        let headers = request.headers_mut();
+        headers::forget_named(headers);
+        if let Some(id) = &id
+            && !is_good(&headers.get_all(id))
+        {
+            headers.remove(id);
+        }
+        request
+    }
+}
+
+/// Whether it stands once and can be signed, by each of the schemes.
+fn is_good(values: &GetAll<'_, HeaderValue>) -> bool {
+    let mut values = values.iter();
+    let (Some(id), None) = (values.next(), values.next()) else {
+        return false;
+    };
+    id.to_str()
+        .is_ok_and(|id| !id.contains('.') && MessageId::new(id).is_ok())
 }
 
 impl From<Error<Failed>> for Failed {

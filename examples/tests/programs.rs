@@ -61,6 +61,24 @@ fn the_grpc_client_heeds_the_pushback() {
 }
 
 #[test]
+fn webhooks_arrive_once_and_unchanged() {
+    let output = output("webhooks");
+    for line in [
+        "order.paid: attempt 1, 204 No Content: Delivered",
+        "order.shipped: attempt 1, 500 Internal Server Error: Retrying",
+        "order.shipped: attempt 2, 204 No Content: Delivered",
+        "the same request again: 200 OK",
+        "401 Unauthorized, \"signature_mismatch\"",
+        "169.254.169.254: the url may not be called: the address is not a public one",
+        "stopped, 0 left",
+    ] {
+        assert_eq!(output.matches(line).count(), 1, "{line}: {output}");
+    }
+    // Neither the replayed nor the tampered one has come so far.
+    assert_eq!(output.matches("receiver").count(), 5, "{output}");
+}
+
+#[test]
 fn the_server_refuses_the_sixth_and_does_not_try_what_is_broken() {
     assert_eq!(statuses("/"), ["200", "200", "200", "200", "200", "429"]);
     let broken = ["500", "500", "500", "503", "503", "429"];

@@ -27,3 +27,5 @@ mod serve;
 mod settings;
 #[path = "../reverse-proxy/upstream.rs"]
 mod upstream;
+#[path = "../reverse-proxy/webhook.rs"]
+mod webhook;

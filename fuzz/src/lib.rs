@@ -11,8 +11,12 @@ use std::{
 };
 
 use buttress::{
+    delivery::{Registration, Selector, Webhooks, guard::Guard},
     timeout::TimeoutLayer,
-    webhook::{GitHub, Scheme, Secret, Sha256, Shopify, Slack, Standard, Stripe, Verifier},
+    webhook::{
+        GitHub, HttpSignatures, Scheme, Secret, Sha256, Shopify, Slack, Standard, Stripe, Verifier,
+        WholeBody,
+    },
 };
 use buttress_core::{Head, key::ClientIp, retry_after};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
@@ -27,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     ("webhook", webhook),
     ("client-ip", client_ip),
     ("times", times),
+    ("urls", urls),
 ];
 
 /// Words that a random text would hardly hit.
@@ -61,8 +66,30 @@ pub const WORDS: &[&str] = &[
     "@query",
     "content-digest",
     "sig1",
+    "sig1=",
+    "sig1=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:",
+    "sha-256=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:",
+    "()",
+    "(\"@method\" \"@authority\" \"@path\" \"@query\" \"content-digest\")",
+    ";created=1700000000",
+    ";nonce=\"a\"",
     "for=",
     "by=",
+    "https://",
+    "http://",
+    "127.1",
+    "2130706433",
+    "0x7f.1",
+    "[::1]",
+    "[::ffff:10.0.0.1]",
+    "localhost",
+    "example.com",
+    "user@",
+    ":443",
+    "/hooks?x=1",
+    "order.",
+    "*",
+    ".*",
     "proto=https",
     "[2001:db8::1]",
     "192.0.2.1",
@@ -114,6 +141,8 @@ pub fn webhook(data: &[u8]) {
             Box::new(Stripe),
             Box::new(Standard::new()),
             Box::new(Standard::svix()),
+            Box::new(HttpSignatures::new()),
+            Box::new(HttpSignatures::new().components([]).id_as_nonce()),
         ];
         let verifiers = schemes.into_iter();
         verifiers
@@ -202,6 +231,52 @@ pub fn times(data: &[u8]) {
     let answer = pin!(service.call(request));
     // At once: no timer is made, and no runtime needed.
     let _ = answer.poll(&mut Context::from_waker(Waker::noop()));
+}
+
+/// Urls, patterns and headers that users register: what the guard lets pass is
+/// public, and what is registered is one url without a user.
+pub fn urls(data: &[u8]) {
+    static GUARD: LazyLock<Guard> = LazyLock::new(|| Guard::new().allow_http());
+    static WEBHOOKS: LazyLock<Webhooks> = LazyLock::new(|| {
+        let transport = tower::service_fn(async |_: Request<WholeBody>| {
+            Ok::<_, Infallible>(Response::new(WholeBody::default()))
+        });
+        Webhooks::builder().build(transport).unwrap()
+    });
+    let text = String::from_utf8_lossy(data);
+    let mut lines = text.lines();
+    let url = lines.next().unwrap_or_default();
+    if let Ok(uri) = url.parse::<http::Uri>()
+        && GUARD.check_uri(&uri).is_ok()
+    {
+        let host = uri.host().expect("it was judged");
+        assert!(
+            !uri.authority()
+                .expect("it has a host")
+                .as_str()
+                .contains('@')
+        );
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        if let Ok(address) = host.parse::<IpAddr>() {
+            assert!(GUARD.check_ip(address).is_ok(), "{url}");
+            assert!(!address.is_loopback() && !address.is_unspecified(), "{url}");
+        }
+        // What would be a number to who reads addresses freely is no name.
+        let last = host.trim_end_matches('.').rsplit('.').next();
+        let last = last.unwrap_or_default();
+        let number = !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit());
+        assert!(!number || host.parse::<Ipv4Addr>().is_ok(), "{url}");
+    }
+    let events: Vec<_> = lines.by_ref().take(3).map(str::to_owned).collect();
+    let headers: Vec<_> = lines.filter_map(|line| line.split_once(':')).collect();
+    let registration = Registration::new(url).events(events).headers(headers);
+    let _ = format!("{registration:?}");
+    if let Ok(id) = WEBHOOKS.register(registration) {
+        assert!(!url.contains('@') || !url.split('/').nth(2).unwrap_or_default().contains('@'));
+        let gone = pin!(WEBHOOKS.unregister(Selector::all().id(id)));
+        let gone = gone.poll(&mut Context::from_waker(Waker::noop()));
+        assert!(matches!(gone, Poll::Ready(1)));
+    }
 }
 
 #[derive(Clone)]

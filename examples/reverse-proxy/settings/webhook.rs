@@ -6,6 +6,7 @@ use buttress::webhook::{
     GitHub, Scheme, SecretError, Sha256, Signer, Slack, Standard, Stripe, VerifyBuilder,
     VerifyLayer,
 };
+use http::HeaderName;
 use serde::{Deserialize, Deserializer};
 
 use super::{
@@ -109,6 +110,11 @@ impl SignWebhook {
     pub(crate) fn signer(&self) -> Signer {
         let secret = self.secret.of_webhook().expect("checked in the settings");
         Signer::new(self.scheme.scheme(), [secret]).expect("checked in the settings")
+    }
+
+    /// Where the message's id stands, if the scheme has a header for it.
+    pub(crate) fn id_header(&self) -> Option<HeaderName> {
+        self.scheme.scheme().id_header().cloned()
     }
 
     /// The key that makes no sense, as a path from here, and why.

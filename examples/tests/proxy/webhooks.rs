@@ -320,6 +320,28 @@ async fn what_goes_out_is_signed_whatever_the_client_says() {
     let answer = fetch(proxy.listen, forged).await;
     assert!(is_genuine(headers(&answer, &WEBHOOK), b"paid"));
 
+    // An id that is good is the message's, and one that is not is replaced: it
+    // was a 500.
+    let id = |values: &[&'static str]| {
+        let mut request = post("paid");
+        for value in values {
+            request
+                .headers_mut()
+                .append("webhook-id", value.parse().unwrap());
+        }
+        async {
+            let answer = fetch(proxy.listen, request).await;
+            let headers = headers(&answer, &WEBHOOK);
+            let id = headers["webhook-id"].to_str().unwrap().to_owned();
+            assert!(is_genuine(headers, b"paid"), "{id}");
+            id
+        }
+    };
+    assert_eq!(id(&["order-7"]).await, "order-7");
+    for bad in [&["order.7"][..], &["order 7"], &["order-7", "order-8"]] {
+        assert!(id(bad).await.starts_with("msg_"), "{bad:?}");
+    }
+
     let mut large = post("");
     *large.body_mut() = Full::from(vec![b'x'; 1025]);
     problem(&fetch(proxy.listen, large).await, 413, "body_too_large");
@@ -352,4 +374,24 @@ async fn each_attempt_is_signed_anew_under_one_id() {
     assert_eq!(ids.len(), 3);
     assert!(ids.iter().all(|(_, genuine)| *genuine), "{ids:?}");
     assert!(ids.iter().all(|(id, _)| *id == ids[0].0), "{ids:?}");
+}
+
+#[tokio::test]
+async fn the_demo_takes_what_is_signed_with_its_secret() {
+    let proxy = Proxy::start_with(&["--admin", "127.0.0.1:0"]).await;
+    let (mut head, body) =
+        signed(Sha256::new(), "demo-secret", "", b"{\"order\":17}", 0).into_parts();
+    head.uri = "/hooks/echo".parse().unwrap();
+    let good = Request::from_parts(head.clone(), body);
+    let answer = fetch(proxy.listen, good).await;
+    let text = String::from_utf8_lossy(answer.body()).into_owned();
+    assert!(text.starts_with("POST /echo"), "{text}");
+    assert!(text.contains("\nwebhook-signature: v1,"), "{text}");
+    assert!(answer.headers().contains_key("x-ratelimit-remaining"));
+    let tampered = Request::from_parts(head, Full::from("{\"order\":18}"));
+    problem(
+        &fetch(proxy.listen, tampered).await,
+        401,
+        "signature_mismatch",
+    );
 }

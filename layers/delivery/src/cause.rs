@@ -4,6 +4,8 @@ use std::{fmt, sync::Arc};
 
 use http::StatusCode;
 
+use crate::guard::Denied;
+
 /// Why an attempt failed, or why there will be no other.
 ///
 /// Says nothing of the message, and no more of the endpoint than what it
@@ -30,6 +32,9 @@ pub enum Cause {
     Transport(Arc<str>),
     /// The answer was good so far, and broke off: what the transport said.
     Broken(Arc<str>),
+    /// The [guard](crate::guard) let no connection be made. Not tried again: an
+    /// address that may not be dialled does not become one that may.
+    Denied(Denied),
     /// The transport panicked.
     Panicked,
     /// The message could not be signed.
@@ -54,6 +59,7 @@ impl Cause {
             Self::Timeout => "timeout",
             Self::Transport(_) => "transport",
             Self::Broken(_) => "broken",
+            Self::Denied(_) => "denied",
             Self::Panicked => "panicked",
             Self::NotSigned => "not_signed",
             Self::Unregistered => "unregistered",
@@ -80,6 +86,7 @@ impl fmt::Display for Cause {
             Self::Timeout => f.write_str("the endpoint did not answer in time"),
             Self::Transport(error) => write!(f, "the endpoint was not reached: {error}"),
             Self::Broken(error) => write!(f, "the answer broke off: {error}"),
+            Self::Denied(denied) => denied.fmt(f),
             Self::Panicked => f.write_str("the transport panicked"),
             Self::NotSigned => f.write_str("the message could not be signed"),
             Self::Unregistered => f.write_str("the registration is gone"),

@@ -27,6 +27,7 @@ use tower_service::Service;
 use crate::{
     ConfigError, DeliveryStore, MemoryStore, Webhooks,
     error::Problem,
+    guard::Guard,
     metrics::Metrics,
     state::{Limits, State},
     transport::{self, Caps},
@@ -47,6 +48,7 @@ pub struct WebhooksBuilder {
     caps: Caps,
     breaker: Option<Settings>,
     rate_limit: Option<Quota>,
+    guard: Option<Guard>,
     store: Arc<dyn DeliveryStore>,
     wall: SharedWallClock,
     random: SharedRandom,
@@ -75,6 +77,7 @@ impl WebhooksBuilder {
             },
             breaker: Some(Settings::moderate()),
             rate_limit: None,
+            guard: None,
             store: Arc::new(MemoryStore::new()),
             wall: SharedWallClock::default(),
             random: SharedRandom::default(),
@@ -188,6 +191,15 @@ impl WebhooksBuilder {
         self
     }
 
+    /// Refuses to register what this guard would not let be dialled, as far as
+    /// the url tells: so that who mistypes hears of it at once. It is the
+    /// transport's connector that protects, and should have the same guard.
+    /// Default: none.
+    pub fn guard(mut self, guard: Guard) -> Self {
+        self.guard = Some(guard);
+        self
+    }
+
     /// Where what is accepted is kept. Default: a [`MemoryStore`] of its own.
     pub fn store(mut self, store: impl DeliveryStore) -> Self {
         self.store = Arc::new(store);
@@ -211,9 +223,9 @@ impl WebhooksBuilder {
     ///
     /// Each attempt is made by a clone of `transport`, within the
     /// registration's timeout. It must not follow redirects, and must not
-    /// retry. **It dials what users have registered**: give it one that refuses
-    /// the addresses of your own network, or whoever may register can have your
-    /// machines called.
+    /// retry. **It dials what users have registered**: give it one that is built
+    /// on the [guarded connector](crate::guard), or whoever may register can
+    /// have the machines of your own network called.
     ///
     /// # Errors
     ///
@@ -288,6 +300,7 @@ impl WebhooksBuilder {
             news: Notify::new(),
             running: AtomicBool::new(false),
             loaded: AtomicBool::new(false),
+            guard: self.guard,
             store: self.store,
             writing: tokio::sync::Mutex::new(()),
             transport: transport::transport(transport),

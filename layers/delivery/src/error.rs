@@ -4,6 +4,8 @@ use std::{fmt, sync::Arc};
 
 use buttress_core::BoxError;
 
+use crate::guard::Denied;
+
 /// Settings that make no sense; the message says what they must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError(Problem);
@@ -14,6 +16,8 @@ pub struct ConfigError(Problem);
 pub enum RegisterError {
     /// It makes no sense; the message says what it must be.
     Invalid(ConfigError),
+    /// Its url is none that may be called.
+    Denied(Denied),
     /// There is one of this id.
     Taken(Arc<str>),
     /// There are as many as there may be.
@@ -99,6 +103,7 @@ impl fmt::Display for RegisterError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Invalid(error) => error.fmt(f),
+            Self::Denied(denied) => write!(f, "the url may not be called: {denied}"),
             Self::Taken(id) => write!(f, "there is a registration {id:?} already"),
             Self::TooMany { most } => write!(f, "there are {most} registrations already"),
         }

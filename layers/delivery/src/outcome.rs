@@ -90,7 +90,7 @@ pub(crate) fn judge(seen: &Seen, permanent: &Permanent) -> Judgement {
         let cause = seen.trouble.clone().unwrap_or(Cause::Timeout);
         // Ours: another attempt would be no better.
         let (next, verdict) = match cause {
-            Cause::NotSigned => (Next::Fail(cause), Verdict::Ignored),
+            Cause::NotSigned | Cause::Denied(_) => (Next::Fail(cause), Verdict::Ignored),
             _ => (Next::Retry { cause, floor: None }, Verdict::Failure),
         };
         return Judgement {

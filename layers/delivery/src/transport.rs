@@ -17,6 +17,7 @@ use tower_service::Service;
 
 use crate::{
     Cause,
+    guard::Denied,
     outcome::{Seen, Word},
 };
 
@@ -79,7 +80,10 @@ where
     ) -> Exchanging<'a> {
         Box::pin(async move {
             let uri = request.uri().clone();
-            let failed = |error: BoxError| Cause::Transport(words(&error, &uri));
+            let failed = |error: BoxError| match Denied::of(&*error) {
+                Some(denied) => Cause::Denied(*denied),
+                None => Cause::Transport(words(&error, &uri)),
+            };
             let mut service = self.0.lock().clone();
             let ready = poll_fn(|cx| service.poll_ready(cx)).await;
             ready.map_err(|error| failed(error.into()))?;

@@ -29,6 +29,7 @@ use crate::{
     DeadLetter, DeliveryId, DeliveryResult, DeliveryStore, EmitError, Event, Record, RedriveError,
     RegisterError, Registration, RegistrationId, RegistrationInfo, Scope, Selector, StartError,
     Status, Subscriber, WebhooksBuilder, Worker,
+    guard::Guard,
     metrics::Metrics,
     state::{Now, State, Write},
     transport::{Caps, Transport, caught},
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     pub(crate) news: Notify,
     pub(crate) running: AtomicBool,
     pub(crate) loaded: AtomicBool,
+    pub(crate) guard: Option<Guard>,
     pub(crate) store: Arc<dyn DeliveryStore>,
     /// Held while the store is written to: what is to be written keeps its
     /// order.
@@ -118,9 +120,14 @@ impl Webhooks {
     ///
     /// # Errors
     ///
-    /// If it makes no sense, its id is taken, or there are as many as may be.
+    /// If it makes no sense, its url is [denied](crate::WebhooksBuilder::guard),
+    /// its id is taken, or there are as many as may be.
     pub fn register(&self, registration: Registration) -> Result<RegistrationId, RegisterError> {
         let target = Arc::new(registration.check(|| self.0.name_one("reg"))?);
+        if let Some(guard) = &self.0.guard {
+            let checked = guard.check_uri(&target.url);
+            checked.map_err(RegisterError::Denied)?;
+        }
         let id = target.id.clone();
         let now = self.0.now();
         self.0.with(|state| state.register(&target, now))?;

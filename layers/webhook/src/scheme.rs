@@ -56,10 +56,17 @@ pub const LONGEST_ID: usize = 256;
 ///     }
 ///
 ///     fn read<'r>(&self, request: Head<'r>) -> Result<Envelope<'r>, Reason> {
-///         let value = request.headers.get("x-acme-mac").ok_or(Reason::MissingSignature)?;
+///         let mut values = request.headers.get_all("x-acme-mac").iter();
+///         let value = values.next().ok_or(Reason::MissingSignature)?;
+///         if values.next().is_some() {
+///             return Err(Reason::DuplicateHeader);
+///         }
 ///         let mut tag = [0; 32];
-///         base16ct::lower::decode(value, &mut tag).map_err(|_| Reason::Malformed)?;
-///         Ok(Envelope::new().tag(Tag::new(tag)))
+///         match base16ct::lower::decode(value, &mut tag) {
+///             // What is shorter leaves the rest as it was.
+///             Ok(bytes) if bytes.len() == 32 => Ok(Envelope::new().tag(Tag::new(tag))),
+///             _ => Err(Reason::Malformed),
+///         }
 ///     }
 /// }
 /// ```
@@ -329,7 +336,7 @@ impl Tags {
     }
 
     #[inline]
-    fn push(&mut self, tag: Tag) {
+    pub(crate) fn push(&mut self, tag: Tag) {
         match self.first {
             None => self.first = Some(tag),
             Some(_) => self.more.push(tag),

@@ -1,6 +1,6 @@
 //! What both ends know and nobody else.
 
-use std::{env, fmt, fs, sync::Arc};
+use std::{env, fmt, fs::File, io::Read, sync::Arc};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use zeroize::Zeroizing;
@@ -96,11 +96,13 @@ impl Secret {
             path: path.into(),
             error: Arc::new(error),
         };
-        let length = fs::metadata(path).map_err(unreadable)?.len();
-        if length > LONGEST as u64 + 2 {
-            return Err(SecretError::TooLong);
-        }
-        let mut bytes = Zeroizing::new(fs::read(path).map_err(unreadable)?);
+        // No more than there is room for, whatever the file says of itself: some
+        // have no end, and what grows leaves its bytes where it was.
+        let most = LONGEST + 3;
+        let mut bytes = Zeroizing::new(Vec::with_capacity(most));
+        File::open(path)
+            .and_then(|file| file.take(most as u64).read_to_end(&mut bytes))
+            .map_err(unreadable)?;
         if bytes.ends_with(b"\n") {
             bytes.pop();
             if bytes.ends_with(b"\r") {
@@ -171,6 +173,8 @@ impl fmt::Debug for Secret {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn loaded(source: &str) -> Result<Vec<u8>, SecretError> {
@@ -206,7 +210,19 @@ mod tests {
         assert!(matches!(loaded(&source), Err(SecretError::Empty)));
         fs::write(&path, [b'x'; 5000]).unwrap();
         assert!(matches!(loaded(&source), Err(SecretError::TooLong)));
+        // One byte more than any, but for the line break.
+        for (length, fits) in [(4096, true), (4097, false), (4098, false), (4099, false)] {
+            let text = "x".repeat(length) + "\r\n";
+            fs::write(&path, text).unwrap();
+            assert_eq!(loaded(&source).is_ok(), fits, "{length}");
+        }
         fs::remove_dir_all(&folder).unwrap();
+        // It says that it is empty, and never ends.
+        #[cfg(unix)]
+        assert!(matches!(
+            loaded("file:/dev/zero"),
+            Err(SecretError::TooLong)
+        ));
         let error = loaded(&source).unwrap_err();
         assert!(error.to_string().contains("secret"), "{error}");
 

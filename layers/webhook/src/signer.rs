@@ -69,7 +69,9 @@ impl Signer {
     ///
     /// Give it a secret of its own where it is not told apart by its key: who
     /// has a signature of a body by one scheme has that of another one, where
-    /// the signed bytes and the key's are the same.
+    /// the signed bytes and the key's are the same. A scheme that writes the
+    /// headers of one before it replaces its signatures: the secrets of a
+    /// rotation go to it together.
     ///
     /// # Errors
     ///

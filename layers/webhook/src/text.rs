@@ -11,9 +11,10 @@ pub(crate) fn single<'r>(
     name: &HeaderName,
     missing: Reason,
 ) -> Result<&'r str, Reason> {
-    let mut values = headers.get_all(name).iter();
-    let value = values.next().ok_or(missing)?;
-    if values.next().is_some() {
+    let value = headers.get(name).ok_or(missing)?;
+    // Looked for a second time only where something at all stands twice.
+    let repeats = headers.len() > headers.keys_len();
+    if repeats && headers.get_all(name).iter().nth(1).is_some() {
         return Err(Reason::DuplicateHeader);
     }
     value.to_str().map_err(|_| Reason::Malformed)

@@ -756,6 +756,33 @@ fn what_is_put_together_is_bounded() {
     assert_eq!(verdict, Err(Reason::Malformed));
 }
 
+/// Nor does it count less where it comes to nothing: 64 labels that name a long
+/// header had it copied 64 times.
+#[test]
+fn what_comes_to_nothing_is_bounded_too() {
+    let scheme = || HttpSignatures::new();
+    let with = |labels: usize| {
+        let mut request = signed(scheme(), "https://example.com/hooks");
+        let big = HeaderValue::from_str(&"x".repeat(20_000)).unwrap();
+        request.headers.insert("x-big", big);
+        let (mut inputs, mut signatures) = (
+            text(&request, "signature-input"),
+            text(&request, "signature"),
+        );
+        let zero = BASE64_STANDARD.encode([0; 32]);
+        let list = ALL.replace(')', r#" "x-big" "x-absent")"#);
+        for at in 0..labels {
+            inputs += &format!(", b{at}={list};created={NOW}");
+            signatures += &format!(", b{at}=:{zero}:");
+        }
+        set(&mut request, "signature-input", &inputs);
+        set(&mut request, "signature", &signatures);
+        judged(scheme(), &request, BODY).map(|verified| verified.key_index)
+    };
+    assert_eq!(with(3), Ok(0));
+    assert_eq!(with(4), Err(Reason::Malformed));
+}
+
 #[test]
 fn a_tag_says_which_signatures_count() {
     let orders = || HttpSignatures::new().tag("orders").unwrap();

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use buttress_webhook::{
     GitHub, Message, Reason, Scheme, Secret, SecretError, Sha256, Shopify, SignError, Signer,
     Slack, Standard, Stripe, Verifier,
@@ -307,6 +308,61 @@ fn an_id_that_says_two_things_is_not_signed() {
         let error = signer.sign(&mut request, &message).unwrap_err();
         assert_eq!(error, SignError::Id, "{id:?}");
         assert!(request.headers.is_empty());
+    }
+}
+
+/// What was signed as `msg_1`, at a time and with a body that begins with one,
+/// has the bytes of another id, time and body: a replay that looked new, as old
+/// as it was.
+#[test]
+fn a_message_read_one_piece_further_on_is_no_other_message() {
+    const LONG_AGO: u64 = NOW - 1_000_000;
+    let signer = Signer::new(Standard::new(), [secret(STANDARD)]).unwrap();
+    let sent = |id: &str, body: &[u8]| {
+        let mut request = request(&[]);
+        let message = Message {
+            id,
+            timestamp: LONG_AGO,
+            body,
+        };
+        signer.sign(&mut request, &message).unwrap();
+        request
+    };
+    let read_as = |mut request: Parts, id: &str, body: &[u8]| {
+        let value = HeaderValue::from_str(id).unwrap();
+        request.headers.insert("webhook-id", value);
+        let now = HeaderValue::from(NOW);
+        request.headers.insert("webhook-timestamp", now);
+        judged(Standard::new(), STANDARD, &request, body)
+    };
+    let message = sent("msg_1", format!("{NOW}.5 paid").as_bytes());
+    let further = format!("msg_1.{LONG_AGO}");
+    assert_eq!(
+        read_as(message, &further, b"5 paid"),
+        Err(Reason::Malformed)
+    );
+    let message = sent("msg_1", format!("a.{NOW}.5 paid").as_bytes());
+    let further = format!("msg_1.{LONG_AGO}.a");
+    assert_eq!(
+        read_as(message, &further, b"5 paid"),
+        Err(Reason::Malformed)
+    );
+
+    // Dots alone are no times.
+    let key = Standard::new().key(&secret(STANDARD)).unwrap();
+    for id in ["order.42", "evt.paid.1a2b3c4d5e6f", "1700000000.x", "a..b"] {
+        let tag = key.tag(&[format!("{id}.{NOW}.").as_bytes(), b"{}"]);
+        let signature = format!("v1,{}", BASE64_STANDARD.encode(tag.as_bytes()));
+        let message = request(&[
+            ("webhook-id", id),
+            ("webhook-timestamp", &NOW.to_string()),
+            ("webhook-signature", &signature),
+        ]);
+        assert_eq!(
+            judged(Standard::new(), STANDARD, &message, b"{}"),
+            Ok(0),
+            "{id}"
+        );
     }
 }
 

@@ -929,11 +929,36 @@ async fn the_tolerance_is_changed_while_it_serves() {
         assert!(handle.set_tolerance(wrong).is_err());
     }
     assert_eq!(handle.tolerance(), Duration::from_secs(10));
-    // What is done is remembered for 21 seconds now.
-    advance(Duration::from_secs(20)).await;
+    // What is done is remembered as before for 601 seconds, and then for 21.
+    advance(Duration::from_secs(600)).await;
     assert_eq!(send(&service, at("3", NOW)).await.body(), "");
+    assert_eq!(send(&service, at("4", NOW)).await.body(), "done");
+    advance(Duration::from_secs(20)).await;
+    assert_eq!(send(&service, at("4", NOW)).await.body(), "");
     advance(Duration::from_secs(1)).await;
-    assert_eq!(send(&service, at("3", NOW)).await.body(), "done");
+    assert_eq!(send(&service, at("4", NOW)).await.body(), "done");
+}
+
+/// What is from a clock that is ahead is forgotten sooner by a shorter
+/// tolerance, and was new again when its own time came.
+#[tokio::test(start_paused = true)]
+async fn what_passed_by_a_longer_tolerance_does_not_pass_again() {
+    let start = tokio::time::Instant::now();
+    let layer = standard().wall_clock(move || now() + start.elapsed());
+    let layer = layer.build().unwrap();
+    let service = layer.layer(handler().0);
+    let ahead = |id: &str| signed_by(Standard::new(), SECRET, id, NOW + 300, "x");
+    assert_eq!(send(&service, ahead("1")).await.body(), "done");
+    let handle = layer.handle();
+    for tolerance in [200, 10, 100, 10] {
+        let tolerance = Duration::from_secs(tolerance);
+        handle.set_tolerance(tolerance).unwrap();
+        assert_eq!(handle.tolerance(), tolerance);
+    }
+    assert_eq!(status(&service, ahead("2")).await, 401);
+    advance(Duration::from_secs(310)).await;
+    assert_eq!(send(&service, ahead("2")).await.body(), "done");
+    assert_eq!(send(&service, ahead("1")).await.body(), "");
 }
 
 // Lookups
@@ -1368,6 +1393,14 @@ fn what_makes_no_sense_is_named() {
         (new().tolerance(Duration::from_millis(1500)), "tolerance"),
         (new().tolerance(Duration::MAX), "tolerance"),
         (new().max_body(0), "body"),
+        // It was never asked, and its owner thought that repeats were known.
+        (new().replay_store(Store::default()), "store"),
+        (
+            standard()
+                .replay_store(Store::default())
+                .replay_protection(false),
+            "store",
+        ),
         (
             none()
                 .lookup(lookup())
@@ -1390,6 +1423,8 @@ fn what_makes_no_sense_is_named() {
         assert!(error.contains(named), "{error}");
     }
     assert!(new().build().is_ok());
+    let store = new().replay_store(Store::default());
+    assert!(store.replay_protection(true).build().is_ok());
 }
 
 /// The clock of the receiver is the one that was given.

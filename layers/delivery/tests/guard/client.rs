@@ -135,7 +135,7 @@ fn authority(protocols: &[&str]) -> (Arc<ServerConfig>, ClientConfig) {
     (Arc::new(server), trusting(&[certificate]))
 }
 
-fn trusting(certificates: &[CertificateDer<'static>]) -> ClientConfig {
+pub(crate) fn trusting(certificates: &[CertificateDer<'static>]) -> ClientConfig {
     let mut roots = RootCertStore::empty();
     for certificate in certificates {
         roots.add(certificate.clone()).unwrap();

@@ -2,6 +2,7 @@
 
 mod client;
 mod dial;
+mod engine;
 
 use std::{
     convert::Infallible,

@@ -59,6 +59,11 @@ const LARGEST: u64 = 999_999_999_999_999;
 /// 9421 §3.2 has it; of several signatures, one that is right is enough. Of the
 /// digests `sha-256` must be there; others are passed over.
 ///
+/// Without [a nonce](Self::id_as_nonce) a repeat is known by what is signed and
+/// the times. So a sender whose signatures of one message cover different
+/// components, or are of different seconds, has sent as many messages: have it
+/// sign a nonce.
+///
 /// ```
 /// use buttress_webhook::{HttpSignatures, Message, Secret, Signer, Verifier};
 /// use http::Request;
@@ -244,6 +249,7 @@ impl HttpSignatures {
         signatures: &[Member<'_>],
         target: &Target<'_>,
         digest: &mut Option<Result<[u8; TAG], Reason>>,
+        length: &mut usize,
     ) -> Result<Option<Statement>, Reason> {
         let parameters = &input.parameters;
         if self.tag.is_some() && self.tag.as_deref() != text_of(parameters.get("tag")) {
@@ -275,7 +281,14 @@ impl HttpSignatures {
                 let digest = digest.get_or_insert_with(|| sha256_claimed(headers));
                 covered_digest = Some((*digest)?);
             }
-            push_line(target, component, &mut base).map_err(|error| match error {
+            let before = base.len();
+            let pushed = push_line(target, component, &mut base);
+            // Of what comes to nothing, too.
+            *length += base.len() - before;
+            if *length > LONGEST {
+                return Err(Reason::Malformed);
+            }
+            pushed.map_err(|error| match error {
                 // As if it had been changed.
                 SignError::Field => Reason::SignatureMismatch,
                 _ => Reason::Malformed,
@@ -395,10 +408,13 @@ impl Scheme for HttpSignatures {
         // One that cannot be read does not spoil the others.
         let mut nothing = None;
         for input in &inputs {
-            match self.statement(input, &signatures, &target, &mut digest) {
+            let read = self.statement(input, &signatures, &target, &mut digest, &mut length);
+            if length > LONGEST {
+                return Err(Reason::Malformed);
+            }
+            match read {
                 Ok(Some(statement)) => {
-                    length += statement.base.len();
-                    if envelope.is_full() || length > LONGEST {
+                    if envelope.is_full() {
                         return Err(Reason::Malformed);
                     }
                     envelope = envelope.statement(statement);

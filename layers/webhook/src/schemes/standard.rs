@@ -28,7 +28,9 @@ const LONGEST: usize = 64;
 /// is passed over.
 ///
 /// An id with a `.` is not signed, since another message has the same signed
-/// bytes.
+/// bytes. For the same reason one with what could be a time between its dots
+/// is [malformed](Reason::Malformed): it may be the id and the time of another
+/// message, whose body begins with a time and a `.`, read one piece further on.
 #[derive(Clone, Debug)]
 pub struct Standard {
     id: HeaderName,
@@ -150,20 +152,22 @@ impl Scheme for Standard {
         let id = text::single(headers, &self.id, Reason::MissingId)?;
         let timestamp = text::single(headers, &self.timestamp, Reason::MissingTimestamp)?;
         let signatures = text::single(headers, &self.signature, Reason::MissingSignature)?;
-        if !text::is_id(id) {
+        if !text::is_id(id) || has_time(id) {
             return Err(Reason::Malformed);
         }
-        let mut envelope = Envelope::new()
-            .id(id)
-            .timestamp(text::seconds(timestamp)?)
-            .signed_before([id.as_bytes(), b".", timestamp.as_bytes(), b"."]);
+        let mut envelope = Envelope {
+            id: Some(id),
+            timestamp: Some(text::seconds(timestamp)?),
+            before: [id.as_bytes(), b".", timestamp.as_bytes(), b"."],
+            ..Envelope::new()
+        };
         // One entry that cannot be read does not spoil the others.
         let mut nothing = Reason::MissingSignature;
         for entry in signatures.split_ascii_whitespace() {
             match entry.split_once(',') {
                 Some(("v1", text)) => match text::base64(text) {
                     Some(_) if envelope.is_full() => return Err(Reason::Malformed),
-                    Some(tag) => envelope = envelope.tag(tag),
+                    Some(tag) => envelope.tags.push(tag),
                     None => nothing = Reason::Malformed,
                 },
                 Some(_) if nothing == Reason::MissingSignature => {
@@ -178,4 +182,17 @@ impl Scheme for Standard {
         }
         Ok(envelope)
     }
+}
+
+/// Whether the id may be that of another message with its time behind it: of ten
+/// digits or more, as all are since 2001. Shorter numbers are ids of senders who
+/// count.
+fn has_time(id: &str) -> bool {
+    // Nearly none has a dot.
+    let Some((_, behind)) = id.split_once('.') else {
+        return false;
+    };
+    let is_time =
+        |piece: &str| piece.len() >= 10 && piece.bytes().all(|byte| byte.is_ascii_digit());
+    behind.split('.').any(is_time)
 }

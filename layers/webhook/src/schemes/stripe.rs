@@ -66,7 +66,7 @@ impl Scheme for Stripe {
                 Some(("t", _)) => return Err(Reason::DuplicateHeader),
                 Some(("v1", text)) => match text::hex(text) {
                     Some(_) if envelope.is_full() => return Err(Reason::Malformed),
-                    Some(tag) => envelope = envelope.tag(tag),
+                    Some(tag) => envelope.tags.push(tag),
                     None => nothing = Reason::Malformed,
                 },
                 Some(_) if nothing == Reason::MissingSignature => {
@@ -85,8 +85,8 @@ impl Scheme for Stripe {
         if envelope.is_empty() {
             return Err(nothing);
         }
-        Ok(envelope
-            .timestamp(text::seconds(timestamp)?)
-            .signed_before([timestamp.as_bytes(), b".", b"", b""]))
+        envelope.timestamp = Some(text::seconds(timestamp)?);
+        envelope.before = [timestamp.as_bytes(), b".", b"", b""];
+        Ok(envelope)
     }
 }

@@ -172,13 +172,16 @@ impl VerifyBuilder {
 
     /// How many messages are remembered in this process: at so many a new one
     /// gets a 503, since none is forgotten before its time. Default 100 000,
-    /// which with ids of 40 bytes take about 25 MB.
+    /// which with ids of 40 bytes take about 25 MB. With the default
+    /// [tolerance](Self::tolerance) that is 166 new messages a second for good:
+    /// have room for as many as come in twice the tolerance and a second.
     pub fn max_replays(mut self, max_replays: NonZeroUsize) -> Self {
         self.max_replays = max_replays;
         self
     }
 
-    /// Keeps claims in a store, as for a fleet, and not in this process.
+    /// Keeps claims in a store, as for a fleet, and not in this process. There
+    /// must be some: see [`replay_protection`](Self::replay_protection).
     pub fn replay_store(mut self, store: impl ReplayStore) -> Self {
         self.store = Some(Arc::new(store));
         self
@@ -248,6 +251,9 @@ impl VerifyBuilder {
         }
         if self.max_body == 0 {
             return Err(Problem::MaxBody.into());
+        }
+        if self.store.is_some() && !self.protected {
+            return Err(Problem::IdleStore.into());
         }
         let secrets = match (self.secrets, self.lookup) {
             (Some(_), Some(_)) => return Err(Problem::TwoSources.into()),

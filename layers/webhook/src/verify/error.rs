@@ -17,6 +17,7 @@ pub(crate) enum Problem {
     NoSecrets,
     TwoSources,
     LookedUp,
+    IdleStore,
     Secret(SecretError),
 }
 
@@ -42,6 +43,9 @@ impl fmt::Display for VerifyConfigError {
             Problem::NoSecrets => "there must be secrets, or a lookup of them",
             Problem::TwoSources => "secrets are given or looked up, not both",
             Problem::LookedUp => "the secrets are looked up, so they are not set here",
+            Problem::IdleStore => {
+                "there is a store of claims, but the scheme signs neither id nor time, or replay protection is off"
+            }
             Problem::Secret(_) => "a secret cannot be used",
         })
     }

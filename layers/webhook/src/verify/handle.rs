@@ -81,8 +81,9 @@ impl VerifyHandle {
     }
 
     /// Replaces the tolerance, and with it how long completed messages are
-    /// remembered; those that are forgotten already are not remembered again,
-    /// so that a longer one lets them repeat once.
+    /// remembered. After a shorter one that is as long as before until what
+    /// passed by the longer one can pass no more. After a longer one those that
+    /// are forgotten already are not remembered again: they may repeat once.
     ///
     /// # Errors
     ///

@@ -32,6 +32,10 @@ pub trait Lookup: Send + Sync + 'static {
     /// Who the request says it is from; `None` is nobody we know. Nothing of it
     /// is verified yet, and what is returned is kept for a while: nothing, then,
     /// for what cannot be a tenant, such as a name that is too long.
+    ///
+    /// One value for each tenant, however the request spells it: where `ACME`
+    /// finds the secrets of `acme`, a replay under the other spelling is
+    /// another tenant's message, and new.
     fn tenant(&self, request: Head<'_>) -> Option<Self::Tenant>;
 
     /// Their secrets: at most 16, and `None` or none at all if there is no such

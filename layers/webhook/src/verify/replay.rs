@@ -100,7 +100,9 @@ pub trait ReplayStore: Send + Sync + 'static {
     fn claim<'a>(&'a self, key: &'a ClaimKey, keep: Duration) -> StoreFuture<'a, Claim>;
 
     /// The message is done: it is remembered for `keep` from now. Changes
-    /// nothing if somebody else has claimed it since. Called in the background.
+    /// nothing if somebody else has claimed it since. Called in the background,
+    /// and once: where it fails the message stays in progress, and once the
+    /// store has freed it, it may come again.
     fn complete<'a>(
         &'a self,
         key: &'a ClaimKey,

@@ -6,14 +6,17 @@ use std::{
     future::Future,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Acquire, Relaxed, Release},
+        },
     },
     time::Duration,
 };
 
 use buttress_core::{
     BoxError, Head, Refusal, RefusalKind,
-    clock::{self, SharedWallClock},
+    clock::{self, Instant, SharedWallClock},
     respond::SharedResponder,
     sync::Mutex,
 };
@@ -48,6 +51,10 @@ pub(crate) struct Shared {
     pub(crate) secrets: Secrets,
     /// In seconds.
     tolerance: AtomicU64,
+    /// A longer one of before, in seconds, for as long as what passed by it may
+    /// pass again; else 0.
+    earlier: AtomicU64,
+    earlier_until: Mutex<Option<Instant>>,
     pub(crate) max_body: usize,
     clock: SharedWallClock,
     responder: SharedResponder,
@@ -104,6 +111,13 @@ fn seconds(tolerance: Duration) -> Result<u64, VerifyConfigError> {
     }
 }
 
+/// By a tolerance of so many seconds a message passes from as long before its
+/// timestamp to as long after, both in whole seconds: so it may pass for a
+/// second more.
+fn remembered(tolerance: u64) -> Duration {
+    Duration::from_secs(tolerance * 2 + 1)
+}
+
 impl Shared {
     pub(crate) fn new(parts: Parts) -> Result<Self, VerifyConfigError> {
         // Its first reading takes a while.
@@ -115,6 +129,8 @@ impl Shared {
             scheme: parts.scheme,
             secrets: parts.secrets,
             tolerance: AtomicU64::new(seconds(parts.tolerance)?),
+            earlier: AtomicU64::new(0),
+            earlier_until: Mutex::new(None),
             max_body: parts.max_body,
             clock: parts.clock,
             responder: parts.responder,
@@ -130,14 +146,41 @@ impl Shared {
     }
 
     pub(crate) fn set_tolerance(&self, tolerance: Duration) -> Result<(), VerifyConfigError> {
-        self.tolerance.store(seconds(tolerance)?, Relaxed);
+        let new = seconds(tolerance)?;
+        // One at a time.
+        let mut until = self.earlier_until.lock();
+        let old = self.tolerance.load(Relaxed);
+        let earlier = self.earlier(&mut until).max(old);
+        // Remembered for longer first, and only then is less let in.
+        if new < earlier {
+            self.earlier.store(earlier, Relaxed);
+            if new < old {
+                *until = Some(clock::now() + remembered(earlier));
+            }
+        }
+        self.tolerance.store(new, Release);
         Ok(())
     }
 
-    /// A message passes from as long before its timestamp to as long after,
-    /// both in whole seconds: so it may pass for a second more.
+    /// How long what is done is remembered: by the longest tolerance by which
+    /// it may have passed.
     pub(crate) fn keep(&self) -> Duration {
-        self.tolerance() * 2 + Duration::from_secs(1)
+        // Whoever sees a shorter one sees the earlier one, too.
+        let tolerance = self.tolerance.load(Acquire);
+        let earlier = match self.earlier.load(Relaxed) {
+            0 => 0,
+            _ => self.earlier(&mut self.earlier_until.lock()),
+        };
+        remembered(tolerance.max(earlier))
+    }
+
+    /// What still counts of an earlier tolerance.
+    fn earlier(&self, until: &mut Option<Instant>) -> u64 {
+        if until.is_none_or(|until| clock::now() >= until) {
+            *until = None;
+            self.earlier.store(0, Relaxed);
+        }
+        self.earlier.load(Relaxed)
     }
 
     /// Whether the request could be genuine, as far as can be told without a
