@@ -208,7 +208,7 @@ async fn what_a_store_is_behind_with_has_a_ceiling() {
         .build(transport)
         .unwrap();
     webhooks.register(hook("https://a.example/")).unwrap();
-    let _worker = webhooks.start().unwrap();
+    let worker = webhooks.start().unwrap();
     let mut accepted = 0;
     let full = loop {
         match webhooks.emit(event("a")).await {
@@ -229,7 +229,7 @@ async fn what_a_store_is_behind_with_has_a_ceiling() {
     assert!(accepted >= 1000);
     store.hangs.store(false, SeqCst);
     // The write under way hangs for good; another worker makes it again.
-    drop(_worker);
+    drop(worker);
     let _worker = webhooks.start().unwrap();
     settle().await;
     assert!(store.memory.is_empty());

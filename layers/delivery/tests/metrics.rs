@@ -69,7 +69,7 @@ async fn deliveries_attempts_and_what_is_held() {
     assert_eq!(now["webhook_queue_depth{name=shop}"], 2.0);
     assert_eq!(now["webhook_refused_total{name=shop}"], 1.0);
 
-    let _worker = webhooks.start().unwrap();
+    let worker = webhooks.start().unwrap();
     advance(millis(300)).await;
     // `a` waits for its retry, `b` is dead.
     let now = values(&snapshotter, &mut held);
@@ -107,7 +107,7 @@ async fn deliveries_attempts_and_what_is_held() {
     );
 
     // What is gone with its owner is not held any more.
-    drop((_worker, webhooks));
+    drop((worker, webhooks));
     settle().await;
     let now = values(&snapshotter, &mut held);
     assert_eq!(now["webhook_dead_letters{name=shop}"], 0.0);
