@@ -116,7 +116,8 @@ impl std::error::Error for RegisterError {}
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum EmitError {
-    /// The queue has no room for all of them.
+    /// The queue has no room for all of them, or the store is as far behind with
+    /// what has changed as it may be.
     Full {
         /// How many deliveries it would have been.
         deliveries: usize,
@@ -180,7 +181,7 @@ pub enum RedriveError {
     /// Its registration is disabled: [enable](crate::Webhooks::enable) it
     /// first.
     Disabled,
-    /// The queue is full.
+    /// The queue is full, or the lane holds as much as it may.
     Full,
     /// The store did not keep the delivery.
     Store(BoxError),
@@ -192,7 +193,7 @@ impl fmt::Display for RedriveError {
             Self::Unknown => "there is no such dead letter",
             Self::Unregistered => "the dead letter's registration is gone",
             Self::Disabled => "the dead letter's registration is disabled",
-            Self::Full => "the queue is full",
+            Self::Full => "the queue or the lane is full",
             Self::Store(_) => "the store did not keep the delivery",
         })
     }

@@ -87,11 +87,19 @@ mod on {
             self.duration.record(took.as_secs_f64());
         }
 
-        pub(crate) fn held(&self, depth: usize, letters: usize) {
-            #[expect(clippy::cast_precision_loss, reason = "no more than some millions")]
-            let float = |count: usize| count as f64;
-            self.depth.set(float(depth));
-            self.letters.set(float(letters));
+        /// Deliveries and letters, before and after. By differences: the last of
+        /// several threads to say how many there are need not be the last to
+        /// have counted.
+        pub(crate) fn held(&self, before: (usize, usize), after: (usize, usize)) {
+            fn change(gauge: &Gauge, before: usize, after: usize) {
+                #[expect(clippy::cast_precision_loss, reason = "no more than some millions")]
+                let float = |count: usize| count as f64;
+                if before != after {
+                    gauge.increment(float(after) - float(before));
+                }
+            }
+            change(&self.depth, before.0, after.0);
+            change(&self.letters, before.1, after.1);
         }
 
         pub(crate) fn dropped(&self, letters: usize) {
@@ -121,7 +129,7 @@ mod off {
 
         pub(crate) fn over(&self, _: Status) {}
         pub(crate) fn attempted(&self, _: Status, _: Duration) {}
-        pub(crate) fn held(&self, _: usize, _: usize) {}
+        pub(crate) fn held(&self, _: (usize, usize), _: (usize, usize)) {}
         pub(crate) fn dropped(&self, _: usize) {}
         pub(crate) fn refused(&self, _: usize) {}
     }

@@ -82,7 +82,7 @@ impl Index {
 
     pub(crate) fn remove(&mut self, pattern: &Pattern, number: u64) {
         fn take(list: &mut Vec<u64>, number: u64) {
-            if let Some(at) = list.iter().position(|other| *other == number) {
+            if let Some(at) = list.iter().rposition(|other| *other == number) {
                 list.swap_remove(at);
             }
         }

@@ -180,7 +180,6 @@ pub struct Subscriber(Arc<Feed>);
 
 #[derive(Debug)]
 pub(crate) struct Feed {
-    scope: Option<Scope>,
     most: usize,
     waiting: Mutex<Waiting>,
     news: Notify,
@@ -193,9 +192,8 @@ struct Waiting {
 }
 
 impl Subscriber {
-    pub(crate) fn new(scope: Option<Scope>, most: usize) -> (Self, Weak<Feed>) {
+    pub(crate) fn new(most: usize) -> (Self, Weak<Feed>) {
         let feed = Arc::new(Feed {
-            scope,
             most,
             waiting: Mutex::new(Waiting::default()),
             news: Notify::new(),
@@ -234,14 +232,7 @@ impl Subscriber {
 impl Feed {
     /// Tells it. Where there is no room the oldest gives way, and the one after
     /// it says so: the newest is never lost.
-    pub(crate) fn tell(&self, result: &Arc<DeliveryResult>) {
-        if self
-            .scope
-            .as_ref()
-            .is_some_and(|scope| *scope != result.scope)
-        {
-            return;
-        }
+    fn tell(&self, result: &Arc<DeliveryResult>) {
         {
             let mut waiting = self.waiting.lock();
             let mut missed = 0;
@@ -262,9 +253,56 @@ impl Feed {
         self.news.notify_one();
     }
 
-    pub(crate) fn close(&self) {
+    fn close(&self) {
         self.waiting.lock().closed = true;
         self.news.notify_one();
+    }
+}
+
+/// Who listens, by what they listen to: what is told of one scope costs nothing
+/// for those who listen to others.
+#[derive(Debug, Default)]
+pub(crate) struct Feeds {
+    by_scope: Map<Option<Scope>, Vec<Weak<Feed>>>,
+    /// How many there are, also those whose subscriber is gone by now.
+    count: usize,
+    /// With how many the latter are looked for.
+    enough: usize,
+}
+
+impl Feeds {
+    pub(crate) fn add(&mut self, scope: Option<Scope>, feed: Weak<Feed>) {
+        if self.count >= self.enough {
+            self.by_scope.retain(|_, feeds| {
+                feeds.retain(|feed| feed.strong_count() > 0);
+                !feeds.is_empty()
+            });
+            self.count = self.by_scope.values().map(Vec::len).sum();
+            self.enough = (2 * self.count).max(16);
+        }
+        self.by_scope.entry(scope).or_default().push(feed);
+        self.count += 1;
+    }
+
+    pub(crate) fn tell(&self, result: &Arc<DeliveryResult>) {
+        if self.count == 0 {
+            return;
+        }
+        for scope in [None, Some(result.scope.clone())] {
+            let feeds = self.by_scope.get(&scope).into_iter().flatten();
+            feeds
+                .filter_map(Weak::upgrade)
+                .for_each(|feed| feed.tell(result));
+        }
+    }
+
+    pub(crate) fn close(&mut self) {
+        for (_, feeds) in self.by_scope.drain() {
+            feeds
+                .iter()
+                .filter_map(Weak::upgrade)
+                .for_each(|feed| feed.close());
+        }
     }
 }
 
@@ -341,7 +379,7 @@ mod tests {
             most in 1..5_usize,
             steps in proptest::collection::vec(any::<bool>(), 1..60),
         ) {
-            let (mut subscriber, feed) = Subscriber::new(None, most);
+            let (mut subscriber, feed) = Subscriber::new(most);
             let feed = feed.upgrade().unwrap();
             let (mut told, mut expected) = (0, 0);
             for tell in steps {
@@ -365,12 +403,38 @@ mod tests {
 
     #[tokio::test]
     async fn it_ends_when_nobody_will_tell_it_any_more() {
-        let (mut subscriber, feed) = Subscriber::new(Some(Scope::Global), 4);
-        let feed = feed.upgrade().unwrap();
-        feed.tell(&result(1, Scope::Global));
-        feed.tell(&result(2, Scope::request("r")));
-        feed.close();
+        let mut feeds = Feeds::default();
+        let (mut subscriber, feed) = Subscriber::new(4);
+        feeds.add(Some(Scope::Global), feed);
+        feeds.tell(&result(1, Scope::Global));
+        feeds.tell(&result(2, Scope::request("r")));
+        feeds.close();
         assert_eq!(subscriber.recv().await.unwrap().result.id.as_u128(), 1);
         assert!(subscriber.recv().await.is_none());
+    }
+
+    #[test]
+    fn those_who_are_gone_take_no_room_for_long() {
+        let mut feeds = Feeds::default();
+        let (mut stays, feed) = Subscriber::new(4);
+        feeds.add(None, feed);
+        for number in 0..1000_u32 {
+            let (gone, feed) = Subscriber::new(4);
+            feeds.add(Some(Scope::request(number.to_string())), feed);
+            drop(gone);
+        }
+        assert!(feeds.count <= 32 && feeds.by_scope.len() <= 32);
+        feeds.tell(&result(1, Scope::Global));
+        assert_eq!(stays.try_recv().unwrap().missed, 0);
+        let many: Vec<_> = (0..100)
+            .map(|_| {
+                let (subscriber, feed) = Subscriber::new(4);
+                feeds.add(None, feed);
+                subscriber
+            })
+            .collect();
+        feeds.tell(&result(2, Scope::request("r")));
+        let heard = |mut subscriber: Subscriber| subscriber.try_recv().is_some();
+        assert!(many.into_iter().chain([stays]).all(heard));
     }
 }

@@ -25,11 +25,14 @@ use crate::{
     outcome::Next,
     pattern::Index,
     registration::Target,
-    result::{Feed, History},
+    result::{Feed, Feeds, History},
 };
 
 /// How long a delivery of an earlier run waits for its registration.
 const ORPHANED: Duration = Duration::from_secs(3600);
+
+/// How far a store may be behind, in changes, where the queue is smaller.
+const LEAST_BEHIND: usize = 1024;
 
 /// How much there may be of everything.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +66,7 @@ pub(crate) struct State {
     in_flight: usize,
     pub(crate) letters: Letters,
     history: History,
-    feeds: Vec<Weak<Feed>>,
+    feeds: Feeds,
     /// What has changed since it was last asked: for logs and metrics.
     told: Vec<Arc<DeliveryResult>>,
     /// What is to be written into the store, in this order.
@@ -89,6 +92,8 @@ struct Delivery {
     /// `None`: an orphan.
     home: Option<Home>,
     phase: Phase,
+    /// An earlier run has left it: it goes before what this one has emitted.
+    adopted: bool,
     /// Why it will not be tried again, whatever comes of the attempt under way.
     doomed: Option<Cause>,
     number: u64,
@@ -195,7 +200,7 @@ impl State {
             runnable: VecDeque::new(),
             timers: BTreeMap::new(),
             in_flight: 0,
-            feeds: Vec::new(),
+            feeds: Feeds::default(),
             told: Vec::new(),
             writes: VecDeque::new(),
             overflowed: Vec::new(),
@@ -265,14 +270,16 @@ impl State {
     }
 
     pub(crate) fn unregister(&mut self, selector: &Selector, now: Now) -> usize {
-        let chosen: HashSet<u64> = self
+        let chosen: Vec<u64> = self
             .registrations
             .iter()
             .filter(|(_, entry)| selector.fits(&entry.target))
             .map(|(number, _)| *number)
             .collect();
-        self.cancel(&chosen, &Cause::Unregistered, now);
-        for number in &chosen {
+        let all = chosen.iter().copied().collect();
+        self.cancel(&all, &Cause::Unregistered, now);
+        // The newest first: the index looks for them from its end.
+        for number in chosen.iter().rev() {
             if let Some(entry) = self.registrations.remove(number) {
                 self.numbers.remove(&entry.target.id);
                 self.delist(*number, &entry.target);
@@ -338,6 +345,13 @@ impl State {
         found.into_iter().filter_map(target).collect()
     }
 
+    /// Whether the lane of a registration holds as much as it may.
+    pub(crate) fn is_crowded(&self, number: u64) -> bool {
+        let entry = self.registrations.get(&number);
+        let lane = entry.and_then(|entry| self.lanes.get(&entry.target.lane));
+        lane.is_some_and(|lane| lane.held >= self.limits.lane_capacity)
+    }
+
     /// The registration that a letter is to be sent to again, and whether it is
     /// disabled.
     pub(crate) fn registration(&self, id: &RegistrationId) -> Option<(u64, bool)> {
@@ -363,6 +377,10 @@ impl State {
             (self.deliveries.len() + self.reserved + count).saturating_sub(self.limits.capacity);
         if count > 0 && over > 0 {
             return Err(over.min(count));
+        }
+        // What the store has not been told of takes memory, too.
+        if count > 0 && self.writes.len() >= self.limits.capacity.max(LEAST_BEHIND) {
+            return Err(count);
         }
         self.reserved += count;
         Ok(())
@@ -411,8 +429,14 @@ impl State {
     /// Takes on what an earlier run has left.
     pub(crate) fn adopt(&mut self, record: Record, now: Now) {
         let id = record.id;
+        if self.deliveries.contains_key(&id) {
+            return;
+        }
         let registration = record.registration.clone();
         self.add(record, now);
+        if let Some(delivery) = self.deliveries.get_mut(&id) {
+            delivery.adopted = true;
+        }
         if let Some((number, false)) = self.registration(&registration)
             && let Some(entry) = self.registrations.get(&number)
         {
@@ -446,6 +470,7 @@ impl State {
             record,
             home: None,
             phase: Phase::New,
+            adopted: false,
             doomed: None,
             number,
             result,
@@ -471,13 +496,45 @@ impl State {
         entry.queued += 1;
         self.lanes.entry(Arc::clone(&target.lane)).or_default().held += 1;
         if target.ordered {
-            entry.chain.push_back(id);
-            if entry.chain.len() > 1 {
-                delivery.phase = Phase::Chained;
+            let adopted = delivery.adopted;
+            delivery.phase = Phase::Chained;
+            let before = |other: &DeliveryId| self.deliveries.get(other).is_some_and(|d| d.adopted);
+            let place = match entry.chain.front().copied() {
+                Some(first) if adopted && !before(&first) => usize::from(!self.step_back(first)),
+                _ if adopted => entry.chain.partition_point(before),
+                _ => entry.chain.len(),
+            };
+            let Some(entry) = self.registrations.get_mut(&number) else {
+                return;
+            };
+            entry.chain.insert(place, id);
+            if place > 0 {
                 return;
             }
         }
         self.begin(id, now);
+    }
+
+    /// Has the first of its registration wait behind another, unless its
+    /// attempt is under way.
+    fn step_back(&mut self, id: DeliveryId) -> bool {
+        let Some(delivery) = self.deliveries.get_mut(&id) else {
+            return true;
+        };
+        match delivery.phase {
+            Phase::Flying => return false,
+            Phase::Waiting(key) => drop(self.timers.remove(&key)),
+            Phase::Ready => {
+                if let Some(home) = &delivery.home
+                    && let Some(lane) = self.lanes.get_mut(&home.target.lane)
+                {
+                    lane.take_ready(id);
+                }
+            }
+            Phase::New | Phase::Orphan(_) | Phase::Chained => {}
+        }
+        delivery.phase = Phase::Chained;
+        true
     }
 
     /// Its turn in its registration has come.
@@ -485,7 +542,13 @@ impl State {
         let Some(delivery) = self.deliveries.get(&id) else {
             return;
         };
-        let wait = delivery.record.due.saturating_sub(now.unix);
+        // By a time of day that may have been another when it was put down: no
+        // wait is longer than the longest.
+        let longest = delivery
+            .home
+            .as_ref()
+            .map_or(Duration::ZERO, |home| home.target.max_retry_delay);
+        let wait = delivery.record.due.saturating_sub(now.unix).min(longest);
         if wait.is_zero() {
             self.ready(id);
         } else {
@@ -528,8 +591,9 @@ impl State {
                     if let Some(next) = entry.chain.front().copied() {
                         self.begin(next, now);
                     }
-                } else {
-                    entry.chain.retain(|other| *other != id);
+                } else if let Some(at) = entry.chain.iter().position(|other| *other == id) {
+                    // Where all are taken back, it is near the front.
+                    entry.chain.remove(at);
                 }
             }
         }
@@ -566,7 +630,7 @@ impl State {
             return;
         };
         let fate = delivery.fate(report);
-        delivery.record.attempts += 1;
+        delivery.record.attempts = delivery.record.attempts.saturating_add(1);
         let mut result = DeliveryResult::clone(&delivery.result);
         result.attempt = delivery.record.attempts;
         result.response_status = report.status;
@@ -671,22 +735,16 @@ impl State {
 
     // What is told.
 
-    pub(crate) fn subscribe(&mut self, feed: Weak<Feed>) {
-        self.feeds.retain(|feed| feed.strong_count() > 0);
-        self.feeds.push(feed);
+    pub(crate) fn subscribe(&mut self, scope: Option<Scope>, feed: Weak<Feed>) {
+        self.feeds.add(scope, feed);
     }
 
     pub(crate) fn close(&mut self) {
-        self.feeds
-            .drain(..)
-            .filter_map(|feed| feed.upgrade())
-            .for_each(|feed| feed.close());
+        self.feeds.close();
     }
 
     fn tell(&mut self, result: &Arc<DeliveryResult>) {
-        for feed in self.feeds.iter().filter_map(Weak::upgrade) {
-            feed.tell(result);
-        }
+        self.feeds.tell(result);
         if result.status != Status::Pending {
             self.told.push(Arc::clone(result));
         }

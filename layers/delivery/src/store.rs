@@ -107,7 +107,10 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> +
 /// error is logged, and the delivery goes on in memory: after a crash the
 /// receiver may then see it again, and knows it by its id.
 ///
-/// Futures may be dropped where they wait, when the worker is cut off.
+/// Futures may be dropped where they wait, when the worker is cut off: the same
+/// is then asked again. One that hangs holds up no attempt; as soon as more
+/// changes wait for it than the queue has places, 1024 at least, nothing is
+/// accepted any more.
 pub trait DeliveryStore: Send + Sync + 'static {
     /// Keeps these, all or none.
     fn accept(&self, records: Vec<Record>) -> StoreFuture<'_, ()>;

@@ -6,10 +6,9 @@ use std::{
     pin::{Pin, pin},
     sync::Arc,
     task::Poll,
-    time::Duration,
 };
 
-use buttress_core::{BoxError, retry_after, sync::Mutex};
+use buttress_core::{BoxError, clock::SharedWallClock, retry_after, sync::Mutex};
 use buttress_webhook::WholeBody;
 use bytes::{Buf, BufMut, BytesMut};
 use http::{Request, Response};
@@ -43,7 +42,7 @@ pub(crate) trait Transport: Send + Sync {
         &'a self,
         request: Request<WholeBody>,
         caps: Caps,
-        unix_now: Duration,
+        wall: &'a SharedWallClock,
         exchange: &'a mut Exchange,
     ) -> Exchanging<'a>;
 }
@@ -76,7 +75,7 @@ where
         &'a self,
         request: Request<WholeBody>,
         caps: Caps,
-        unix_now: Duration,
+        wall: &'a SharedWallClock,
         exchange: &'a mut Exchange,
     ) -> Exchanging<'a> {
         Box::pin(async move {
@@ -92,18 +91,19 @@ where
             let answer = answer.map_err(|error| failed(error.into()))?;
             let (head, body) = answer.into_parts();
             exchange.seen.status = Some(head.status);
-            exchange.seen.retry_after = retry_after::parse(&head.headers, unix_now);
+            exchange.seen.retry_after = retry_after::parse(&head.headers, wall.unix_now());
             exchange.seen.word = Word::of(&head.headers);
             let mut body = pin!(body);
             let mut read = 0;
             while let Some(frame) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
                 let frame = frame.map_err(|error| Cause::Broken(words(&error.into(), &uri)))?;
-                let Ok(data) = frame.into_data() else {
-                    continue;
-                };
-                read += data.remaining();
-                let room = caps.kept - exchange.body.len();
-                exchange.body.put(data.take(room));
+                // A frame without data counts as a byte: they, too, end.
+                read += 1;
+                if let Ok(data) = frame.into_data() {
+                    read += data.remaining().saturating_sub(1);
+                    let room = caps.kept - exchange.body.len();
+                    exchange.body.put(data.take(room));
+                }
                 // Dropped unread, which closes the connection where it must.
                 if read >= caps.read {
                     break;
@@ -118,6 +118,8 @@ where
 /// query may be secrets.
 fn words(error: &BoxError, url: &http::Uri) -> Arc<str> {
     const LONGEST: usize = 256;
+    /// What is shorter is a word that errors are made of, and no secret.
+    const SECRET: usize = 8;
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -139,6 +141,14 @@ fn words(error: &BoxError, url: &http::Uri) -> Arc<str> {
         // "/" is none.
         if secret.len() > 1 {
             text = text.replace(&secret, "…");
+        }
+    }
+    // Whoever writes a url in a way of their own writes these as they are.
+    let plain = |char: char| char.is_ascii_alphanumeric() || "-_.~".contains(char);
+    let target = url.path_and_query().map_or("", |target| target.as_str());
+    for part in target.split(|char| !plain(char)) {
+        if part.len() >= SECRET {
+            text = text.replace(part, "…");
         }
     }
     if text.len() > LONGEST {
@@ -177,6 +187,18 @@ mod tests {
             "{words}"
         );
         assert!(words.contains("refused"));
+    }
+
+    #[test]
+    fn nor_a_part_of_the_url_in_other_words() {
+        let url = "https://a.example/v1/T0KENT0KEN|x?key=K3YK3YK3Y&to=me";
+        let error: BoxError =
+            "no route v1 to /v1/T0KENT0KEN%7Cx with {\"key\": \"K3YK3YK3Y\"}: refused".into();
+        let words = words(&error, &url.parse().unwrap());
+        assert_eq!(
+            &*words,
+            "no route v1 to /v1/…%7Cx with {\"key\": \"…\"}: refused"
+        );
     }
 
     #[test]

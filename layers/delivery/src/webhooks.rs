@@ -1,6 +1,7 @@
 //! The handle, and what it shares with the worker.
 
 use std::{
+    collections::HashSet,
     fmt,
     sync::{
         Arc,
@@ -14,6 +15,7 @@ use std::{
 
 use buttress_circuit_breaker::Registry;
 use buttress_core::{
+    BoxError,
     clock::{self, SharedWallClock},
     random::SharedRandom,
     sync::Mutex,
@@ -164,8 +166,9 @@ impl Webhooks {
         let Some(target) = target else {
             return false;
         };
-        // The old one is wiped outside of the lock.
-        drop(target.signer.lock().replace(signer));
+        let old = target.signer.lock().replace(signer);
+        // Wiped outside of the lock.
+        drop(old);
         true
     }
 
@@ -233,7 +236,7 @@ impl Webhooks {
             })
             .collect();
         let kept = records.iter().map(|(_, record)| record.clone()).collect();
-        shared.store.accept(kept).await.map_err(EmitError::Store)?;
+        shared.keep(kept).await.map_err(EmitError::Store)?;
         let (queued, whole) = shared.with(|state| {
             reserved.give_back(state);
             state.accept(records, now)
@@ -250,8 +253,8 @@ impl Webhooks {
     /// on.
     #[must_use]
     pub fn subscribe(&self, scope: Option<Scope>) -> Subscriber {
-        let (subscriber, feed) = Subscriber::new(scope, self.0.feed);
-        self.0.state.lock().subscribe(feed);
+        let (subscriber, feed) = Subscriber::new(self.0.feed);
+        self.0.state.lock().subscribe(scope, feed);
         subscriber
     }
 
@@ -298,31 +301,33 @@ impl Webhooks {
     /// the store does not keep it. The letter is then where it was.
     pub async fn redrive(&self, id: DeliveryId) -> Result<DeliveryId, RedriveError> {
         let shared = &self.0;
-        let (letter, number) = {
+        let (letter, number, scope) = {
             let mut state = shared.state.lock();
             let letter = state.letters.get(id).ok_or(RedriveError::Unknown)?.clone();
+            let scope = state.target(letter.record.registration.as_str());
+            let scope = scope.map(|target| target.scope.clone());
             let number = match state.registration(&letter.record.registration) {
                 None => return Err(RedriveError::Unregistered),
                 Some((_, true)) => return Err(RedriveError::Disabled),
                 Some((number, false)) => number,
             };
+            if state.is_crowded(number) {
+                return Err(RedriveError::Full);
+            }
             state.reserve(1).map_err(|_| RedriveError::Full)?;
-            (letter, number)
+            (letter, number, scope)
         };
         let reserved = Reserved { shared, count: 1 };
         let record = Record {
             id: shared.delivery_id(),
             attempts: 0,
             due: Duration::ZERO,
+            scope: scope.unwrap_or(letter.record.scope),
             ..letter.record
         };
         let again = record.id;
         let kept = vec![record.clone()];
-        shared
-            .store
-            .accept(kept)
-            .await
-            .map_err(RedriveError::Store)?;
+        shared.keep(kept).await.map_err(RedriveError::Store)?;
         let now = shared.now();
         let found = shared.with(|state| {
             reserved.give_back(state);
@@ -345,27 +350,33 @@ impl Webhooks {
     }
 
     /// Sends all dead letters again, or those of one registration, the oldest
-    /// first, for as long as there is room.
+    /// first, as far as there is room: where one of a registration has none,
+    /// none of it that is younger goes before it.
     pub async fn redrive_all(&self, registration: Option<&RegistrationId>) -> Redriven {
-        let chosen: Vec<DeliveryId> = {
+        let chosen: Vec<(DeliveryId, RegistrationId)> = {
             let state = self.0.state.lock();
             let letters = state.letters.iter().map(|letter| &letter.record);
             letters
                 .filter(|record| registration.is_none_or(|id| *id == record.registration))
-                .map(|record| record.id)
+                .map(|record| (record.id, record.registration.clone()))
                 .collect()
         };
         let mut redriven = Redriven {
             queued: 0,
             left: chosen.len(),
         };
-        for id in chosen {
+        let mut crowded = HashSet::new();
+        for (id, registration) in chosen {
+            if crowded.contains(&registration) {
+                continue;
+            }
             match self.redrive(id).await {
                 Ok(_) => {
                     redriven.queued += 1;
                     redriven.left -= 1;
                 }
-                Err(RedriveError::Full | RedriveError::Store(_)) => break,
+                Err(RedriveError::Full) => drop(crowded.insert(registration)),
+                Err(RedriveError::Store(_)) => break,
                 Err(_) => {}
             }
         }
@@ -453,14 +464,15 @@ impl Shared {
 
     /// Changes the state, and tells of it when it is unlocked.
     pub(crate) fn with<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {
-        let (result, told, dropped, depth, letters) = {
+        let (result, told, dropped, before, after) = {
             let mut state = self.state.lock();
+            let before = (state.depth(), state.letters.len());
             let result = change(&mut state);
             let dropped = state.take_overflowed();
-            let (depth, letters) = (state.depth(), state.letters.len());
-            (result, state.take_told(), dropped, depth, letters)
+            let after = (state.depth(), state.letters.len());
+            (result, state.take_told(), dropped, before, after)
         };
-        self.metrics.held(depth, letters);
+        self.metrics.held(before, after);
         for result in &told {
             self.metrics.over(result.status);
             self.log(result);
@@ -502,6 +514,12 @@ impl Shared {
                 info!(name, %id, event, event_id, registration, attempt, status, error, ?retry_in, "to be delivered again");
             }
         }
+    }
+
+    /// Has the store keep these. One that panics has not.
+    async fn keep(&self, records: Vec<Record>) -> Result<(), BoxError> {
+        let kept = caught(async { self.store.accept(records).await }).await;
+        kept.unwrap_or_else(|| Err("the store of deliveries panicked".into()))
     }
 
     /// Writes what is to be written, in its order.
@@ -553,6 +571,10 @@ impl Shared {
         };
         let now = self.now();
         self.with(|state| {
+            // A worker that was dropped while it read may have been quicker.
+            if self.loaded.swap(true, SeqCst) {
+                return;
+            }
             for letter in kept.letters {
                 if !self.is_ours(letter.record.id) {
                     state.bury(letter);
@@ -564,13 +586,15 @@ impl Shared {
                 }
             }
         });
-        self.loaded.store(true, SeqCst);
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.state.lock().close();
+        let mut state = self.state.lock();
+        state.close();
+        self.metrics
+            .held((state.depth(), state.letters.len()), (0, 0));
     }
 }
 

@@ -18,7 +18,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::{
     Cause, DeliveryId, StartError, Status,
@@ -63,14 +63,23 @@ impl Worker {
     /// end, and what is left of them then is cut off. Nothing that was accepted
     /// is lost.
     ///
+    /// Within the same grace the store is told of what has changed. What it has
+    /// not taken by then it is told after the next start; in another process,
+    /// what was delivered may be sent again.
+    ///
     /// Dropping this future cuts them off at once.
     pub async fn stop(mut self, grace: Duration) -> Stopped {
+        let began = clock::now();
         if let Some(stop) = self.stop.take() {
             // If nobody hears it, the runtime is shutting down.
             let _ = stop.send(grace);
         }
         let stopped = (&mut self.task).await.unwrap_or_default();
-        self.shared.flush().await;
+        let left = grace.saturating_sub(clock::now() - began);
+        if timeout(left, self.shared.flush()).await.is_err() {
+            let name = &*self.shared.name;
+            warn!(name, "the store of deliveries was not told of all in time");
+        }
         Stopped {
             queued: self.shared.state.lock().depth(),
             ..stopped
@@ -145,18 +154,21 @@ async fn work(shared: &Arc<Shared>, stop: &mut oneshot::Receiver<Duration>) -> S
             biased;
             grace = &mut *stop => break grace.unwrap_or_default(),
             () = shared.news.notified() => {}
+            // More may have come while it was about to end.
+            Some(_) = clerk.join_next(), if !clerk.is_empty() => {}
             () = sleep(wait.unwrap_or_default()), if wait.is_some() => {}
         }
     };
-    while flights.try_join_next().is_some() {}
-    let before = flights.len();
+    // Not the tasks: one whose attempt is over may still wait for the store.
+    let flying = || shared.state.lock().in_flight();
+    let before = flying();
     let ends = async { while flights.join_next().await.is_some() {} };
     let _ = timeout(grace, ends).await;
-    let cut_off = flights.len();
+    let cut_off = flying();
     // Each puts its delivery back when it is dropped.
     flights.shutdown().await;
     let stopped = Stopped {
-        finished: before - cut_off,
+        finished: before.saturating_sub(cut_off),
         cut_off,
         queued: shared.state.lock().depth(),
     };
@@ -198,7 +210,11 @@ impl Shared {
     fn dispatch(self: &Arc<Self>, flights: &mut JoinSet<()>) -> Option<clock::Instant> {
         loop {
             let now = self.now();
-            let (next, job) = self.with(|state| (state.fire(now), state.pick(now)));
+            let (job, next) = self.with(|state| {
+                state.fire(now);
+                // Whose turn it is may be told to wait, too.
+                (state.pick(now), state.next_timer())
+            });
             let Some(job) = job else {
                 return next;
             };
@@ -277,7 +293,7 @@ async fn attempt(mut flight: Flight, job: Job, permit: Option<Permit>) {
     let outcome = caught(async {
         let request = shared.request(&job, unix_now)?;
         let transport = &shared.transport;
-        let sending = transport.send(request, shared.caps, unix_now, &mut exchange);
+        let sending = transport.send(request, shared.caps, &shared.wall, &mut exchange);
         let limit = job.target.timeout;
         timeout(limit, sending).await.unwrap_or(Err(Cause::Timeout))
     });
@@ -299,8 +315,11 @@ async fn attempt(mut flight: Flight, job: Job, permit: Option<Permit>) {
     let longest = job.target.max_retry_delay;
     let (wait, hold) = match &judged.next {
         Next::Retry { floor, .. } => {
-            let retry = job.record.attempts + 1;
-            let wait = backoff(job.target.retry_delay, retry, longest, &shared.random);
+            let retry = job.record.attempts.saturating_add(1);
+            let first = job.target.retry_delay;
+            // Whoever panics here must not have it sent again at once.
+            let wait = caught(async { backoff(first, retry, longest, &shared.random) }).await;
+            let wait = wait.unwrap_or(longest);
             let floor = floor.map(|floor| floor.min(longest));
             (wait.max(floor.unwrap_or_default()), floor)
         }

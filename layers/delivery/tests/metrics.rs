@@ -9,8 +9,9 @@ use common::*;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 
 /// Name and labels as Prometheus would write them, and the value; of a
-/// histogram how often. The debugging recorder starts each snapshot anew.
-fn values(snapshotter: &Snapshotter) -> BTreeMap<String, f64> {
+/// histogram how often. The debugging recorder starts each snapshot anew, so
+/// what a gauge held is kept in `held`.
+fn values(snapshotter: &Snapshotter, held: &mut BTreeMap<String, f64>) -> BTreeMap<String, f64> {
     let snapshot = snapshotter.snapshot().into_vec();
     let values = snapshot
         .into_iter()
@@ -26,7 +27,11 @@ fn values(snapshotter: &Snapshotter) -> BTreeMap<String, f64> {
             let name = format!("{}{{{}}}", key.name(), labels.collect::<Vec<_>>().join(","));
             Some(match value {
                 DebugValue::Counter(count) => (name, count as f64),
-                DebugValue::Gauge(value) => (name, value.0),
+                DebugValue::Gauge(change) => {
+                    let value = held.entry(name.clone()).or_default();
+                    *value += change.0;
+                    (name, *value)
+                }
                 DebugValue::Histogram(runs) => {
                     assert!(
                         runs.iter().all(|took| (took.0 - 0.25).abs() < 0.01),
@@ -43,6 +48,7 @@ fn values(snapshotter: &Snapshotter) -> BTreeMap<String, f64> {
 async fn deliveries_attempts_and_what_is_held() {
     let recorder = DebuggingRecorder::new();
     let snapshotter = recorder.snapshotter();
+    let mut held = BTreeMap::new();
     let _here = metrics::set_default_local_recorder(&recorder);
 
     let (transport, receiver) = receiver(|_| status(200).after(millis(250)));
@@ -59,14 +65,14 @@ async fn deliveries_attempts_and_what_is_held() {
     webhooks.emit(event("a")).await.unwrap();
     webhooks.emit(event("b")).await.unwrap();
     webhooks.emit(event("c")).await.unwrap_err();
-    let now = values(&snapshotter);
+    let now = values(&snapshotter, &mut held);
     assert_eq!(now["webhook_queue_depth{name=shop}"], 2.0);
     assert_eq!(now["webhook_refused_total{name=shop}"], 1.0);
 
-    let _worker = webhooks.start().unwrap();
+    let worker = webhooks.start().unwrap();
     advance(millis(300)).await;
     // `a` waits for its retry, `b` is dead.
-    let now = values(&snapshotter);
+    let now = values(&snapshotter, &mut held);
     assert_eq!(now["webhook_queue_depth{name=shop}"], 1.0);
     assert_eq!(now["webhook_dead_letters{name=shop}"], 1.0);
     assert_eq!(
@@ -83,7 +89,7 @@ async fn deliveries_attempts_and_what_is_held() {
     webhooks.emit(event("d")).await.unwrap();
     advance(secs(5)).await;
     settle().await;
-    let now = values(&snapshotter);
+    let now = values(&snapshotter, &mut held);
     assert_eq!(now["webhook_queue_depth{name=shop}"], 0.0);
     assert_eq!(now["webhook_dead_letters{name=shop}"], 1.0);
     assert_eq!(now["webhook_dead_letters_dropped_total{name=shop}"], 1.0);
@@ -99,4 +105,53 @@ async fn deliveries_attempts_and_what_is_held() {
         now["webhook_deliveries_total{name=shop,status=failed}"],
         1.0
     );
+
+    // What is gone with its owner is not held any more.
+    drop((worker, webhooks));
+    settle().await;
+    let now = values(&snapshotter, &mut held);
+    assert_eq!(now["webhook_dead_letters{name=shop}"], 0.0);
+}
+
+/// Whoever changes something last need not be the last to say so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_is_held_is_right_in_the_end() {
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let webhooks = {
+        let _here = metrics::set_default_local_recorder(&recorder);
+        let (transport, _receiver) = receiver(|_| status(200));
+        let webhooks = builder().name("busy").without_breaker();
+        webhooks.build(transport).unwrap()
+    };
+    webhooks.register(hook("https://a.example/")).unwrap();
+    let _worker = webhooks.start().unwrap();
+    let emitters: Vec<_> = (0..4)
+        .map(|_| {
+            let webhooks = webhooks.clone();
+            tokio::spawn(async move {
+                for _ in 0..200 {
+                    webhooks.emit(event("a")).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for emitter in emitters {
+        emitter.await.unwrap();
+    }
+    for _ in 0..10_000 {
+        if webhooks.status().queued == 0 {
+            break;
+        }
+        tokio::time::sleep(millis(1)).await;
+    }
+    // The last attempt is over, and soon says so.
+    tokio::time::sleep(millis(50)).await;
+    let depth = snapshotter
+        .snapshot()
+        .into_vec()
+        .into_iter()
+        .find(|(key, ..)| key.key().name() == "webhook_queue_depth");
+    let (_, _, _, value) = depth.unwrap();
+    assert_eq!(value, DebugValue::Gauge(0.0.into()));
 }

@@ -20,6 +20,14 @@ pub(super) struct Lane {
     blocked: Option<(Instant, u64)>,
 }
 
+impl Lane {
+    pub(super) fn take_ready(&mut self, id: DeliveryId) {
+        if let Some(at) = self.ready.iter().position(|other| *other == id) {
+            self.ready.remove(at);
+        }
+    }
+}
+
 impl State {
     /// Starts the next attempt that may be, whose lane's turn it is.
     pub(crate) fn pick(&mut self, now: Now) -> Option<Job> {
@@ -79,11 +87,16 @@ impl State {
         self.ready_first(id);
     }
 
-    /// Wakes what is due. When to come again.
-    pub(crate) fn fire(&mut self, now: Now) -> Option<Instant> {
+    /// When something is due next.
+    pub(crate) fn next_timer(&self) -> Option<Instant> {
+        self.timers.first_key_value().map(|((at, _), _)| *at)
+    }
+
+    /// Wakes what is due.
+    pub(crate) fn fire(&mut self, now: Now) {
         while let Some(entry) = self.timers.first_entry() {
             if entry.key().0 > now.at {
-                return Some(entry.key().0);
+                return;
             }
             match entry.remove() {
                 Wake::Delivery(id) => self.ready(id),
@@ -96,7 +109,6 @@ impl State {
                 }
             }
         }
-        None
     }
 
     pub(super) fn ready(&mut self, id: DeliveryId) {
@@ -153,11 +165,7 @@ impl State {
         };
         lane.held -= 1;
         match phase {
-            Phase::Ready => {
-                if let Some(at) = lane.ready.iter().position(|other| *other == id) {
-                    lane.ready.remove(at);
-                }
-            }
+            Phase::Ready => lane.take_ready(id),
             Phase::Flying => self.landed(key, true),
             Phase::New | Phase::Orphan(_) | Phase::Chained | Phase::Waiting(_) => {}
         }
