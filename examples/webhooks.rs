@@ -14,6 +14,7 @@
 #![expect(clippy::print_stdout, reason = "it is there to be read")]
 
 use std::{
+    error::Error,
     net::SocketAddr,
     sync::{
         Arc, Mutex,
@@ -113,7 +114,11 @@ async fn main() -> Result<(), BoxError> {
     // A receiver that is none: the cloud's metadata.
     let inside = Registration::new("http://169.254.169.254/latest/meta-data").events(["*"]);
     let refused = webhooks.register(inside).unwrap_err();
-    println!("refused   169.254.169.254: {refused}");
+    let why = refused
+        .source()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    println!("refused   169.254.169.254: {refused}: {why}");
 
     let stopped = worker.stop(Duration::from_secs(5)).await;
     println!("sender    stopped, {} left in the queue", stopped.queued);

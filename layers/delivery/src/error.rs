@@ -103,14 +103,21 @@ impl fmt::Display for RegisterError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Invalid(error) => error.fmt(f),
-            Self::Denied(denied) => write!(f, "the url may not be called: {denied}"),
+            Self::Denied(_) => f.write_str("the url may not be called"),
             Self::Taken(id) => write!(f, "there is a registration {id:?} already"),
             Self::TooMany { most } => write!(f, "there are {most} registrations already"),
         }
     }
 }
 
-impl std::error::Error for RegisterError {}
+impl std::error::Error for RegisterError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Denied(denied) => Some(denied),
+            _ => None,
+        }
+    }
+}
 
 /// Why an event was not taken on: none of its deliveries is.
 #[derive(Debug)]
