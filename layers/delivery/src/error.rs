@@ -137,6 +137,8 @@ pub enum EmitError {
     /// The event's id is not 1 to 256 printable characters of ASCII without
     /// spaces and dots.
     Id,
+    /// The id of its request is not 1 to 256 printable characters of ASCII.
+    RequestId,
     /// Its content type is none.
     ContentType,
     /// Its body is longer than [allowed](crate::WebhooksBuilder::max_body).
@@ -159,6 +161,9 @@ impl fmt::Display for EmitError {
             Self::Id => f.write_str(
                 "the event's id must be 1 to 256 printable ASCII characters without spaces and dots",
             ),
+            Self::RequestId => {
+                f.write_str("a request's id must be 1 to 256 printable ASCII characters")
+            }
             Self::ContentType => f.write_str("the event's content type is none"),
             Self::TooLarge { most } => {
                 write!(f, "the event's body must have at most {most} bytes")

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
+use buttress_core::label;
 use bytes::Bytes;
 use http::HeaderValue;
 use serde_json::Value;
@@ -71,7 +72,8 @@ impl Event {
     }
 
     /// The request that it is of: registrations of that
-    /// [scope](crate::Scope::Request) are told, beside the global ones.
+    /// [scope](crate::Scope::Request) are told, beside the global ones. 1 to 256
+    /// printable characters of ASCII.
     #[must_use]
     pub fn request_id(mut self, id: impl Into<Arc<str>>) -> Self {
         self.request_id = Some(id.into());
@@ -105,6 +107,9 @@ impl Event {
             return Err(EmitError::Name);
         }
         let sound = |byte: u8| byte.is_ascii_graphic() && byte != b'.';
+        if self.request().is_some_and(|id| !label::is_sound(id, 256)) {
+            return Err(EmitError::RequestId);
+        }
         match &self.id {
             Some(id) if id.is_empty() || id.len() > 256 || !id.bytes().all(sound) => {
                 Err(EmitError::Id)
@@ -248,6 +253,10 @@ mod tests {
     fn a_name_and_an_id_that_can_be_signed() {
         assert!(Event::new("a.b", 1).id("msg_1").check().is_ok());
         assert!(matches!(Event::new("a.*", 1).check(), Err(EmitError::Name)));
+        for id in ["", "a\nb", &"x".repeat(257)] {
+            let event = Event::new("a", 1).request_id(id);
+            assert!(matches!(event.check(), Err(EmitError::RequestId)), "{id:?}");
+        }
         for id in ["", "a.b", "a b", "ä", &"x".repeat(257)] {
             let event = Event::new("a", 1).id(id);
             assert!(matches!(event.check(), Err(EmitError::Id)), "{id:?}");
