@@ -38,9 +38,11 @@ const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-const DELAY: Duration = ms(500);
-/// Long before anything is cut, which is after two seconds.
-const SOON: Duration = ms(1500);
+/// So long that a machine which is busy with other things does all that is
+/// asked of it in the meantime.
+const DELAY: Duration = ms(1500);
+/// Before anything is cut, which is after four seconds.
+const SOON: Duration = ms(3500);
 
 fn say(what: &str) {
     let mut out = std::io::stdout().lock();
@@ -54,8 +56,8 @@ fn child() {
     let Ok(role) = env::var(ROLE) else { return };
     let shutdown = Shutdown::builder()
         .drain_delay(DELAY)
-        .timeout(ms(3000))
-        .hook_reserve(ms(1000))
+        .timeout(ms(6000))
+        .hook_reserve(ms(2000))
         .exit_process()
         .build()
         .unwrap();
@@ -239,13 +241,13 @@ async fn turns_unready(served: &Served) -> Instant {
     }
     let unready = clock::now() - start;
     // At once; 50 ms on a machine that is not busy.
-    assert!(unready < ms(250), "unready after {unready:?}");
+    assert!(unready < ms(500), "unready after {unready:?}");
     assert_eq!(next(&mut watch).await, ServingStatus::NotServing);
     assert_eq!(served.probe("/health/ready").await, 503);
     assert_eq!(served.probe("/health/live").await, 200);
     assert_eq!(served.probe("/health/startup").await, 200);
     let told = clock::now() - start;
-    assert!(told < ms(400), "all were told after {told:?}");
+    assert!(told < ms(1200), "all were told after {told:?}");
     start
 }
 
