@@ -274,7 +274,7 @@ impl Statement {
     }
 
     /// What of the signed bytes a repeat of the message is known by, beside the
-    /// id and the times: what all signatures of one message have in common, so
+    /// id and the time of signing: what all signatures of one message have in common, so
     /// that one that leaves out some of them is known. Default: all of the
     /// base.
     #[must_use]

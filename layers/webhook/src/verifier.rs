@@ -186,9 +186,8 @@ impl Judged<'_> {
             Some(at) => {
                 let statement = &envelope.statements[at];
                 let message = statement.known_by.as_ref().unwrap_or(&statement.base);
-                let times = [statement.timestamp, statement.expires];
-                let times = times.map(|time| time.unwrap_or(0).to_be_bytes());
-                sha256(&[message, &times[0], &times[1]])
+                let signed = statement.timestamp.unwrap_or(0).to_be_bytes();
+                sha256(&[message, &signed])
             }
             None => {
                 let [first, second, third, fourth] = envelope.before;
@@ -417,6 +416,34 @@ mod tests {
         check(crate::HttpSignatures::new, "signature-input", |value| {
             value.split_once(", ").unwrap().1.to_owned()
         });
+
+        // Nor by one that is of more, and for longer, beside it.
+        let date = || http::header::DATE;
+        let more = crate::HttpSignatures::new().field(date());
+        let more = more
+            .label("more")
+            .unwrap()
+            .lifetime(Duration::from_secs(60));
+        let signer = Signer::new(crate::HttpSignatures::new(), secrets()[..1].to_vec());
+        let signer = signer.unwrap().and(more, secrets()[1..].to_vec()).unwrap();
+        let request = Request::post("https://example.com/").header(date(), "today");
+        let (mut both, ()) = request.body(()).unwrap().into_parts();
+        let message = Message {
+            id: "",
+            timestamp: NOW,
+            body: b"{}",
+        };
+        signer.sign(&mut both, &message).unwrap();
+        let mut one = both.clone();
+        let inputs = both.headers["signature-input"].to_str().unwrap();
+        let (_, second) = inputs.split_once(", ").unwrap();
+        assert!(second.starts_with("more="), "{inputs}");
+        one.headers
+            .insert("signature-input", second.parse().unwrap());
+        let verifier = Verifier::new(crate::HttpSignatures::new(), secrets()).unwrap();
+        let (both, one) = (judged(&verifier, &both), judged(&verifier, &one));
+        assert_eq!((both.verified.key_index, one.verified.key_index), (0, 1));
+        assert_eq!(both.digest(b"{}"), one.digest(b"{}"));
 
         // Two messages that say the same are two, by their nonces.
         let verifier = Verifier::new(crate::HttpSignatures::new(), secrets()).unwrap();

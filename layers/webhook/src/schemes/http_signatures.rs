@@ -59,10 +59,10 @@ const LARGEST: u64 = 999_999_999_999_999;
 /// 9421 §3.2 has it; of several signatures, one that is right is enough. Of the
 /// digests `sha-256` must be there; others are passed over.
 ///
-/// Without [a nonce](Self::id_as_nonce) a repeat is known by what is signed and
-/// the times. So a sender whose signatures of one message cover different
-/// components, or are of different seconds, has sent as many messages: have it
-/// sign a nonce.
+/// Without [a nonce](Self::id_as_nonce) a repeat is known by the components that
+/// are demanded and the time of signing, whatever else is covered. So a sender
+/// whose signatures of one message are of different seconds has sent as many
+/// messages: have it sign a nonce.
 ///
 /// ```
 /// use buttress_webhook::{HttpSignatures, Message, Secret, Signer, Verifier};
@@ -294,8 +294,12 @@ impl HttpSignatures {
                 _ => Reason::Malformed,
             })?;
         }
-        // The rest names the key, and may be another one's.
-        let mut known_by = base.clone();
+        // What any signature of the message must be of, in one order: another
+        // one that is good may be of more, or name another key.
+        let mut known_by = Vec::with_capacity(base.len());
+        for component in &self.components {
+            push_line(target, component, &mut known_by).map_err(|_| Reason::Malformed)?;
+        }
         let nonce = text_of(parameters.get("nonce"));
         known_by.extend(nonce.unwrap_or_default().bytes());
         base.extend(PARAMETERS);
