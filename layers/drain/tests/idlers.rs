@@ -95,7 +95,10 @@ fn raise(wanted: usize) -> usize {
 fn limits(role: &str) -> Limits {
     let limits = Limits::builder().header_timeout(HEAD);
     match role {
-        "taking" => limits.write_timeout(Duration::from_secs(2)),
+        // Their system may still take something for them, when it is asked
+        // again: after 0.2, 0.6, 1.4 and 3 seconds, the last of them before
+        // the cut.
+        "taking" => limits.write_timeout(Duration::from_secs(1)),
         "full" => limits
             .max_connections(PLACES)
             .header_timeout(TURN)
