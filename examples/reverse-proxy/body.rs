@@ -15,11 +15,11 @@ use std::{
     time::Duration,
 };
 
-use buttress::{BoxError, Head};
+use buttress::{BoxError, Head, Refusal, RefusalKind};
 use bytes::Bytes;
 use http::{HeaderMap, Version};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::BodyExt;
+use pin_project_lite::pin_project;
 use tokio::{
     sync::oneshot,
     time::{Instant, Sleep, sleep_until},
@@ -71,6 +71,77 @@ impl fmt::Display for Cut {
 
 impl std::error::Error for Cut {}
 
+pin_project! {
+    /// A body of a client that may not have none for too long, once it is asked
+    /// for more: it ends by the refusal that the client gets.
+    pub(crate) struct Timed<B> {
+        #[pin]
+        body: B,
+        // `None` for ever.
+        silence: Option<Duration>,
+        // Until then, while it has none.
+        stall: Option<Pin<Box<Sleep>>>,
+        pending: bool,
+    }
+}
+
+impl<B> Timed<B> {
+    pub(crate) const fn new(body: B, silence: Option<Duration>) -> Self {
+        Self {
+            body,
+            silence,
+            stall: None,
+            pending: false,
+        }
+    }
+}
+
+impl<B> Body for Timed<B>
+where
+    B: Body<Data = Bytes, Error: Into<BoxError>>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.project();
+        // Before the clock: what has come in time may be asked for late.
+        if let Poll::Ready(frame) = this.body.poll_frame(cx) {
+            *this.pending = false;
+            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+        }
+        let was_pending = mem::replace(this.pending, true);
+        let Some(silence) = *this.silence else {
+            return Poll::Pending;
+        };
+        let end = || Instant::now() + silence;
+        let stall = match this.stall {
+            Some(stall) => {
+                if !was_pending {
+                    stall.as_mut().reset(end());
+                }
+                stall
+            }
+            none => none.insert(Box::pin(sleep_until(end()))),
+        };
+        ready!(stall.as_mut().poll(cx));
+        let stalled =
+            Refusal::new(RefusalKind::RequestTimeout).with_detail("the request body stalled");
+        Poll::Ready(Some(Err(stalled.into())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// What the client sends, as the layers around give it to us.
 type Live = Pin<Box<dyn Body<Data = Bytes, Error = BoxError> + Send>>;
 
@@ -87,11 +158,6 @@ struct Inner {
     body: Option<Live>,
     seen: u64,
     limit: u64,
-    /// How long the client may have none when it is asked for more; `None` for
-    /// ever.
-    silence: Option<Duration>,
-    /// Until then, while it has none.
-    stall: Option<Pin<Box<Sleep>>>,
     /// Asked for more, the client had none.
     pending: bool,
     /// Of the connection that asked.
@@ -105,27 +171,6 @@ struct Inner {
     attempt: u32,
 }
 
-impl Inner {
-    /// The client has nothing more: whether it has had nothing for too long.
-    fn has_stalled(&mut self, cx: &mut Context<'_>) -> bool {
-        let was_pending = mem::replace(&mut self.pending, true);
-        let Some(silence) = self.silence else {
-            return false;
-        };
-        let end = || Instant::now() + silence;
-        let stall = match &mut self.stall {
-            Some(stall) => {
-                if !was_pending {
-                    stall.as_mut().reset(end());
-                }
-                stall
-            }
-            none => none.insert(Box::pin(sleep_until(end()))),
-        };
-        stall.as_mut().poll(cx).is_ready()
-    }
-}
-
 impl Source {
     pub(crate) fn new<B>(body: B, limit: u64, silence: Option<Duration>) -> Self
     where
@@ -133,11 +178,9 @@ impl Source {
     {
         Self {
             inner: Arc::new(Mutex::new(Inner {
-                body: Some(Box::pin(body.map_err(Into::into))),
+                body: Some(Box::pin(Timed::new(body, silence))),
                 seen: 0,
                 limit,
-                silence,
-                stall: None,
                 pending: false,
                 waker: None,
                 kept: Vec::new(),
@@ -334,20 +377,20 @@ impl Body for Outgoing {
         let Some(body) = &mut inner.body else {
             return Poll::Ready(Some(Err(Cut::Unwanted)));
         };
-        // Before the clock: what has come in time may be asked for late.
         let polled = body.as_mut().poll_frame(cx);
-        if polled.is_pending() {
+        inner.pending = polled.is_pending();
+        if inner.pending {
             inner.waker = Some(cx.waker().clone());
-            if inner.has_stalled(cx) {
-                return cut_off(Cut::Stalled);
-            }
-        } else {
-            inner.pending = false;
         }
         let frame = match ready!(polled) {
             None => return Poll::Ready(None),
             Some(Ok(frame)) => frame,
-            Some(Err(_)) => return cut_off(Cut::Client),
+            Some(Err(error)) => {
+                return cut_off(match Refusal::find(&*error).map(Refusal::kind) {
+                    Some(RefusalKind::RequestTimeout) => Cut::Stalled,
+                    _ => Cut::Client,
+                });
+            }
         };
         if let Some(data) = frame.data_ref() {
             inner.seen += data.len() as u64;

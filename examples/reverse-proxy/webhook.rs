@@ -4,12 +4,12 @@
 use std::{
     num::NonZeroUsize,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
 use buttress::{
-    BoxError, Refusal, RefusalKind,
+    BoxError, Refusal,
     webhook::{MessageId, SignLayer, VerifyLayer, WholeBody, sign::Error},
 };
 use bytes::Bytes;
@@ -17,9 +17,9 @@ use http::{HeaderValue, Request, header::GetAll};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
-use tokio::time::{Sleep, sleep};
 
 use crate::{
+    body::Timed,
     forward::Failed,
     headers,
     settings::{Limits, Name, SignWebhook, VerifyWebhook},
@@ -91,27 +91,21 @@ pin_project! {
     #[project = UploadProj]
     pub(crate) enum Upload {
         /// As the client sends it.
-        Streaming { #[pin] body: Incoming },
-        /// The same, where it is going to be held.
-        Timed { #[pin] body: Incoming, silence: Duration, stall: Option<Pin<Box<Sleep>>> },
+        Streaming { #[pin] body: Timed<Incoming> },
         /// All of it, verified.
         Whole { #[pin] body: WholeBody },
     }
 }
 
 impl Upload {
-    /// With how long a client may send nothing of what is going to be held.
+    /// With how long a client may send nothing of what is going to be held; what
+    /// is forwarded as it comes is timed there.
     pub(crate) fn of(
         silence: Option<Duration>,
     ) -> impl Fn(Request<Incoming>) -> Request<Self> + Clone {
         move |request| {
-            request.map(|body| match silence {
-                None => Self::Streaming { body },
-                Some(silence) => Self::Timed {
-                    body,
-                    silence,
-                    stall: None,
-                },
+            request.map(|body| Self::Streaming {
+                body: Timed::new(body, silence),
             })
         }
     }
@@ -130,36 +124,21 @@ impl Body for Upload {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.project() {
-            UploadProj::Streaming { body } => body.poll_frame(cx).map_err(Into::into),
+            UploadProj::Streaming { body } => body.poll_frame(cx),
             UploadProj::Whole { body } => body.poll_frame(cx).map_err(Into::into),
-            UploadProj::Timed {
-                body,
-                silence,
-                stall,
-            } => {
-                if let Poll::Ready(frame) = body.poll_frame(cx) {
-                    *stall = None;
-                    return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
-                }
-                let stall = stall.get_or_insert_with(|| Box::pin(sleep(*silence)));
-                ready!(stall.as_mut().poll(cx));
-                let stalled = Refusal::new(RefusalKind::RequestTimeout)
-                    .with_detail("the request body stalled");
-                Poll::Ready(Some(Err(stalled.into())))
-            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Streaming { body } | Self::Timed { body, .. } => body.is_end_stream(),
+            Self::Streaming { body } => body.is_end_stream(),
             Self::Whole { body } => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Streaming { body } | Self::Timed { body, .. } => body.size_hint(),
+            Self::Streaming { body } => body.size_hint(),
             Self::Whole { body } => body.size_hint(),
         }
     }
