@@ -347,9 +347,9 @@ impl Shared {
     }
 
     pub(crate) fn claim_here(&self, replays: &Replays, key: &ClaimKey) -> Claim {
-        self.on_memory(replays, |memory| {
-            memory.claim(key, clock::now(), self.keep())
-        })
+        // Before: it may take a lock of its own.
+        let keep = self.keep();
+        self.on_memory(replays, |memory| memory.claim(key, clock::now(), keep))
     }
 
     pub(crate) fn complete_here(&self, token: ClaimToken) {
