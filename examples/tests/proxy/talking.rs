@@ -84,7 +84,7 @@ async fn a_conversation_goes_on_to_its_end() {
     assert_eq!(soon("the end", answer.message()).await.unwrap(), None);
     let (code, took) = end(&mut proxy, start).await;
     assert_eq!(code, Some(0));
-    assert!((480..2000).contains(&took), "{took} ms");
+    assert!(took >= 480, "{took} ms");
     let access = proxy.access(PATH).await;
     assert_eq!(access["status"], 200);
     // Five bytes before each message are gRPC's.
@@ -103,10 +103,10 @@ async fn a_conversation_without_an_end_is_cut_and_named() {
     let lost = soon("the cut", talking.answer.message()).await;
     assert!(lost.is_err(), "it looks whole");
     let took = start.elapsed().as_millis();
-    assert!((1950..2900).contains(&took), "cut after {took} ms");
+    assert!((1950..5000).contains(&took), "cut after {took} ms");
     let (code, took) = end(&mut proxy, start).await;
     assert_eq!(code, Some(124));
-    assert!((1950..3000).contains(&took), "{took} ms");
+    assert!((1950..6000).contains(&took), "{took} ms");
     let line = cut(&proxy, "request").await;
     assert!(line["age_ms"].as_u64().unwrap() >= 1900, "{line}");
     assert_eq!(line["bytes"], 2 * 5 + "onetwo".len(), "{line}");
