@@ -1,0 +1,135 @@
+//! Keys: typed, prefixed, and no two inputs one key.
+
+use std::{fmt, sync::Arc};
+
+use sha2::{Digest, Sha256};
+
+/// A segment longer than this, once encoded, is told by its hash.
+const LONGEST: usize = 64;
+
+/// The keys of one purpose: `{prefix}{namespace}:`. Cheap to clone.
+///
+/// ```text
+/// buttress:rate-limit:{orders:10.0.0.7}:per-second
+/// └prefix─┘└namespace┘└──hash tag─────┘ └segments┘
+/// ```
+///
+/// Segments are percent-encoded but for letters, digits, `-`, `_` and `.`, so
+/// that a `:` or a brace in what a client says separates nothing; an IPv6
+/// address reads `2001%3Adb8%3A%3A`. A segment of more than 64 bytes by then
+/// is `~` and the SHA-256 of what it was, in hexadecimal; an empty one is `%`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Keyspace(Arc<str>);
+
+impl Keyspace {
+    pub(crate) fn new(prefix: &str, namespace: &'static str) -> Self {
+        debug_assert!(
+            !namespace.is_empty()
+                && namespace
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b == b'-'),
+            "a namespace is a-z and dashes"
+        );
+        Self(format!("{prefix}{namespace}:").into())
+    }
+
+    /// The key whose hash tag is made of these segments: all keys of one tag
+    /// are on one node, and one script can touch them together.
+    #[must_use]
+    pub fn tag<S: AsRef<[u8]>>(&self, segments: impl IntoIterator<Item = S>) -> Key {
+        let mut text = String::with_capacity(self.0.len() + 48);
+        text.push_str(&self.0);
+        text.push('{');
+        for (index, segment) in segments.into_iter().enumerate() {
+            if index > 0 {
+                text.push(':');
+            }
+            encode(segment.as_ref(), &mut text);
+        }
+        text.push('}');
+        Key(text)
+    }
+
+    /// A name that is no key, for a pub/sub channel.
+    #[must_use]
+    pub fn channel(&self, name: impl AsRef<[u8]>) -> String {
+        let mut text = String::from(&*self.0);
+        encode(name.as_ref(), &mut text);
+        text
+    }
+}
+
+impl fmt::Debug for Keyspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Keyspace").field(&self.0).finish()
+    }
+}
+
+/// One key. [`Debug`](fmt::Debug) does not show it: it may hold what a client
+/// is known by.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key(String);
+
+impl Key {
+    /// The key with one more segment behind its tag: on the same node.
+    #[must_use]
+    pub fn segment(mut self, segment: impl AsRef<[u8]>) -> Self {
+        self.0.push(':');
+        encode(segment.as_ref(), &mut self.0);
+        self
+    }
+
+    /// As it is written in Redis.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The slot of Redis Cluster it is in: keys of one slot can be touched by
+    /// one script.
+    #[must_use]
+    pub fn slot(&self) -> Slot {
+        Slot(redis::cluster_routing::Slot::for_key(&self.0))
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key(..)")
+    }
+}
+
+/// A slot of Redis Cluster, of which there are 16384.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Slot(redis::cluster_routing::Slot);
+
+fn encode(segment: &[u8], out: &mut String) {
+    if segment.is_empty() {
+        // `{}` would be no hash tag; and nothing else encodes to a bare `%`.
+        out.push('%');
+        return;
+    }
+    let start = out.len();
+    for &byte in segment {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.') {
+            out.push(char::from(byte));
+        } else {
+            out.push('%');
+            push_hex(byte, out);
+        }
+        if out.len() - start > LONGEST {
+            out.truncate(start);
+            out.push('~');
+            for byte in Sha256::digest(segment) {
+                push_hex(byte, out);
+            }
+            return;
+        }
+    }
+}
+
+fn push_hex(byte: u8, out: &mut String) {
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    out.push(char::from(DIGITS[usize::from(byte >> 4)]));
+    out.push(char::from(DIGITS[usize::from(byte & 15)]));
+}
