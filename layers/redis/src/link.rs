@@ -38,15 +38,15 @@ impl Link {
 
 /// Makes connections.
 pub(crate) enum Dialer {
-    Single(Client),
+    Single(Box<Client>),
     Cluster(Box<ClusterClient>, Vec<Client>),
 }
 
 impl Dialer {
     pub(crate) fn new(servers: Vec<ConnectionInfo>, timeout: Duration) -> RedisResult<Self> {
         if servers.len() == 1 {
-            return Client::open(servers.into_iter().next().expect("there is one"))
-                .map(Self::Single);
+            let server = servers.into_iter().next().expect("there is one");
+            return Client::open(server).map(|client| Self::Single(Box::new(client)));
         }
         let clients = servers
             .iter()
@@ -91,7 +91,7 @@ impl Dialer {
     /// them: the first that answers.
     pub(crate) async fn messages(&self) -> RedisResult<PubSub> {
         let clients = match self {
-            Self::Single(client) => std::slice::from_ref(client),
+            Self::Single(client) => std::slice::from_ref(&**client),
             Self::Cluster(_, clients) => clients,
         };
         let mut last = None;
