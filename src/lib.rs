@@ -39,6 +39,10 @@ pub use buttress_health as health;
 #[cfg(feature = "rate-limit")]
 pub use buttress_rate_limit as rate_limit;
 
+/// Redis for services that must stay up: the crate `buttress-redis`.
+#[cfg(feature = "redis")]
+pub use buttress_redis as redis;
+
 /// Retries with jittered backoff and replayed bodies: the crate
 /// `buttress-retry`.
 #[cfg(feature = "retry")]

@@ -25,6 +25,10 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "ADDR", env = "BUTTRESS_ADMIN")]
     admin: Option<String>,
 
+    /// Where state is kept that processes share [default: none, in memory]
+    #[arg(long, value_name = "URL", env = "REDIS_URL", hide_env_values = true)]
+    redis: Option<String>,
+
     /// How the log is written: text or json [default: text on a terminal, else json]
     #[arg(long, value_name = "FORMAT", env = "BUTTRESS_LOG_FORMAT")]
     log_format: Option<String>,
@@ -80,6 +84,20 @@ impl Start {
                 text.parse()
                     .map_err(|e: String| Nonsense::at(origin, "", e))?,
             );
+        }
+        if let Some(text) = cli.redis.filter(|text| !text.is_empty()) {
+            let origin = source("redis", "--redis", "REDIS_URL");
+            let urls = text.parse();
+            let urls = urls.map_err(|e: String| Nonsense::at(origin, "", e))?;
+            settings.redis.get_or_insert_default().url = Some(urls);
+        }
+        if let (Some(redis), Ok(text)) = (&mut settings.redis, std::env::var("REDIS_DB"))
+            && !text.is_empty()
+        {
+            redis.database = Some(text.parse().map_err(|_| {
+                let expected = format!("expected the number of a database, got `{text}`");
+                Nonsense::at("REDIS_DB", "", expected)
+            })?);
         }
         Ok(Self {
             settings,

@@ -43,6 +43,7 @@ pub(crate) fn routes(upstream: SocketAddr) -> [Route; 2] {
             secrets: vec!["demo-secret".parse().expect(sound)],
             tolerance: Span::secs(300),
             replay_protection: None,
+            on_store_error: "deny".parse().expect(sound),
         }),
         sign_webhook: Some(SignWebhook {
             scheme: "standard".parse().expect(sound),
@@ -72,6 +73,7 @@ fn route(upstream: SocketAddr) -> Route {
             headers: vec![LimitHeaders::XRateLimit, LimitHeaders::Draft],
             max_keys: Count(100_000),
             mode: "strict".parse().expect(sound),
+            on_store_error: "local".parse().expect(sound),
         }),
         circuit_breaker: Some(CircuitBreaker {
             preset: "aggressive".parse().expect(sound),

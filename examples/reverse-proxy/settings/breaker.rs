@@ -9,7 +9,7 @@ use buttress::{
 use http::StatusCode;
 use serde::{
     Deserialize, Deserializer,
-    de::{Error, IgnoredAny, MapAccess, Visitor},
+    de::{Error, MapAccess, Visitor, value::MapAccessDeserializer},
 };
 
 use super::{
@@ -53,7 +53,7 @@ impl Default for CircuitBreaker {
             reset_timeout: None,
             half_open_requests: Count(1),
             per: Per::Upstream,
-            shared: Shared,
+            shared: Shared::Not,
         }
     }
 }
@@ -258,35 +258,43 @@ impl fmt::Display for FailureStatus {
 
 from_scalar!(Preset, Per, FailureStatus);
 
-/// Whether processes open together: so far, not.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Shared;
+/// Whether processes open together: `false`, `true`, or `{ quorum: 2 }`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shared {
+    Not,
+    /// In all, once so many of them find the upstream failing.
+    By(Count),
+}
 
 impl<'de> Deserialize<'de> for Shared {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct OnlyFalse;
+        struct Any;
 
-        const EXPECTED: &str = "sharing is not built in yet: expected false";
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields, expecting = "a section of keys")]
+        struct Section {
+            quorum: Count,
+        }
 
-        impl<'de> Visitor<'de> for OnlyFalse {
+        impl<'de> Visitor<'de> for Any {
             type Value = Shared;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("false")
+                f.write_str("true, false or { quorum: 2 }")
             }
             fn visit_bool<E: Error>(self, shared: bool) -> Result<Shared, E> {
-                match shared {
-                    false => Ok(Shared),
-                    true => Err(E::custom(EXPECTED)),
-                }
+                Ok(match shared {
+                    false => Shared::Not,
+                    true => Shared::By(Count(1)),
+                })
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Shared, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Err(A::Error::custom(EXPECTED))
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Shared, A::Error> {
+                let section = MapAccessDeserializer::new(map);
+                Section::deserialize(section).map(|section| Shared::By(section.quorum))
             }
         }
 
-        deserializer.deserialize_any(OnlyFalse)
+        deserializer.deserialize_any(Any)
     }
 }
 

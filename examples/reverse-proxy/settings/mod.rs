@@ -8,6 +8,7 @@
 //! path, and what was expected.
 
 mod breaker;
+mod redis;
 mod retry;
 mod scalar;
 mod show;
@@ -31,7 +32,8 @@ use ipnet::IpNet;
 use scalar::{from_scalar, words};
 use serde::{Deserialize, Deserializer};
 
-pub(crate) use breaker::{CircuitBreaker, Per};
+pub(crate) use breaker::{CircuitBreaker, Per, Shared};
+pub(crate) use redis::Redis;
 pub(crate) use retry::{Budget, Retry};
 pub(crate) use scalar::{Count, Delay, Name, Rate, Secret, Size, Span};
 pub(crate) use shutdown::Shutdown;
@@ -51,6 +53,8 @@ pub(crate) struct Settings {
     pub(crate) trusted_proxies: Vec<Network>,
     #[serde(deserialize_with = "present")]
     pub(crate) admin_token: Option<Secret>,
+    #[serde(deserialize_with = "present")]
+    pub(crate) redis: Option<Redis>,
     pub(crate) shutdown: Shutdown,
     pub(crate) limits: Limits,
     pub(crate) routes: Vec<Route>,
@@ -65,6 +69,7 @@ impl Default for Settings {
             log_format: None,
             trusted_proxies: Vec::new(),
             admin_token: None,
+            redis: None,
             shutdown: Shutdown::default(),
             limits: Limits::default(),
             routes: Vec::new(),
@@ -166,6 +171,8 @@ pub(crate) struct RateLimit {
     pub(crate) max_keys: Count,
     #[serde(default)]
     pub(crate) mode: Mode,
+    #[serde(default = "local")]
+    pub(crate) on_store_error: OnStoreError,
 }
 
 impl RateLimit {
@@ -182,6 +189,10 @@ fn x_ratelimit() -> Vec<LimitHeaders> {
     vec![LimitHeaders::XRateLimit]
 }
 
+const fn local() -> OnStoreError {
+    OnStoreError::Local
+}
+
 const fn one_million() -> Count {
     Count(1_000_000)
 }
@@ -195,6 +206,7 @@ from_scalar!(
     Key,
     LimitHeaders,
     Mode,
+    OnStoreError,
     LogFormat
 );
 
@@ -379,36 +391,16 @@ words!(
     LogFormat { Text = "text", Json = "json" }
 );
 
-/// Where the limiter decides: so far only `strict`, in this process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Mode {
-    #[default]
-    Strict,
-}
-
-impl FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "strict" => Ok(Self::Strict),
-            "leased" => Err("leased is not built in yet: expected strict".to_owned()),
-            _ => Err(format!("expected strict, got `{text}`")),
-        }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Strict => f.write_str("strict"),
-        }
-    }
-}
-
-/// Keys of the whole design whose layers do not exist so far. They are unknown
-/// like any other, but an operator should not search for a typing error.
-const NOT_YET: &[&str] = &["redis", "on_store_error"];
+words!(
+    /// How the limiter charges where processes share its state: each request
+    /// in Redis, or a share ahead.
+    #[derive(Default)]
+    Mode { #[default] Strict = "strict", Leased = "leased" }
+);
+words!(
+    /// What becomes of a request when Redis fails.
+    OnStoreError { Local = "local", Allow = "allow", Deny = "deny" }
+);
 
 /// The longest name that a circuit breaker takes.
 const MAX_NAME: usize = 128;
@@ -475,6 +467,9 @@ impl Settings {
                 "tls",
                 format!("expected a certificate and its key: {error}"),
             );
+        }
+        if let Some(Err((key, expected))) = self.redis.as_ref().map(Redis::check) {
+            return nonsense(&format!("redis{key}"), expected);
         }
         if let Err(error) = self.shutdown.builder().build() {
             return nonsense("shutdown.timeout", error.to_string());
@@ -595,10 +590,6 @@ fn explain(error: ConfigError) -> (String, String) {
                 .strip_prefix("unknown field `")
                 .and_then(|rest| rest.split_once("`, "));
             match unknown {
-                Some((field, _)) if NOT_YET.contains(&field) => (
-                    field.to_owned(),
-                    "unknown key: this is not built in yet".to_owned(),
-                ),
                 Some((field, expected)) => (field.to_owned(), format!("unknown key, {expected}")),
                 None => (String::new(), message),
             }

@@ -5,8 +5,8 @@ use std::fmt::Display;
 use yaml_rust2::{Yaml, YamlEmitter, yaml::Hash};
 
 use super::{
-    CircuitBreaker, Rate, RateLimit, Retry, Route, Settings, SignWebhook, VerifyWebhook,
-    breaker::Window,
+    CircuitBreaker, Count, Rate, RateLimit, Redis, Retry, Route, Settings, Shared, SignWebhook,
+    VerifyWebhook, breaker::Window,
 };
 
 fn text(value: impl Display) -> Yaml {
@@ -59,6 +59,7 @@ impl Settings {
                 "admin_token",
                 self.admin_token.as_ref().map(|_| text("***")),
             ),
+            ("redis", self.redis.as_ref().map(redis)),
             (
                 "shutdown",
                 Some(mapping([
@@ -90,6 +91,18 @@ impl Settings {
         // Without the mark of a document's start, which nobody writes.
         out.strip_prefix("---\n").unwrap_or(&out).to_owned() + "\n"
     }
+}
+
+fn redis(redis: &Redis) -> Yaml {
+    let urls = redis.url.as_ref().map(|urls| match &*urls.0 {
+        [url] => text(url),
+        urls => list(urls),
+    });
+    mapping([
+        ("url", urls),
+        ("key_prefix", Some(text(&redis.key_prefix))),
+        ("timeout", Some(text(redis.timeout))),
+    ])
 }
 
 fn route(route: &Route) -> Yaml {
@@ -130,6 +143,7 @@ fn rate_limit(rule: &RateLimit) -> Yaml {
         ("headers", Some(list(&rule.headers))),
         ("max_keys", Some(number(rule.max_keys.0))),
         ("mode", Some(text(rule.mode))),
+        ("on_store_error", Some(text(rule.on_store_error))),
     ])
 }
 
@@ -148,6 +162,11 @@ fn circuit_breaker(rule: &CircuitBreaker) -> Yaml {
             ("rate", Some(rate(slow.rate))),
         ])
     });
+    let shared = match rule.shared {
+        Shared::Not => Yaml::Boolean(false),
+        Shared::By(Count(1)) => Yaml::Boolean(true),
+        Shared::By(Count(quorum)) => mapping([("quorum", Some(number(quorum)))]),
+    };
     let statuses = rule.failure_statuses.iter();
     mapping([
         ("preset", Some(text(rule.preset))),
@@ -168,7 +187,7 @@ fn circuit_breaker(rule: &CircuitBreaker) -> Yaml {
             Some(number(rule.half_open_requests.0)),
         ),
         ("per", Some(text(rule.per))),
-        ("shared", Some(Yaml::Boolean(false))),
+        ("shared", Some(shared)),
     ])
 }
 
@@ -210,6 +229,7 @@ fn verify_webhook(rule: &VerifyWebhook) -> Yaml {
         ("secrets", Some(list(&rule.secrets))),
         ("tolerance", Some(text(rule.tolerance))),
         ("replay_protection", Some(Yaml::Boolean(protected))),
+        ("on_store_error", Some(text(rule.on_store_error))),
     ])
 }
 

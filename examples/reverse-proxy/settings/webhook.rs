@@ -10,7 +10,7 @@ use http::HeaderName;
 use serde::{Deserialize, Deserializer};
 
 use super::{
-    Secret, Span, present,
+    OnStoreError, Secret, Span, present,
     scalar::{from_scalar, words},
 };
 
@@ -49,6 +49,12 @@ pub(crate) struct VerifyWebhook {
     pub(crate) tolerance: Span,
     #[serde(default, deserialize_with = "present")]
     pub(crate) replay_protection: Option<bool>,
+    #[serde(default = "deny")]
+    pub(crate) on_store_error: OnStoreError,
+}
+
+const fn deny() -> OnStoreError {
+    OnStoreError::Deny
 }
 
 const fn five_minutes() -> Span {

@@ -68,7 +68,10 @@ pub(crate) fn program() -> Command {
     for variable in ["CONFIG", "LISTEN", "ADMIN", "LOG_FORMAT"] {
         command.env_remove(format!("BUTTRESS_{variable}"));
     }
-    command.env_remove("RUST_LOG").stdin(Stdio::null());
+    for variable in ["REDIS_URL", "REDIS_DB", "RUST_LOG"] {
+        command.env_remove(variable);
+    }
+    command.stdin(Stdio::null());
     command
 }
 
