@@ -2,7 +2,7 @@
 
 use std::{error, fmt};
 
-use redis::{RedisError, RetryMethod, ServerErrorKind};
+use redis::{ParsingError, RedisError, ServerErrorKind};
 
 /// An operation that failed, and how.
 ///
@@ -82,6 +82,15 @@ impl Error {
         }
     }
 
+    /// An answer came, and is none to what was asked.
+    pub(crate) fn answer(operation: &'static str, cause: ParsingError) -> Self {
+        Self {
+            kind: ErrorKind::Answer,
+            operation,
+            cause: Some(cause.into()),
+        }
+    }
+
     /// How it failed.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -106,7 +115,7 @@ impl Error {
         let Some(cause) = &self.cause else {
             return false;
         };
-        cause.code() == Some("READONLY") || matches!(cause.retry_method(), RetryMethod::Reconnect)
+        cause.code() == Some("READONLY") || cause.is_unrecoverable_error()
     }
 }
 
@@ -114,7 +123,8 @@ fn kind_of(cause: &RedisError) -> ErrorKind {
     use redis::ErrorKind as Their;
     match cause.kind() {
         Their::Io if cause.is_timeout() => ErrorKind::Timeout,
-        Their::Io | Their::ClusterConnectionNotFound => ErrorKind::Connection,
+        // What cannot be parsed was cut, or is not Redis.
+        Their::Io | Their::ClusterConnectionNotFound | Their::Parse => ErrorKind::Connection,
         Their::AuthenticationFailed | Their::Server(ServerErrorKind::NoPerm) => ErrorKind::Denied,
         Their::Server(
             ServerErrorKind::BusyLoading
@@ -125,7 +135,7 @@ fn kind_of(cause: &RedisError) -> ErrorKind {
             | ServerErrorKind::Moved
             | ServerErrorKind::Ask,
         ) => ErrorKind::Unable,
-        Their::UnexpectedReturnType | Their::Parse => ErrorKind::Answer,
+        Their::UnexpectedReturnType => ErrorKind::Answer,
         _ => match cause.code() {
             Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => ErrorKind::Unable,
             Some("NOAUTH" | "WRONGPASS") => ErrorKind::Denied,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, FromRedisValue, RedisResult, Value,
+    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, RedisResult, Value,
     aio::{MultiplexedConnection, PubSub},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
@@ -28,7 +28,9 @@ enum Connection {
 }
 
 impl Link {
-    pub(crate) async fn query<T: FromRedisValue>(&mut self, cmd: &Cmd) -> RedisResult<T> {
+    /// The answer as it came: what it is made into is another matter, of which
+    /// an error says nothing of the connection.
+    pub(crate) async fn query(&mut self, cmd: &Cmd) -> RedisResult<Value> {
         match &mut self.connection {
             Connection::Single(connection) => cmd.query_async(connection).await,
             Connection::Cluster(connection) => cmd.query_async(connection).await,
@@ -130,5 +132,5 @@ pub(crate) fn probe(prefix: &str) -> Cmd {
 
 /// Throws the answer away.
 pub(crate) async fn ask(link: &mut Link, cmd: &Cmd) -> RedisResult<()> {
-    link.query::<Value>(cmd).await.map(drop)
+    link.query(cmd).await.map(drop)
 }

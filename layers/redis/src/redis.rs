@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use redis::{Cmd, FromRedisValue, aio::MultiplexedConnection};
+use redis::{Cmd, FromRedisValue, Value, aio::MultiplexedConnection};
 use tokio::{sync::watch, time::timeout};
 
 use crate::{
@@ -171,10 +171,10 @@ impl Redis {
         .await
     }
 
-    async fn attempt<T>(
+    async fn attempt<T: FromRedisValue>(
         &self,
         operation: &'static str,
-        work: impl AsyncFnOnce(&mut Link) -> Result<T, Error>,
+        work: impl AsyncFnOnce(&mut Link) -> Result<Value, Error>,
     ) -> Result<T, Error> {
         let shared = &*self.shared;
         let timer = shared.metrics.begin();
@@ -196,7 +196,11 @@ impl Redis {
             Ok(_) => shared.gate.answered(ticket),
             Err(error) => shared.failed(ticket, error, number),
         }
-        answer
+        T::from_redis_value(answer?).map_err(|cause| {
+            let error = Error::answer(operation, cause);
+            shared.metrics.failed(&error);
+            error
+        })
     }
 
     /// The connection, waiting for it where it is being made.
