@@ -4,6 +4,7 @@
 mod answers;
 mod breakers;
 mod deadlines;
+mod fleet;
 mod forwarding;
 mod life;
 mod retries;
