@@ -39,6 +39,8 @@ pub enum RefusalKind {
     Unauthenticated,
     /// The same request was accepted before, or is being served.
     Replayed,
+    /// Somebody else holds the lock that it needs.
+    Locked,
     /// The body is larger than allowed.
     BodyTooLarge,
     /// The request target is longer than allowed.
@@ -152,6 +154,8 @@ kinds! {
         "the request could not be authenticated";
     Replayed 409 6 "replayed" "Conflict" "about:blank"
         "the request was accepted before";
+    Locked 409 10 "locked" "Conflict" "about:blank"
+        "the lock that the request needs is held by another one";
     BodyTooLarge 413 8 "body_too_large" "Content Too Large" "about:blank"
         "the request body is too large";
     UriTooLong 414 8 "uri_too_long" "URI Too Long" "about:blank"
