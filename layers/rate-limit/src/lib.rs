@@ -11,6 +11,8 @@ mod layer;
 mod limiter;
 pub mod metrics;
 mod quota;
+#[cfg(feature = "redis")]
+pub mod redis;
 mod service;
 mod store;
 #[cfg(feature = "wait")]
