@@ -5,14 +5,11 @@ use std::sync::Arc;
 use super::{
     Mode,
     ask::FleetAsk,
-    ground::{Ground, Unanswered},
+    ground::{Ground, Stand, Unanswered},
     lease::Leased,
     strict::Strict,
 };
-use crate::{
-    gcra::Tat,
-    store::{Decision, Detail},
-};
+use crate::store::{Decision, Detail};
 
 /// How a fleet shares its limits.
 pub(crate) enum Fleet {
@@ -50,8 +47,9 @@ impl Fleet {
         }
     }
 
-    /// Gives the charges back, and forgets what was known of the keys.
-    pub(crate) async fn refund(&self, asks: &[FleetAsk]) -> Result<(), Unanswered> {
+    /// Gives the charges back, forgets what was known of the keys, and tells
+    /// how they stand then.
+    pub(crate) async fn refund(&self, asks: &[FleetAsk]) -> Result<Vec<Stand>, Unanswered> {
         match self {
             Self::Strict(strict) => strict.refund(asks).await,
             Self::Leased(leased) => leased.refund(asks).await,
@@ -59,7 +57,7 @@ impl Fleet {
     }
 
     /// When the key's quota is whole again, and what time it is.
-    pub(crate) async fn peek(&self, ask: &FleetAsk) -> Result<(Tat, u64), Unanswered> {
+    pub(crate) async fn peek(&self, ask: &FleetAsk) -> Result<Stand, Unanswered> {
         match self {
             Self::Strict(strict) => strict.peek(ask).await,
             Self::Leased(leased) => leased.peek(ask).await,

@@ -48,6 +48,9 @@ impl From<Error> for Unanswered {
     }
 }
 
+/// When a key's quota is whole again, and what time it is, on one clock.
+pub(crate) type Stand = (Tat, u64);
+
 /// When the server was asked: what it says is learnt only if nothing was given
 /// back since.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +60,8 @@ pub(crate) struct Since {
 
 impl Ground {
     pub(crate) fn new(redis: Redis, tables: Arc<[Table]>, name: &str, gives_back: bool) -> Self {
+        // Across slots others give back, too, what was not charged to all.
+        let gives_back = gives_back || (redis.is_cluster() && tables.len() > 1);
         Self {
             space: redis.keyspace(NAMESPACE),
             redis,
@@ -97,9 +102,16 @@ impl Ground {
 
     /// Remembers what the server said that was asked `since`: `tat` on our
     /// clock, as if the answer were as old as the question.
-    pub(crate) fn learn(&self, ask: &FleetAsk, tat: Tat, now: clock::Instant, since: Since) {
-        if self.epoch(ask.id).load(Ordering::Acquire) == since.epoch {
-            self.tables[ask.limit].learn(ask.id, tat, now);
+    pub(crate) fn learn(
+        &self,
+        limit: usize,
+        id: KeyId,
+        tat: Tat,
+        now: clock::Instant,
+        since: Since,
+    ) {
+        if self.epoch(id).load(Ordering::Acquire) == since.epoch {
+            self.tables[limit].learn(id, tat, now);
         }
     }
 

@@ -4,13 +4,10 @@ use std::sync::Arc;
 
 use super::{
     ask::FleetAsk,
-    ground::{Ground, Unanswered},
+    ground::{Ground, Stand, Unanswered},
     strict::Strict,
 };
-use crate::{
-    gcra::Tat,
-    store::{Decision, Detail},
-};
+use crate::store::{Decision, Detail};
 
 /// How much is taken ahead.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,11 +32,11 @@ impl Leased {
         self.0.decide(asks, detail).await
     }
 
-    pub(crate) async fn refund(&self, asks: &[FleetAsk]) -> Result<(), Unanswered> {
+    pub(crate) async fn refund(&self, asks: &[FleetAsk]) -> Result<Vec<Stand>, Unanswered> {
         self.0.refund(asks).await
     }
 
-    pub(crate) async fn peek(&self, ask: &FleetAsk) -> Result<(Tat, u64), Unanswered> {
+    pub(crate) async fn peek(&self, ask: &FleetAsk) -> Result<Stand, Unanswered> {
         self.0.peek(ask).await
     }
 

@@ -3,7 +3,9 @@
 mod ask;
 mod fleet;
 mod ground;
+mod lane;
 mod lease;
+mod script;
 mod strict;
 
 pub use lease::Lease;
