@@ -18,7 +18,7 @@ mod store;
 #[cfg(feature = "wait")]
 mod wait;
 
-pub use config::{Limit, MissingKey, RateLimitBuilder, WhenFull};
+pub use config::{InMemory, Limit, MissingKey, RateLimitBuilder, WhenFull};
 pub use error::ConfigError;
 pub use future::{ErrorFuture, ResponseFuture};
 pub use gcra::Gcra;

@@ -6,7 +6,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use buttress_core::{clock, keyed::KeyId};
+use buttress_core::{clock, key, keyed::KeyId};
 use buttress_redis::{Error, Key, Keyspace, Redis};
 use sha2::{Digest, Sha256};
 
@@ -76,12 +76,16 @@ impl Ground {
     /// SHA-256 of what it is: what a client is known by is not for everyone
     /// who can look into Redis. Limits by one key are on one node.
     pub(crate) fn key(&self, ask: &FleetAsk) -> Key {
-        let digest = Sha256::digest(ask.key.as_bytes());
+        self.key_of(ask.limit, &ask.key)
+    }
+
+    pub(crate) fn key_of(&self, limit: usize, key: &key::Key) -> Key {
+        let digest = Sha256::digest(key.as_bytes());
         let mut text = [0; 22];
         base64_url(&digest[..16], &mut text);
         self.space
             .tag([self.name.as_bytes(), &text])
-            .segment(&*self.tables[ask.limit].name)
+            .segment(&*self.tables[limit].name)
     }
 
     /// What was last heard of a key; no later than it is.
