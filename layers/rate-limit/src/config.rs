@@ -216,10 +216,15 @@ impl<V: View> Limit<V> {
         self
     }
 
-    fn build(self) -> Result<(Rule<V>, Table), ConfigError> {
-        if !label::is_sound(&self.name, 64) {
-            return Err(ConfigError::BadName(self.name));
+    pub(crate) fn check_name(&self) -> Result<(), ConfigError> {
+        if label::is_sound(&self.name, 64) {
+            return Ok(());
         }
+        Err(ConfigError::BadName(self.name.clone()))
+    }
+
+    fn build(self) -> Result<(Rule<V>, Table), ConfigError> {
+        self.check_name()?;
         let gcra = self.quota.check()?;
         if self.cost_by.is_none() && self.quota_by.is_none() && self.cost > gcra.burst() {
             return Err(ConfigError::CostAboveBurst);
@@ -276,21 +281,31 @@ impl<V: View> fmt::Debug for Limit<V> {
     }
 }
 
-/// Builds a [`RateLimitLayer`] (or a [`WaitLayer`](crate::WaitLayer)).
+/// The state is in this process: what a [`RateLimitBuilder`] builds unless it is
+/// told otherwise.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct InMemory(());
+
+/// Builds a [`RateLimitLayer`] (or a [`WaitLayer`](crate::WaitLayer), or with
+/// the feature `redis` the layer of a whole fleet).
 #[must_use = "nothing is limited before `build()`"]
-pub struct RateLimitBuilder<V: View = Http, M = Respond> {
+pub struct RateLimitBuilder<V: View = Http, M = Respond, K = InMemory> {
     name: Cow<'static, str>,
     limits: Vec<Limit<V>>,
     bypass: Option<Callback<V, bool>>,
     shadow: bool,
     mode: M,
+    /// Where the state is kept.
+    pub(crate) kept: K,
 }
 
 impl RateLimitBuilder<Http, Respond> {
     pub(crate) fn respond() -> Self {
         Self::with(Respond::default())
     }
+}
 
+impl<K> RateLimitBuilder<Http, Respond, K> {
     /// Which headers are sent. Default: [`HeaderFormat::XRateLimit`]. None for
     /// an empty list; `Retry-After` is sent on refusals in any case.
     ///
@@ -371,13 +386,14 @@ impl RateLimitBuilder<Http, Respond> {
     /// error becomes [`BoxError`](buttress_core::BoxError), and a refusal is
     /// found in it by `downcast_ref::<Refusal>()`. What was set for responses
     /// is dropped.
-    pub fn errors(self) -> RateLimitBuilder<Http, Errors> {
+    pub fn errors(self) -> RateLimitBuilder<Http, Errors, K> {
         RateLimitBuilder {
             name: self.name,
             limits: self.limits,
             bypass: self.bypass,
             shadow: self.shadow,
             mode: Errors::default(),
+            kept: self.kept,
         }
     }
 }
@@ -396,6 +412,27 @@ impl<V: View, M> RateLimitBuilder<V, M> {
             bypass: None,
             shadow: false,
             mode,
+            kept: InMemory(()),
+        }
+    }
+}
+
+impl<V: View, M, K> RateLimitBuilder<V, M, K> {
+    #[cfg(feature = "redis")]
+    pub(crate) fn name_of(&self) -> &str {
+        &self.name
+    }
+
+    /// The same with its state kept elsewhere.
+    #[cfg(feature = "redis")]
+    pub(crate) fn kept_in<L>(self, kept: L) -> RateLimitBuilder<V, M, L> {
+        RateLimitBuilder {
+            name: self.name,
+            limits: self.limits,
+            bypass: self.bypass,
+            shadow: self.shadow,
+            mode: self.mode,
+            kept,
         }
     }
 
@@ -456,7 +493,9 @@ impl<V: View, M> RateLimitBuilder<V, M> {
             mode: self.mode,
         })
     }
+}
 
+impl<V: View, M> RateLimitBuilder<V, M> {
     /// Checks the settings and makes the state that all clones of the layer
     /// share.
     ///
@@ -490,7 +529,7 @@ impl<V: View> RateLimitBuilder<V, Errors> {
     }
 }
 
-impl<V: View, M> fmt::Debug for RateLimitBuilder<V, M> {
+impl<V: View, M, K> fmt::Debug for RateLimitBuilder<V, M, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RateLimitBuilder")
             .field("name", &self.name)

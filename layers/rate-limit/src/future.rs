@@ -14,6 +14,8 @@ use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode};
 use pin_project_lite::pin_project;
 
+#[cfg(feature = "redis")]
+use crate::store::Standing;
 use crate::{
     headers::{self, Draft, XRateLimit},
     layer::{Respond, Shared},
@@ -55,7 +57,23 @@ impl After {
         self.x.is_none() && self.more.is_none()
     }
 
-    fn told<B>(self, mut response: Response<B>) -> Response<ResponseBody<B>> {
+    /// Puts what is told right: the key stands otherwise by now.
+    #[cfg(feature = "redis")]
+    pub(crate) fn retell(
+        &mut self,
+        shared: &Shared<Http, Respond>,
+        tightest: &Standing,
+        all: &[Standing],
+    ) {
+        if let Some(x) = &mut self.x {
+            *x = XRateLimit::new(tightest, shared.mode.wall_clock.unix_now());
+        }
+        if let Some(draft) = self.more.as_mut().and_then(|more| more.draft.as_mut()) {
+            *draft = Draft::new(shared.limiter.tables(), all);
+        }
+    }
+
+    pub(crate) fn told<B>(self, mut response: Response<B>) -> Response<ResponseBody<B>> {
         let status = response.status();
         self.apply(status, response.headers_mut());
         response.map(ResponseBody::inner)

@@ -44,6 +44,15 @@ pub(crate) struct Tat {
 }
 
 impl Tat {
+    /// The same distance from `to` as it has from `from`.
+    #[cfg(feature = "redis")]
+    pub(crate) fn moved(self, from: u64, to: u64) -> Self {
+        Self {
+            nanos: self.nanos.saturating_sub(from).saturating_add(to),
+            fraction: self.fraction,
+        }
+    }
+
     pub(crate) const fn at(nanos: u64) -> Self {
         Self { nanos, fraction: 0 }
     }
@@ -80,6 +89,15 @@ impl Tat {
     pub(crate) const fn nanos_up(self) -> u64 {
         self.nanos + (self.fraction > 0) as u64
     }
+}
+
+/// A length of time as it is told to Redis: whole microseconds, and what is
+/// left in parts, of which a nanosecond has as many as the quota's denominator.
+#[cfg(feature = "redis")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) micros: u64,
+    pub(crate) rest: u64,
 }
 
 /// A checked quota with its constants: the algorithm itself. Made by
@@ -221,6 +239,51 @@ impl Gcra {
         Ruling::Wait {
             wait: self.minus(arrival, latest).nanos_up(),
             heal,
+        }
+    }
+
+    /// How many parts a nanosecond has.
+    #[cfg(feature = "redis")]
+    pub(crate) fn parts(&self) -> u32 {
+        self.denominator
+    }
+
+    /// c·τ.
+    #[cfg(feature = "redis")]
+    pub(crate) fn charge(&self, cost: u32) -> Span {
+        self.span(self.times(cost))
+    }
+
+    /// B·τ.
+    #[cfg(feature = "redis")]
+    pub(crate) fn most(&self) -> Span {
+        self.span(self.tolerance)
+    }
+
+    #[cfg(feature = "redis")]
+    fn span(&self, length: Tat) -> Span {
+        Span {
+            micros: length.nanos / 1000,
+            rest: length.nanos % 1000 * u64::from(self.denominator) + u64::from(length.fraction),
+        }
+    }
+
+    /// What lies `span` ahead of `now`, at most as far as anything can.
+    #[cfg(feature = "redis")]
+    pub(crate) fn ahead(&self, now: u64, span: Span) -> Tat {
+        let parts = u64::from(self.denominator);
+        let nanos = span
+            .micros
+            .saturating_mul(1000)
+            .saturating_add(span.rest / parts);
+        if nanos >= MAX_TOLERANCE {
+            return Tat::at(now + MAX_TOLERANCE);
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "below the denominator")]
+        let fraction = (span.rest % parts) as u32;
+        Tat {
+            nanos: now + nanos,
+            fraction,
         }
     }
 

@@ -59,6 +59,9 @@ pub enum HandleError {
     /// The limit's own quota is never asked for: a closure chooses for each
     /// request ([`quota_by`](crate::Limit::quota_by)).
     QuotaIsChosen(String),
+    /// Redis did not answer.
+    #[cfg(feature = "redis")]
+    Unanswered,
 }
 
 impl fmt::Display for HandleError {
@@ -70,6 +73,8 @@ impl fmt::Display for HandleError {
                 f,
                 "the limit {name:?} has no quota to replace: a closure chooses for each request"
             ),
+            #[cfg(feature = "redis")]
+            Self::Unanswered => f.write_str("redis did not answer"),
         }
     }
 }
@@ -78,6 +83,8 @@ impl Error for HandleError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::UnknownLimit(_) | Self::QuotaIsChosen(_) => None,
+            #[cfg(feature = "redis")]
+            Self::Unanswered => None,
             Self::Quota(error) => Some(error),
         }
     }

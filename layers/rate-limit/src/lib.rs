@@ -11,12 +11,14 @@ mod layer;
 mod limiter;
 pub mod metrics;
 mod quota;
+#[cfg(feature = "redis")]
+pub mod redis;
 mod service;
 mod store;
 #[cfg(feature = "wait")]
 mod wait;
 
-pub use config::{Limit, MissingKey, RateLimitBuilder, WhenFull};
+pub use config::{InMemory, Limit, MissingKey, RateLimitBuilder, WhenFull};
 pub use error::ConfigError;
 pub use future::{ErrorFuture, ResponseFuture};
 pub use gcra::Gcra;

@@ -243,6 +243,60 @@ impl<V: View> Limiter<V> {
             .map_err(|refusal| self.conclude_without(refusal))
     }
 
+    /// What a request asks of a fleet's limits; nothing where none applies.
+    #[cfg(feature = "redis")]
+    pub(crate) fn read_fleet(
+        &self,
+        request: V::Ref<'_>,
+    ) -> Result<Vec<crate::redis::FleetAsk>, Admission> {
+        use buttress_core::key::ExtractKey;
+
+        if self.bypasses(request) {
+            return Err(Admission::Bypass);
+        }
+        let mut asks = Vec::with_capacity(self.rules.len());
+        for (limit, (rule, table)) in self.rules.iter().zip(&*self.tables).enumerate() {
+            let (key, id) = match rule.key.extract(request) {
+                Some(key) => {
+                    let id = table.id(&key);
+                    (key, id)
+                }
+                None => match self.id_without_key(limit, rule) {
+                    Ok(Some(id)) => (Key::global(), id),
+                    Ok(None) => continue,
+                    Err(refusal) => return Err(self.conclude_without(refusal)),
+                },
+            };
+            let quota = Self::quota(rule, table, id, request);
+            asks.push(crate::redis::FleetAsk {
+                limit,
+                key,
+                id,
+                cost: rule.cost(request),
+                gcra: quota.unwrap_or_else(|| table.common(id)),
+            });
+        }
+        if asks.is_empty() {
+            return Err(self.bypassed());
+        }
+        Ok(asks)
+    }
+
+    /// Counts a request for which Redis could not be asked.
+    #[cfg(feature = "redis")]
+    pub(crate) fn without_store(&self, mode: crate::redis::OnStoreError) {
+        self.metrics.without_store(&self.name, mode);
+    }
+
+    /// A refusal for want of Redis.
+    #[cfg(feature = "redis")]
+    pub(crate) fn conclude_unavailable(&self, limit: usize) -> Admission {
+        let reason = Reason::StoreUnavailable;
+        self.metrics
+            .refusal(&self.name, &self.tables, limit, reason);
+        self.conclude_without(Refusal::new(RefusalKind::StoreUnavailable))
+    }
+
     pub(crate) fn admit_asks(&self, asks: &[Option<Ask>], detail: Detail) -> Admission {
         if asks.is_empty() {
             return self.bypassed();

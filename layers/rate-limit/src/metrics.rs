@@ -3,9 +3,10 @@
 //! | metric | kind | labels | counts |
 //! | --- | --- | --- | --- |
 //! | `rate_limit_requests_total` | counter | `name`, `result`: `allowed`, `refused`, `shadowed`, `bypassed` | requests seen |
-//! | `rate_limit_refusals_total` | counter | `name`, `limit`, `reason`: `rate_limited`, `never_fits`, `overloaded`, `missing_key` | refusals (in shadow mode: what they would have been), by the limit that refused |
+//! | `rate_limit_refusals_total` | counter | `name`, `limit`, `reason`: `rate_limited`, `never_fits`, `overloaded`, `missing_key`, `store_unavailable` | refusals (in shadow mode: what they would have been), by the limit that refused |
 //! | `rate_limit_evictions_total` | counter | `name`, `limit` | keys forgotten in debt because `max_keys` was reached |
 //! | `rate_limit_keys` | gauge | `name`, `limit` | keys remembered, set when one is added |
+//! | `rate_limit_without_store_total` | counter | `name`, `mode`: `local`, `allow`, `deny` | requests for which Redis could not be asked, by what was done instead |
 //!
 //! They go to the recorder that is installed when the layer sees its first
 //! request.
@@ -25,15 +26,18 @@ pub(crate) enum Reason {
     NeverFits,
     Overloaded,
     MissingKey,
+    #[cfg_attr(not(feature = "redis"), allow(dead_code, reason = "no store can fail"))]
+    StoreUnavailable,
 }
 
 impl Reason {
     #[cfg(feature = "metrics")]
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 5] = [
         Self::RateLimited,
         Self::NeverFits,
         Self::Overloaded,
         Self::MissingKey,
+        Self::StoreUnavailable,
     ];
 
     /// The `reason` of the refusal.
@@ -43,6 +47,7 @@ impl Reason {
             Self::NeverFits => RefusalKind::NeverFits.reason(),
             Self::Overloaded => RefusalKind::Overloaded.reason(),
             Self::MissingKey => "missing_key",
+            Self::StoreUnavailable => RefusalKind::StoreUnavailable.reason(),
         }
     }
 }
@@ -69,11 +74,15 @@ mod on {
     const REFUSALS: &str = "rate_limit_refusals_total";
     const EVICTIONS: &str = "rate_limit_evictions_total";
     const KEYS: &str = "rate_limit_keys";
+    #[cfg(feature = "redis")]
+    const WITHOUT: &str = "rate_limit_without_store_total";
 
     /// Looked up once: an event costs one increment.
     #[derive(Default)]
     pub(crate) struct Metrics {
         handles: OnceLock<Handles>,
+        #[cfg(feature = "redis")]
+        without: OnceLock<[Counter; 3]>,
     }
 
     struct Handles {
@@ -82,7 +91,7 @@ mod on {
     }
 
     struct Limit {
-        refusals: [Counter; 4],
+        refusals: [Counter; 5],
         evictions: Counter,
         keys: Gauge,
     }
@@ -136,6 +145,19 @@ mod on {
             self.handles(name, tables).limits[limit].refusals[reason as usize].increment(1);
         }
 
+        #[cfg(feature = "redis")]
+        pub(crate) fn without_store(&self, name: &str, mode: crate::redis::OnStoreError) {
+            use crate::redis::OnStoreError;
+
+            let without = self.without.get_or_init(|| {
+                describe_counter!(WITHOUT, "Requests for which Redis could not be asked.");
+                OnStoreError::ALL.map(
+                    |mode| counter!(WITHOUT, "name" => name.to_owned(), "mode" => mode.label()),
+                )
+            });
+            without[mode as usize].increment(1);
+        }
+
         pub(crate) fn evicted(&self, name: &str, tables: &[Table], limit: usize, keys: u64) {
             self.handles(name, tables).limits[limit]
                 .evictions
@@ -167,6 +189,8 @@ mod off {
         pub(crate) fn request(&self, _: &str, _: &[Table], _: Result) {}
         #[inline]
         pub(crate) fn refusal(&self, _: &str, _: &[Table], _: usize, _: Reason) {}
+        #[cfg(feature = "redis")]
+        pub(crate) fn without_store(&self, _: &str, _: crate::redis::OnStoreError) {}
         #[inline]
         pub(crate) fn evicted(&self, _: &str, _: &[Table], _: usize, _: u64) {}
         #[inline]

@@ -199,7 +199,7 @@ impl<S> RateLimit<S, Http, Respond> {
 
     /// The response to a request that does not pass.
     #[cold]
-    fn refuse(
+    pub(crate) fn refuse(
         &self,
         mut refusal: Refusal,
         head: Head<'_>,
@@ -232,7 +232,7 @@ impl<S> RateLimit<S, Http, Respond> {
 
     /// What is to be done with the response.
     #[inline(never)]
-    fn after(&self, tightest: &Standing, all: &[Standing]) -> After {
+    pub(crate) fn after(&self, tightest: &Standing, all: &[Standing]) -> After {
         let Shared { limiter, mode } = &*self.shared;
         let mut after = After::default();
         for format in &mode.formats {
@@ -251,7 +251,7 @@ impl<S> RateLimit<S, Http, Respond> {
         after
     }
 
-    fn info(&self, tightest: &Standing) -> RateLimitInfo {
+    pub(crate) fn info(&self, tightest: &Standing) -> RateLimitInfo {
         RateLimitInfo {
             name: self.shared.limiter.tables()[tightest.limit]
                 .name

@@ -82,7 +82,7 @@ pub(crate) struct Standing {
 }
 
 impl Standing {
-    fn of(limit: usize, gcra: &Gcra, tat: Tat, now: u64, detail: Detail) -> Self {
+    pub(crate) fn of(limit: usize, gcra: &Gcra, tat: Tat, now: u64, detail: Detail) -> Self {
         Self {
             limit,
             burst: gcra.burst(),
@@ -376,6 +376,37 @@ impl Table {
         let gcra = ask.quota.unwrap_or(*held.guard.shared().gcra);
         let tat = gcra.refund(held.tat, held.now, ask.cost);
         held.put_back(ask, tat);
+    }
+
+    /// When a key's quota is whole again, by what is stored.
+    #[cfg(feature = "redis")]
+    pub(crate) fn known(&self, id: KeyId, now: Instant) -> Tat {
+        self.hold_known(id, now).tat
+    }
+
+    /// Sets when a key's quota is whole again. Where there is no room for it,
+    /// it is not remembered.
+    #[cfg(feature = "redis")]
+    pub(crate) fn learn(&self, id: KeyId, tat: Tat, now: Instant) {
+        let mut guard = self.map.lock(id);
+        if tat.is_after(now.as_nanos()) {
+            let _ = guard.insert(now, Cell::new(id, tat));
+        } else {
+            guard.remove();
+        }
+    }
+
+    /// Forgets a key.
+    #[cfg(feature = "redis")]
+    pub(crate) fn forget(&self, id: KeyId) {
+        self.map.lock(id).remove();
+    }
+
+    /// The quota of a key that has none of its own and for which none was
+    /// chosen.
+    #[cfg(feature = "redis")]
+    pub(crate) fn common(&self, id: KeyId) -> Gcra {
+        *self.map.lock(id).shared().gcra
     }
 
     /// Makes a key's quota whole. Whether it was not.

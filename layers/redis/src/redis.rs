@@ -141,7 +141,7 @@ impl Redis {
         operation: &'static str,
         cmd: &Cmd,
     ) -> Result<T, Error> {
-        self.attempt(operation, async |link| {
+        self.attempt(operation, self.shared.timeout, async |link| {
             link.query(cmd)
                 .await
                 .map_err(|cause| Error::caused(operation, cause))
@@ -159,7 +159,23 @@ impl Redis {
         operation: &'static str,
         call: &Call,
     ) -> Result<T, Error> {
-        self.attempt(operation, async |link| {
+        self.call_within(self.shared.timeout, operation, call).await
+    }
+
+    /// The same for who has waited already: within `limit`, where that is
+    /// shorter than the time limit of all operations.
+    ///
+    /// # Errors
+    ///
+    /// The server is gone, does not answer within the time limit, or refuses.
+    pub async fn call_within<T: FromRedisValue>(
+        &self,
+        limit: Duration,
+        operation: &'static str,
+        call: &Call,
+    ) -> Result<T, Error> {
+        let limit = limit.min(self.shared.timeout);
+        self.attempt(operation, limit, async |link| {
             let failed = |cause| Error::caused(operation, cause);
             match link.query(&call.cmd).await {
                 Err(error) if error.code() == Some("NOSCRIPT") => {
@@ -174,6 +190,7 @@ impl Redis {
     async fn attempt<T: FromRedisValue>(
         &self,
         operation: &'static str,
+        limit: Duration,
         work: impl AsyncFnOnce(&mut Link) -> Result<Value, Error>,
     ) -> Result<T, Error> {
         let shared = &*self.shared;
@@ -184,7 +201,7 @@ impl Redis {
             return Err(error);
         };
         let mut number = 0;
-        let answer = timeout(shared.timeout, async {
+        let answer = timeout(limit, async {
             let mut link = self.link(operation).await?;
             number = link.number;
             work(&mut link).await

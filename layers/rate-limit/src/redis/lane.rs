@@ -1,0 +1,534 @@
+//! Checks that share a trip.
+//!
+//! ```text
+//!            nobody is under way
+//! check ──────────────────────────▶ asks alone, in its own future
+//!   │                                    │ done, or dropped
+//!   │ else                               ▼
+//!   └──▶ [ … 3rd 2nd 1st ] ──────▶ a task asks for all that wait, and again
+//!                                   for all that came meanwhile, until none is
+//! ```
+//!
+//! One call of a script is under way in a lane at a time. There is one lane, or
+//! in a cluster one for each slot. A check that is alone goes at once, with no
+//! task between it and the server. The task is no check's own: dropping a
+//! check's future strands no other, and if it waits still, it is not sent.
+
+use std::{
+    collections::{HashMap, VecDeque, hash_map::Entry},
+    mem,
+    sync::Arc,
+    time::Duration,
+};
+
+use buttress_core::{
+    clock::{self, Instant},
+    keyed::KeyId,
+    sync::Mutex,
+};
+use buttress_redis::{Call, Key, Slot, Value};
+use tokio::{runtime, sync::oneshot, time::timeout};
+
+use super::{
+    ground::{Ground, Since, Unanswered},
+    script::{self, Alike, Mixed, Scripts},
+};
+use crate::{Gcra, gcra::Tat};
+
+/// How many keys one call has at most, unless a single check has more.
+const MOST: usize = 128;
+
+/// Beyond its time a check that waits gives its lane this long to tell it so.
+const GRACE: Duration = Duration::from_millis(5);
+
+/// One charge of a check.
+#[derive(Clone, Debug)]
+pub(crate) struct Charge {
+    pub(crate) limit: usize,
+    pub(crate) id: KeyId,
+    pub(crate) key: Key,
+    pub(crate) gcra: Gcra,
+    pub(crate) cost: u32,
+}
+
+/// Some charges, all or none, to keys of one slot.
+pub(crate) type Check = Vec<Charge>;
+
+/// How the keys of a check stood when its turn came, in their order, and the
+/// time in those terms.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    pub(crate) now: u64,
+    pub(crate) states: States,
+}
+
+/// Mostly one.
+#[derive(Clone, Debug)]
+pub(crate) enum States {
+    One([Tat; 1]),
+    Several(Vec<Tat>),
+}
+
+impl States {
+    pub(crate) fn as_mut(&mut self) -> &mut [Tat] {
+        match self {
+            Self::One(state) => state,
+            Self::Several(states) => states,
+        }
+    }
+}
+
+pub(crate) struct Lanes {
+    ground: Arc<Ground>,
+    scripts: Scripts,
+    /// The lanes where a call is under way.
+    busy: Mutex<Busy>,
+}
+
+#[derive(Default)]
+struct Busy {
+    lanes: HashMap<Option<Slot>, Lane>,
+    /// How many there ever were.
+    count: u64,
+}
+
+/// Who waits for the call that is under way.
+struct Lane {
+    number: u64,
+    waiting: VecDeque<Waiting>,
+}
+
+struct Waiting {
+    check: Check,
+    since: Instant,
+    tell: oneshot::Sender<Result<Found, Unanswered>>,
+}
+
+/// The right to use a lane.
+struct Baton {
+    lanes: Arc<Lanes>,
+    slot: Option<Slot>,
+    number: u64,
+}
+
+enum Turn {
+    Now(Baton, Check),
+    Later(u64, oneshot::Receiver<Result<Found, Unanswered>>),
+}
+
+impl Lanes {
+    pub(crate) fn new(ground: Arc<Ground>, scripts: Scripts) -> Self {
+        Self {
+            ground,
+            scripts,
+            busy: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn scripts(&self) -> &Scripts {
+        &self.scripts
+    }
+
+    /// Checks, and tells how the keys stood before. They were charged if by
+    /// that the check passes.
+    ///
+    /// Takes no longer than an operation may. Dropped, the check is made or
+    /// not.
+    pub(crate) async fn check(self: &Arc<Self>, check: Check) -> Result<Found, Unanswered> {
+        let slot = (self.ground.redis.is_cluster()).then(|| check[0].key.slot());
+        match self.enter(slot, check) {
+            Turn::Now(baton, check) => {
+                let found = self.ask_one(&check).await;
+                drop(baton);
+                found
+            }
+            Turn::Later(number, told) => {
+                let limit = self.ground.redis.timeout() + GRACE;
+                match timeout(limit, told).await {
+                    Ok(Ok(found)) => found,
+                    // Whoever was under way is gone, with his runtime.
+                    Ok(Err(_)) => Err(Unanswered(None)),
+                    Err(_) => {
+                        self.abandon(slot, number);
+                        Err(Unanswered(None))
+                    }
+                }
+            }
+        }
+    }
+
+    fn enter(self: &Arc<Self>, slot: Option<Slot>, check: Check) -> Turn {
+        let mut busy = self.busy.lock();
+        let busy = &mut *busy;
+        match busy.lanes.entry(slot) {
+            Entry::Occupied(mut lane) => {
+                let (tell, told) = oneshot::channel();
+                let lane = lane.get_mut();
+                lane.waiting.push_back(Waiting {
+                    check,
+                    since: clock::now(),
+                    tell,
+                });
+                Turn::Later(lane.number, told)
+            }
+            Entry::Vacant(lane) => {
+                busy.count += 1;
+                let number = busy.count;
+                lane.insert(Lane {
+                    number,
+                    waiting: VecDeque::new(),
+                });
+                let lanes = Arc::clone(self);
+                Turn::Now(
+                    Baton {
+                        lanes,
+                        slot,
+                        number,
+                    },
+                    check,
+                )
+            }
+        }
+    }
+
+    /// Gives a lane up in which nothing moves: its task's runtime is not being
+    /// run, say.
+    fn abandon(&self, slot: Option<Slot>, number: u64) {
+        let gone = {
+            let mut busy = self.busy.lock();
+            match busy.lanes.entry(slot) {
+                Entry::Occupied(lane) if lane.get().number == number => Some(lane.remove()),
+                _ => None,
+            }
+        };
+        drop(gone);
+    }
+
+    /// Asks for a check that is alone.
+    async fn ask_one(&self, check: &Check) -> Result<Found, Unanswered> {
+        let call = match &check[..] {
+            [charge] => self.scripts.check(&Alike {
+                keys: vec![&charge.key],
+                counts: vec![1],
+                gcra: charge.gcra,
+                cost: charge.cost,
+            }),
+            charges => self.scripts.checks(&Mixed {
+                keys: charges
+                    .iter()
+                    .map(|charge| (&charge.key, charge.gcra))
+                    .collect(),
+                checks: vec![
+                    (charges.iter().enumerate())
+                        .map(|(index, charge)| (index, charge.cost))
+                        .collect(),
+                ],
+            }),
+        };
+        let asked = Asked::new(&self.ground, check.iter());
+        let (now, before) = asked
+            .answer(&self.ground, self.ground.redis.timeout(), &call)
+            .await?;
+        let mut after = before.clone();
+        charge(check.iter().enumerate(), &mut after, now.as_nanos());
+        asked.learn(&self.ground, &after, now);
+        Ok(Found {
+            now: now.as_nanos(),
+            states: match before[..] {
+                [state] => States::One([state]),
+                _ => States::Several(before),
+            },
+        })
+    }
+
+    /// Asks for all that wait, until nobody does.
+    async fn drive(self: Arc<Self>, slot: Option<Slot>, number: u64) {
+        // Ends the lane whatever ends this task, but for its own end.
+        let post = Post {
+            lanes: &self,
+            slot,
+            number,
+        };
+        loop {
+            // Those that were told just now may have come again.
+            tokio::task::yield_now().await;
+            let Some(mut waiting) = self.take(slot, number) else {
+                mem::forget(post);
+                return;
+            };
+            let plan = Plan::new(&waiting);
+            let rest = waiting.split_off(plan.count);
+            if !rest.is_empty() {
+                self.put_back(slot, number, rest);
+            }
+            // The first has waited longest.
+            let waited = clock::now() - waiting[0].since;
+            let limit = self.ground.redis.timeout().saturating_sub(waited);
+            let call = plan.call(&self.scripts, &waiting);
+            let charges = plan
+                .keys
+                .iter()
+                .map(|&(check, charge)| &waiting[check].check[charge]);
+            let asked = Asked::new(&self.ground, charges);
+            match asked.answer(&self.ground, limit, &call).await {
+                Ok((now, mut states)) => {
+                    let mut found = Vec::with_capacity(waiting.len());
+                    for (one, indices) in waiting.iter().zip(&plan.checks) {
+                        found.push(match indices[..] {
+                            [index] => States::One([states[index]]),
+                            _ => States::Several(indices.iter().map(|&i| states[i]).collect()),
+                        });
+                        let charges = indices.iter().copied().zip(&one.check);
+                        charge(charges, &mut states, now.as_nanos());
+                    }
+                    asked.learn(&self.ground, &states, now);
+                    let now = now.as_nanos();
+                    for (one, states) in waiting.into_iter().zip(found) {
+                        // Who is gone by now was charged all the same.
+                        let _ = one.tell.send(Ok(Found { now, states }));
+                    }
+                }
+                Err(error) => {
+                    for one in waiting {
+                        let _ = one.tell.send(Err(error.clone()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next to be asked for; the lane ends where nobody waits.
+    fn take(&self, slot: Option<Slot>, number: u64) -> Option<Vec<Waiting>> {
+        let mut busy = self.busy.lock();
+        let Entry::Occupied(mut entry) = busy.lanes.entry(slot) else {
+            return None;
+        };
+        let lane = entry.get_mut();
+        if lane.number != number {
+            return None;
+        }
+        let mut taken = Vec::with_capacity(lane.waiting.len().min(MOST));
+        let mut keys = 0;
+        while let Some(next) = lane.waiting.front() {
+            keys += next.check.len();
+            if keys > MOST && !taken.is_empty() {
+                break;
+            }
+            let next = lane.waiting.pop_front().expect("it was there");
+            if next.tell.is_closed() {
+                keys -= next.check.len();
+            } else {
+                taken.push(next);
+            }
+        }
+        if taken.is_empty() {
+            entry.remove();
+            return None;
+        }
+        Some(taken)
+    }
+
+    fn put_back(&self, slot: Option<Slot>, number: u64, rest: Vec<Waiting>) {
+        let mut busy = self.busy.lock();
+        // Where the lane was given up, dropping them tells them.
+        if let Some(lane) = busy.lanes.get_mut(&slot)
+            && lane.number == number
+        {
+            for one in rest.into_iter().rev() {
+                lane.waiting.push_front(one);
+            }
+        }
+    }
+}
+
+impl Drop for Baton {
+    /// The check that was alone is answered, or nobody waits for its answer any
+    /// more: whoever came meanwhile is asked for by a task.
+    fn drop(&mut self) {
+        let Self {
+            lanes,
+            slot,
+            number,
+        } = self;
+        {
+            let mut busy = lanes.busy.lock();
+            match busy.lanes.entry(*slot) {
+                Entry::Occupied(lane) if lane.get().number == *number => {
+                    if lane.get().waiting.is_empty() {
+                        lane.remove();
+                        return;
+                    }
+                }
+                _ => return,
+            }
+        }
+        match runtime::Handle::try_current() {
+            Ok(runtime) => {
+                runtime.spawn(Arc::clone(lanes).drive(*slot, *number));
+            }
+            Err(_) => lanes.abandon(*slot, *number),
+        }
+    }
+}
+
+struct Post<'a> {
+    lanes: &'a Lanes,
+    slot: Option<Slot>,
+    number: u64,
+}
+
+impl Drop for Post<'_> {
+    fn drop(&mut self) {
+        self.lanes.abandon(self.slot, self.number);
+    }
+}
+
+/// Charges `states` if all of the charges pass, by the ruling in memory: what
+/// the script has done.
+fn charge<'a>(
+    charges: impl Iterator<Item = (usize, &'a Charge)> + Clone,
+    states: &mut [Tat],
+    now: u64,
+) {
+    use crate::gcra::Ruling;
+
+    let ruling = |(index, charge): (usize, &Charge), states: &[Tat]| {
+        charge.gcra.decide(states[index], now, charge.cost)
+    };
+    let passes = charges
+        .clone()
+        .all(|charge| matches!(ruling(charge, states), Ruling::Pass { .. }));
+    for charge in charges {
+        match ruling(charge, states) {
+            Ruling::Pass { tat } if passes => states[charge.0] = tat,
+            Ruling::Wait {
+                heal: Some(heal), ..
+            } => states[charge.0] = heal,
+            _ => {}
+        }
+    }
+}
+
+/// The keys of a call that is under way.
+struct Asked {
+    keys: Vec<(usize, KeyId, Gcra, Since)>,
+}
+
+impl Asked {
+    fn new<'a>(ground: &Ground, charges: impl Iterator<Item = &'a Charge>) -> Self {
+        let keys = charges
+            .map(|charge| {
+                let since = ground.since(charge.id);
+                (charge.limit, charge.id, charge.gcra, since)
+            })
+            .collect();
+        Self { keys }
+    }
+
+    /// Asks, and tells when, and how the keys stood.
+    async fn answer(
+        &self,
+        ground: &Ground,
+        limit: Duration,
+        call: &Call,
+    ) -> Result<(Instant, Vec<Tat>), Unanswered> {
+        let now = clock::now();
+        let value: Value = ground.redis.call_within(limit, "rate_limit", call).await?;
+        let gcras = self.keys.iter().map(|&(_, _, gcra, _)| gcra);
+        let states = script::answer(&value, gcras, now.as_nanos()).ok_or(Unanswered(None))?;
+        Ok((now, states))
+    }
+
+    fn learn(&self, ground: &Ground, states: &[Tat], now: Instant) {
+        for (&(limit, id, _, since), &tat) in self.keys.iter().zip(states) {
+            ground.learn(limit, id, tat, now, since);
+        }
+    }
+}
+
+/// How checks become one call.
+struct Plan {
+    /// How many there are in it.
+    count: usize,
+    /// The keys, no two alike: in which check and which of its charges each
+    /// comes first.
+    keys: Vec<(usize, usize)>,
+    /// Of each check the indices of its keys.
+    checks: Vec<Vec<usize>>,
+    /// How often each key is checked, where all checks are alike.
+    alike: Option<Vec<u32>>,
+}
+
+impl Plan {
+    fn new(waiting: &[Waiting]) -> Self {
+        let first = &waiting[0].check[0];
+        let mut plan = Self {
+            count: 0,
+            keys: Vec::with_capacity(waiting.len()),
+            checks: Vec::with_capacity(waiting.len()),
+            alike: Some(Vec::with_capacity(waiting.len())),
+        };
+        let mut indices: HashMap<(usize, KeyId), usize> = HashMap::with_capacity(waiting.len());
+        for (number, one) in waiting.iter().enumerate() {
+            // A key has one quota in a call: whoever knows another one waits.
+            let conflicts = one.check.iter().any(|charge| {
+                indices
+                    .get(&(charge.limit, charge.id))
+                    .is_some_and(|&index| {
+                        let (check, first) = plan.keys[index];
+                        waiting[check].check[first].gcra != charge.gcra
+                    })
+            });
+            if conflicts {
+                break;
+            }
+            let is_alike = matches!(&one.check[..], [charge]
+                if charge.cost == first.cost && charge.gcra == first.gcra);
+            if !is_alike {
+                plan.alike = None;
+            }
+            let mut of_check = Vec::with_capacity(one.check.len());
+            for (which, charge) in one.check.iter().enumerate() {
+                let index = *indices.entry((charge.limit, charge.id)).or_insert_with(|| {
+                    plan.keys.push((number, which));
+                    if let Some(counts) = &mut plan.alike {
+                        counts.push(0);
+                    }
+                    plan.keys.len() - 1
+                });
+                if let Some(counts) = &mut plan.alike {
+                    counts[index] += 1;
+                }
+                of_check.push(index);
+            }
+            plan.checks.push(of_check);
+            plan.count += 1;
+        }
+        plan
+    }
+
+    fn call(&self, scripts: &Scripts, waiting: &[Waiting]) -> Call {
+        let charge = |&(check, which): &(usize, usize)| &waiting[check].check[which];
+        if let Some(counts) = &self.alike {
+            let first = charge(&self.keys[0]);
+            return scripts.check(&Alike {
+                keys: self.keys.iter().map(|key| &charge(key).key).collect(),
+                counts: counts.clone(),
+                gcra: first.gcra,
+                cost: first.cost,
+            });
+        }
+        let checks = waiting.iter().zip(&self.checks).map(|(one, indices)| {
+            let costs = one.check.iter().map(|charge| charge.cost);
+            indices.iter().copied().zip(costs).collect()
+        });
+        scripts.checks(&Mixed {
+            keys: self
+                .keys
+                .iter()
+                .map(|key| (&charge(key).key, charge(key).gcra))
+                .collect(),
+            checks: checks.collect(),
+        })
+    }
+}
