@@ -26,6 +26,11 @@ use crate::{
     metrics::Metrics,
     settings::Plan,
 };
+#[cfg(feature = "redis")]
+use crate::{
+    FleetStatus, Sharing,
+    shared::{Hub, Link, Membership},
+};
 
 /// A circuit breaker: a cheap handle, whose clones are all the same breaker.
 ///
@@ -61,6 +66,26 @@ struct Owner {
     observer: Arc<Observer>,
     settings: Mutex<Settings>,
     critical: bool,
+    #[cfg(feature = "redis")]
+    shared: std::sync::OnceLock<Shared>,
+}
+
+/// In which fleet it is, and as what.
+#[cfg(feature = "redis")]
+struct Shared {
+    hub: Arc<Hub>,
+    link: Arc<Link>,
+}
+
+/// A breaker that is not kept alive.
+#[cfg(feature = "redis")]
+pub(crate) struct WeakBreaker(std::sync::Weak<Owner>);
+
+#[cfg(feature = "redis")]
+impl WeakBreaker {
+    pub(crate) fn upgrade(&self) -> Option<Breaker> {
+        self.0.upgrade().map(Breaker)
+    }
 }
 
 impl Drop for Owner {
@@ -76,9 +101,26 @@ pub struct BreakerBuilder {
     pub(crate) listeners: Vec<Listener>,
     pub(crate) random: SharedRandom,
     pub(crate) critical: bool,
+    #[cfg(feature = "redis")]
+    pub(crate) sharing: Option<Sharing>,
 }
 
 impl BreakerBuilder {
+    /// Shares it with all processes of a fleet that have one of this name:
+    /// see [`Sharing`].
+    ///
+    /// The work is done by a task in the tokio runtime that it is built in;
+    /// built outside of one, in that of whoever makes a service of its layer,
+    /// or changes its state, first. Where the runtime ends, the same starts
+    /// another. It ends with the last handle.
+    #[cfg(feature = "redis")]
+    #[must_use]
+    pub fn redis(mut self, sharing: impl Into<Sharing>) -> Self {
+        self.sharing = Some(sharing.into());
+        self
+    }
+
+
     /// Whether the whole is unhealthy when this breaker is open: what it says
     /// as a [`HealthSource`]. Default: no.
     #[must_use]
@@ -124,17 +166,28 @@ impl BreakerBuilder {
             listeners,
             random,
             critical,
+            #[cfg(feature = "redis")]
+            sharing,
         } = self;
         check_name(&name)?;
         let plan = settings.plan()?;
+        #[cfg(feature = "redis")]
+        if let Some(sharing) = &sharing {
+            sharing.check()?;
+        }
         let observer = Arc::new(Observer {
             metrics: Metrics::new(&name),
             listeners: listeners.into_boxed_slice(),
             name,
         });
-        Ok(Breaker::observed(
-            observer, settings, plan, random, critical,
-        ))
+        let breaker = Breaker::observed(observer, settings, plan, random, critical);
+        #[cfg(feature = "redis")]
+        if let Some(sharing) = sharing {
+            let hub = sharing.hub();
+            let key = hub.key([breaker.name().as_bytes()]);
+            breaker.join(Membership { hub, key });
+        }
+        Ok(breaker)
     }
 }
 
@@ -241,6 +294,8 @@ impl Breaker {
             listeners: Vec::new(),
             random: SharedRandom::default(),
             critical: false,
+            #[cfg(feature = "redis")]
+            sharing: None,
         }
     }
 
@@ -258,7 +313,40 @@ impl Breaker {
             observer,
             settings: Mutex::new(settings),
             critical,
+            #[cfg(feature = "redis")]
+            shared: std::sync::OnceLock::new(),
         }))
+    }
+
+    /// Makes it one of a fleet's, for good.
+    #[cfg(feature = "redis")]
+    pub(crate) fn join(&self, membership: Membership) {
+        let Membership { hub, key } = membership;
+        self.0.shared.get_or_init(|| {
+            let link = hub.join(key, self);
+            Shared { hub, link }
+        });
+    }
+
+    #[cfg(feature = "redis")]
+    pub(crate) fn downgrade(&self) -> WeakBreaker {
+        WeakBreaker(Arc::downgrade(&self.0))
+    }
+
+    /// Sees to it that the fleet is heard, where there is a runtime for it.
+    #[cfg(feature = "redis")]
+    pub(crate) fn attend(&self) {
+        if let Some(shared) = self.0.shared.get() {
+            shared.hub.ensure();
+        }
+    }
+
+    /// How it stands in its fleet, if it is [shared](Sharing).
+    #[cfg(feature = "redis")]
+    #[must_use]
+    pub fn fleet(&self) -> Option<FleetStatus> {
+        let shared = self.0.shared.get()?;
+        Some(FleetStatus::of(&shared.hub, &shared.link))
     }
 
     /// Its name.

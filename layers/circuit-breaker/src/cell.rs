@@ -48,6 +48,7 @@ use crate::{
 
 mod admit;
 mod change;
+mod follow;
 mod lease;
 mod look;
 #[cfg(all(test, buttress_loom))]
@@ -55,6 +56,7 @@ mod loom_tests;
 mod record;
 mod wait;
 
+pub(crate) use follow::Follower;
 pub(crate) use lease::{AtOnce, Lease};
 
 /// When nothing is due.
@@ -111,6 +113,13 @@ struct Cold {
     opened: Option<Opened>,
     /// By a number of each, which is found soon however many wait.
     waiters: BTreeMap<u64, Waker>,
+    /// Who tells other processes of it.
+    follower: Option<Arc<dyn Follower>>,
+    /// When the wait of an open state is over. The word's own end may be later,
+    /// while leave to probe is asked for.
+    due: Instant,
+    /// Until when probing needs leave of a follower.
+    hold: Instant,
 }
 
 pub(crate) struct Cell {
@@ -253,6 +262,7 @@ pub(crate) struct News {
     tenancy: u64,
     observer: Option<Arc<Observer>>,
     event: Option<Event>,
+    follower: Option<Arc<dyn Follower>>,
     wakers: BTreeMap<u64, Waker>,
 }
 
@@ -285,6 +295,9 @@ impl Cell {
                 level: 0,
                 opened: None,
                 waiters: BTreeMap::new(),
+                follower: None,
+                due: Instant::from_nanos(0),
+                hold: Instant::from_nanos(0),
             })),
         }
     }

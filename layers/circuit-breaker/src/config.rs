@@ -377,6 +377,16 @@ impl<V: View, M, C, P> CircuitBreakerBuilder<V, M, C, P> {
         self.describe(|own| own.on_event(listener))
     }
 
+    /// Shares the breaker, or the breakers of all keys, with all processes of
+    /// a fleet that have one of this name: see [`Sharing`](crate::Sharing).
+    /// Takes a [`Redis`](buttress_redis::Redis), too.
+    ///
+    /// Build it in a tokio runtime, or make a service of it there.
+    #[cfg(feature = "redis")]
+    pub fn redis(self, sharing: impl Into<crate::Sharing>) -> Self {
+        self.describe(|own| own.redis(sharing))
+    }
+
     /// Where the jitter of [`ReopenBackoff`](crate::ReopenBackoff) comes from.
     pub fn random(self, random: impl Random) -> Self {
         self.describe(|own| own.random(random))
@@ -445,6 +455,8 @@ impl<V: View, M, C, P> CircuitBreakerBuilder<V, M, C, P> {
         Ok(CircuitBreakerLayer::new(Shared {
             lease: source.one().map(Breaker::lease),
             source,
+            #[cfg(feature = "redis")]
+            attend: S::attend,
             classifier: self.classifier,
             hold,
             #[cfg(feature = "back-pressure")]

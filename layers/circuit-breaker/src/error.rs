@@ -38,6 +38,12 @@ pub(crate) enum Problem {
     BreakerAndKeys,
     #[cfg(feature = "back-pressure")]
     KeyedBackPressure,
+    #[cfg(feature = "redis")]
+    Fleet,
+    #[cfg(feature = "redis")]
+    Quorum,
+    #[cfg(feature = "redis")]
+    Pull,
 }
 
 impl From<Problem> for ConfigError {
@@ -82,6 +88,12 @@ impl fmt::Display for ConfigError {
             Problem::KeyedBackPressure => {
                 "back-pressure needs one breaker for all: before there is a request there is no key"
             }
+            #[cfg(feature = "redis")]
+            Problem::Fleet => "the fleet's name must be 1 to 128 printable ASCII characters",
+            #[cfg(feature = "redis")]
+            Problem::Quorum => "the quorum must be 1 to 10000 nodes",
+            #[cfg(feature = "redis")]
+            Problem::Pull => "the interval of pulls must be 100 ms to an hour",
         })
     }
 }

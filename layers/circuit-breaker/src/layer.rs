@@ -25,6 +25,9 @@ pub struct CircuitBreakerLayer<V: View = Http, M = Respond, C = HttpClassifier, 
 /// What a layer and its services have in common.
 pub(crate) struct Shared<M, C, P> {
     pub(crate) source: P,
+    /// Told that a service is made.
+    #[cfg(feature = "redis")]
+    pub(crate) attend: fn(&P),
     /// The breaker's, if there is one for all.
     pub(crate) lease: Option<Lease>,
     pub(crate) classifier: C,
@@ -139,6 +142,8 @@ impl<S, V: View, M, C, P> Layer<S> for CircuitBreakerLayer<V, M, C, P> {
     type Service = CircuitBreaker<S, V, M, C, P>;
 
     fn layer(&self, inner: S) -> Self::Service {
+        #[cfg(feature = "redis")]
+        (self.shared.attend)(&self.shared.source);
         CircuitBreaker::new(inner, Arc::clone(&self.shared))
     }
 }

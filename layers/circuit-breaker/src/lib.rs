@@ -19,6 +19,8 @@ mod ready;
 mod registry;
 mod service;
 mod settings;
+#[cfg(feature = "redis")]
+mod shared;
 mod source;
 mod window;
 mod word;
@@ -35,4 +37,6 @@ pub use permit::Permit;
 pub use registry::{HealthSummary, Registry, RegistryBuilder, RegistryKey};
 pub use service::CircuitBreaker;
 pub use settings::{Rules, Settings, Window};
+#[cfg(feature = "redis")]
+pub use shared::{FleetStatus, Sharing};
 pub use source::{PerKey, Source};

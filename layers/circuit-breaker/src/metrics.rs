@@ -15,6 +15,14 @@
 //! the same name write one gauge, which shows whoever changed last: name them
 //! apart, or take one for both.
 //!
+//! Of breakers that are [shared](crate::BreakerBuilder), with the feature `redis`:
+//!
+//! | metric | kind | labels | counts |
+//! | --- | --- | --- | --- |
+//! | `circuit_breaker_fleet_changes_total` | counter | `fleet`, `result`: `took`, `voted`, `lost`, `failed` | changes told, by what became of them; `failed` is no answer |
+//! | `circuit_breaker_fleet_news_total` | counter | `fleet`, `via`: `message`, `pull` | changes heard of, one's own among them |
+//! | `circuit_breaker_fleet_up` | gauge | `fleet` | 1 while the fleet can be asked, else 0 |
+//!
 //! They go to the recorder that is installed when the breaker is built.
 
 #[cfg(feature = "metrics")]
@@ -22,6 +30,12 @@ pub(crate) use on::Metrics;
 
 #[cfg(not(feature = "metrics"))]
 pub(crate) use off::Metrics;
+
+#[cfg(all(feature = "redis", feature = "metrics"))]
+pub(crate) use fleet::FleetMetrics;
+
+#[cfg(all(feature = "redis", not(feature = "metrics")))]
+pub(crate) use off::FleetMetrics;
 
 #[cfg(feature = "metrics")]
 mod on {
@@ -175,6 +189,76 @@ mod on {
     }
 }
 
+#[cfg(all(feature = "redis", feature = "metrics"))]
+mod fleet {
+    use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
+
+    use crate::shared::{Op, Verdict};
+
+    const CHANGES: &str = "circuit_breaker_fleet_changes_total";
+    const NEWS: &str = "circuit_breaker_fleet_news_total";
+    const UP: &str = "circuit_breaker_fleet_up";
+
+    pub(crate) struct FleetMetrics {
+        /// By verdict, and failed ones.
+        changes: [(&'static str, Counter); 4],
+        message: Counter,
+        pull: Counter,
+        up: Gauge,
+    }
+
+    impl FleetMetrics {
+        pub(crate) fn new(fleet: &str) -> Self {
+            describe_counter!(CHANGES, "Changes told to the fleet, by what became of them.");
+            describe_counter!(NEWS, "Changes heard of in the fleet.");
+            describe_gauge!(UP, "1 while the fleet can be asked.");
+            let fleet: std::sync::Arc<str> = fleet.into();
+            let news = |via: &'static str| counter!(NEWS, "fleet" => std::sync::Arc::clone(&fleet), "via" => via);
+            let up = gauge!(UP, "fleet" => std::sync::Arc::clone(&fleet));
+            up.set(0.0);
+            Self {
+                changes: ["took", "voted", "lost", "failed"].map(|result| {
+                    let fleet = std::sync::Arc::clone(&fleet);
+                    (result, counter!(CHANGES, "fleet" => fleet, "result" => result))
+                }),
+                message: news("message"),
+                pull: news("pull"),
+                up,
+            }
+        }
+
+        pub(crate) fn answered(&self, op: Op, verdict: Verdict) {
+            if op != Op::Read {
+                self.changed(verdict.as_str());
+            }
+        }
+
+        pub(crate) fn failed(&self) {
+            self.changed("failed");
+        }
+
+        fn changed(&self, result: &str) {
+            for (known, counter) in &self.changes {
+                if *known == result {
+                    counter.increment(1);
+                }
+            }
+        }
+
+        pub(crate) fn message(&self) {
+            self.message.increment(1);
+        }
+
+        pub(crate) fn pulled(&self) {
+            self.pull.increment(1);
+        }
+
+        pub(crate) fn up(&self, up: bool) {
+            self.up.set(if up { 1.0 } else { 0.0 });
+        }
+    }
+}
+
 #[cfg(not(feature = "metrics"))]
 mod off {
     use crate::{Event, State};
@@ -202,5 +286,27 @@ mod off {
         pub(crate) fn state(&self, _: State) {}
         #[inline]
         pub(crate) fn gone(&self, _: State) {}
+    }
+
+    #[cfg(feature = "redis")]
+    pub(crate) struct FleetMetrics(());
+
+    #[cfg(feature = "redis")]
+    #[expect(clippy::unused_self, reason = "the same shape as with the feature")]
+    impl FleetMetrics {
+        pub(crate) fn new(_: &str) -> Self {
+            Self(())
+        }
+
+        #[inline]
+        pub(crate) fn answered(&self, _: crate::shared::Op, _: crate::shared::Verdict) {}
+        #[inline]
+        pub(crate) fn failed(&self) {}
+        #[inline]
+        pub(crate) fn message(&self) {}
+        #[inline]
+        pub(crate) fn pulled(&self) {}
+        #[inline]
+        pub(crate) fn up(&self, _: bool) {}
     }
 }

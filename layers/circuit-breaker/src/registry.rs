@@ -41,6 +41,8 @@ use crate::{
     Breaker, CircuitOpen, ConfigError, Event, Permit, Settings, Status, cell::Observer,
     event::Listener, metrics::Metrics, settings::Plan,
 };
+#[cfg(feature = "redis")]
+use crate::shared::{Hub, Membership};
 
 /// Breakers that a new key looks at in search of room, and the shards that it
 /// locks for it.
@@ -129,6 +131,8 @@ struct Inner {
     random: SharedRandom,
     forget_after: Duration,
     critical: bool,
+    #[cfg(feature = "redis")]
+    hub: Option<Arc<Hub>>,
     overflow: Breaker,
     secret: Secret,
     shards: Box<[Padded<Mutex<Shard>>]>,
@@ -376,6 +380,14 @@ impl Registry {
         summary
     }
 
+    /// Sees to it that the fleet is heard, where there is a runtime for it.
+    #[cfg(feature = "redis")]
+    pub(crate) fn attend(&self) {
+        if let Some(hub) = &self.0.hub {
+            hub.ensure();
+        }
+    }
+
     /// Whether two handles are of one registry.
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
@@ -487,6 +499,13 @@ impl Inner {
         };
         let breaker =
             Breaker::observed(observer, settings, plan, self.random.clone(), self.critical);
+        #[cfg(feature = "redis")]
+        if let Some(hub) = &self.hub {
+            let name = key::in_redis(&key, words.is_some());
+            let key = hub.key([self.name.as_bytes(), &name]);
+            let hub = Arc::clone(hub);
+            breaker.join(Membership { hub, key });
+        }
         drop(words);
         let entry = Entry {
             id,

@@ -27,6 +27,10 @@ pub(crate) mod sealed {
         /// The refusal that a responder is shown.
         fn refusal(&self, open: &CircuitOpen) -> Refusal;
 
+        /// A service is made of it.
+        #[cfg(feature = "redis")]
+        fn attend(&self);
+
         /// The breaker of all requests, if that is one.
         fn one(&self) -> Option<&Breaker>;
     }
@@ -40,6 +44,11 @@ impl<V: View> sealed::Sealed<V> for Breaker {
     fn refusal(&self, open: &CircuitOpen) -> Refusal {
         // Without the lock that an error takes to learn the name.
         open.refusal().with_origin(self.name().to_string())
+    }
+
+    #[cfg(feature = "redis")]
+    fn attend(&self) {
+        Breaker::attend(self);
     }
 
     #[inline]
@@ -74,6 +83,11 @@ impl<V: View> sealed::Sealed<V> for PerKey<V> {
 
     fn refusal(&self, open: &CircuitOpen) -> Refusal {
         (*open).into()
+    }
+
+    #[cfg(feature = "redis")]
+    fn attend(&self) {
+        self.registry.attend();
     }
 
     #[inline]

@@ -38,6 +38,11 @@ impl Cell {
                 window.clear();
             }
         }
+        cold.due = until;
+        cold.hold = match &cold.follower {
+            Some(follower) if next.state() == State::Open => until + follower.grace(),
+            _ => Instant::from_nanos(0),
+        };
         // The generation before last had this place: who reads of it what is
         // not its own finds a later word, too.
         self.hot.until[place(next)].store(until.as_nanos(), Release);
@@ -61,6 +66,7 @@ impl Cell {
                 cause,
                 wait,
             })),
+            follower: changed.then(|| cold.follower.clone()).flatten(),
             wakers: mem::take(&mut cold.waiters),
         }
     }
@@ -70,8 +76,13 @@ impl Cell {
             tenancy,
             observer,
             event,
+            follower,
             wakers,
         } = news;
+        // First of all, as nothing that follows is sure to return.
+        if let (Some(follower), Some(Event::StateChange(change))) = (follower, &event) {
+            follower.changed(change);
+        }
         for waker in wakers.into_values() {
             waker.wake();
         }
@@ -110,6 +121,10 @@ impl Cell {
         if word.generation() != generation {
             return None;
         }
+        if now < cold.hold {
+            self.ask_for_leave(cold, word, now);
+            return None;
+        }
         let next = word.next(State::HalfOpen).with_probes(Probes {
             in_flight: 1,
             ..Probes::default()
@@ -146,6 +161,7 @@ impl Cell {
                 tenancy: cold.tenancy,
                 observer: cold.observer.clone(),
                 event: Some(Event::WouldOpen(rule)),
+                follower: None,
                 wakers: BTreeMap::new(),
             }
         } else {
@@ -288,10 +304,25 @@ impl Cell {
         now: Instant,
     ) -> Result<(), TransitionError> {
         self.catch_up(now);
+        self.bring_about_in(None, to, wait, cause, now)
+    }
+
+    /// The same, only while it is in this generation, if one is given.
+    pub(super) fn bring_about_in(
+        &self,
+        generation: Option<u32>,
+        to: State,
+        wait: Option<Duration>,
+        cause: Cause,
+        now: Instant,
+    ) -> Result<(), TransitionError> {
         let draw = self.draw();
         let mut cold = self.lock();
         let word = self.word();
         let from = word.state();
+        if generation.is_some_and(|generation| generation != word.generation()) {
+            return Err(TransitionError { from, to });
+        }
         let sense = match to {
             State::Open => matches!(from, State::Closed | State::HalfOpen),
             State::HalfOpen => from == State::Open,
@@ -337,7 +368,23 @@ impl Cell {
         cold.since = now;
         let next = self.word().next(State::Closed);
         let news = self.publish(&mut cold, next, NEVER, now, Cause::Manual, None);
+        // Here it may have been closed already, and elsewhere not.
+        let follower = news
+            .event
+            .is_none()
+            .then(|| cold.follower.clone())
+            .flatten();
         drop(cold);
+        if let Some(follower) = follower {
+            follower.changed(&Transition {
+                from: State::Closed,
+                to: State::Closed,
+                generation: next.generation(),
+                at: now,
+                cause: Cause::Manual,
+                wait: None,
+            });
+        }
         self.tell(news);
     }
 }

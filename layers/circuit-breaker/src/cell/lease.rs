@@ -151,6 +151,7 @@ impl Cell {
         let mut news = self.publish(&mut cold, next, NEVER, now, Cause::Manual, None);
         let last = news.event.take();
         let observer = cold.observer.take();
+        let follower = cold.follower.take();
         let random = mem::replace(&mut cold.random, unused);
         drop(cold);
         if let (Some(observer), Some(Event::StateChange(last))) = (&observer, last) {
@@ -158,7 +159,7 @@ impl Cell {
         }
         // Listeners and generators are the user's: their drop does not run
         // under the lock.
-        drop((observer, random));
+        drop((observer, random, follower));
         self.tell(news);
     }
 }

@@ -42,6 +42,8 @@ pub struct RegistryBuilder {
     random: SharedRandom,
     forget_after: Duration,
     critical: bool,
+    #[cfg(feature = "redis")]
+    sharing: Option<crate::Sharing>,
 }
 
 impl RegistryBuilder {
@@ -56,6 +58,8 @@ impl RegistryBuilder {
             random: SharedRandom::default(),
             forget_after: FORGET_AFTER,
             critical: false,
+            #[cfg(feature = "redis")]
+            sharing: None,
         }
     }
 
@@ -133,6 +137,20 @@ impl RegistryBuilder {
         self
     }
 
+    /// Shares the breakers with all processes of a fleet that have a registry
+    /// of this name, each with those of its key: see
+    /// [`Sharing`](crate::Sharing). The overflow breaker is not shared, as it
+    /// is not of the same keys everywhere.
+    ///
+    /// Keys reach Redis percent-encoded, and as a SHA-256 where they may not
+    /// be told. A key that is new here is asked for only if the fleet has
+    /// lately said that it is not closed.
+    #[cfg(feature = "redis")]
+    pub fn redis(mut self, sharing: impl Into<crate::Sharing>) -> Self {
+        self.sharing = Some(sharing.into());
+        self
+    }
+
     /// What was said of one breaker is said of all.
     pub(crate) fn described_by(self, breaker: BreakerBuilder) -> Self {
         Self {
@@ -140,6 +158,8 @@ impl RegistryBuilder {
             settings: breaker.settings,
             listeners: breaker.listeners,
             random: breaker.random,
+            #[cfg(feature = "redis")]
+            sharing: breaker.sharing,
             ..self
         }
     }
@@ -161,11 +181,17 @@ impl RegistryBuilder {
             random,
             forget_after,
             critical,
+            #[cfg(feature = "redis")]
+            sharing,
         } = self;
         check_name(&name)?;
         let plan = settings.plan()?;
         if max_keys == 0 {
             return Err(Problem::MaxKeys.into());
+        }
+        #[cfg(feature = "redis")]
+        if let Some(sharing) = &sharing {
+            sharing.check()?;
         }
         let listeners: Arc<[Listener]> = listeners.into();
         let overflow = Breaker::observed(
@@ -190,6 +216,8 @@ impl RegistryBuilder {
             random,
             forget_after,
             critical,
+            #[cfg(feature = "redis")]
+            hub: sharing.map(|sharing| sharing.hub()),
             overflow,
             secret: Secret::random(),
             shards: (0..shards).map(|_| Padded::default()).collect(),

@@ -145,6 +145,23 @@ pub(super) fn in_words(key: &Key) -> Option<Cow<'_, str>> {
     })
 }
 
+/// What a key is known by in other processes, too: its canonical bytes, or
+/// where these may not be told, what nobody can tell them from.
+#[cfg(feature = "redis")]
+pub(super) fn in_redis(key: &Key, may_be_told: bool) -> Cow<'_, [u8]> {
+    use sha2::{Digest, Sha256};
+    if may_be_told {
+        key.as_bytes().into()
+    } else {
+        // No key's own bytes: these begin with a small number.
+        let mut hash = b"~".to_vec();
+        for byte in Sha256::digest(key.as_bytes()) {
+            hash.extend_from_slice(format!("{byte:02x}").as_bytes());
+        }
+        hash.into()
+    }
+}
+
 /// In words of what may be a name: 1 to 128 printable ASCII characters. What
 /// is not is escaped, what is too long is cut.
 pub(super) fn printable(words: &str) -> String {
