@@ -31,6 +31,8 @@ pub use sign::{
 };
 pub use signer::Signer;
 pub use verifier::{Verified, Verifier};
+#[cfg(feature = "redis")]
+pub use verify::RedisReplays;
 pub use verify::{
     Claim, ClaimKey, ClaimToken, Lookup, LookupFn, OnStoreError, Repeat, ReplayStore, Settle,
     StoreFuture, Verify, VerifyBody, VerifyBuilder, VerifyConfigError, VerifyFuture, VerifyHandle,

@@ -14,6 +14,7 @@ use buttress_core::{
     respond::GRPC_STATUS,
 };
 use http::HeaderMap;
+use tokio::runtime;
 
 use super::{
     replay::{Claim, ClaimKey, ClaimToken, ReplayStore},
@@ -35,6 +36,8 @@ pub(crate) struct Held {
 /// Where a claim is.
 pub(crate) enum Place {
     Memory(ClaimToken),
+    /// In memory, since the store failed.
+    Local(Arc<dyn ReplayStore>, ClaimKey, ClaimToken),
     Store(Arc<dyn ReplayStore>, ClaimKey, ClaimToken),
 }
 
@@ -50,6 +53,14 @@ impl Held {
         match self.place.take() {
             None => {}
             Some(Place::Memory(token)) => self.shared.complete_here(token),
+            Some(Place::Local(store, key, token)) => {
+                self.shared.complete_here(token);
+                let keep = self.shared.keep();
+                // That the store fails has been told, and not that it works.
+                if let Ok(runtime) = runtime::Handle::try_current() {
+                    runtime.spawn(async move { store.remember(&key, keep).await });
+                }
+            }
             Some(Place::Store(store, key, token)) => {
                 let keep = self.shared.keep();
                 self.shared.in_background("complete", async move {
@@ -64,7 +75,9 @@ impl Drop for Held {
     fn drop(&mut self) {
         match self.place.take() {
             None => {}
-            Some(Place::Memory(token)) => self.shared.release_here(token),
+            Some(Place::Memory(token) | Place::Local(_, _, token)) => {
+                self.shared.release_here(token);
+            }
             Some(Place::Store(store, key, token)) => {
                 self.shared
                     .in_background("release", async move { store.release(&key, token).await });
@@ -139,6 +152,11 @@ impl Claiming {
 
     pub(crate) fn key(&self) -> &ClaimKey {
         &self.key
+    }
+
+    /// Where what was granted is that the store has not decided.
+    pub(crate) fn local(&self, token: ClaimToken) -> Place {
+        Place::Local(Arc::clone(&self.store), self.key.clone(), token)
     }
 
     /// Where what was granted is.

@@ -187,6 +187,14 @@ impl VerifyBuilder {
         self
     }
 
+    /// Keeps claims in Redis, for a fleet: as [`replay_store`](Self::replay_store)
+    /// with [`RedisReplays::new`](crate::RedisReplays::new). All processes of
+    /// the fleet have the layer under the same [name](Self::name).
+    #[cfg(feature = "redis")]
+    pub fn redis(self, redis: &buttress_redis::Redis) -> Self {
+        self.replay_store(crate::RedisReplays::new(redis))
+    }
+
     /// What happens when that store fails. Default: a 503.
     pub fn on_store_error(mut self, on_store_error: OnStoreError) -> Self {
         self.on_store_error = on_store_error;

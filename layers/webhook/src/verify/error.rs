@@ -18,6 +18,8 @@ pub(crate) enum Problem {
     TwoSources,
     LookedUp,
     IdleStore,
+    #[cfg(feature = "redis")]
+    Lease,
     Secret(SecretError),
 }
 
@@ -46,6 +48,8 @@ impl fmt::Display for VerifyConfigError {
             Problem::IdleStore => {
                 "there is a store of claims, but the scheme signs neither id nor time, or replay protection is off"
             }
+            #[cfg(feature = "redis")]
+            Problem::Lease => "the lease of a claim must be from a second to a day",
             Problem::Secret(_) => "a secret cannot be used",
         })
     }

@@ -168,7 +168,7 @@ where
             OnStoreError::Allow => self.call(whole, verified, None),
             OnStoreError::Local => {
                 let claim = self.shared.claim_here(replays, claiming.key());
-                self.claimed(claim, Place::Memory, whole, verified)
+                self.claimed(claim, |token| claiming.local(token), whole, verified)
             }
         }
     }

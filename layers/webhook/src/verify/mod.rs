@@ -14,6 +14,8 @@ mod replay;
 mod service;
 mod shared;
 
+#[cfg(feature = "redis")]
+pub use self::replay::RedisReplays;
 pub use self::{
     claim::{Settle, VerifyBody},
     config::VerifyBuilder,

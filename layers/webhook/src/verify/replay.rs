@@ -1,6 +1,8 @@
 //! Telling a repeat from a new message: what is remembered, and where.
 
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 
 #[cfg(test)]
 mod tests;
@@ -10,6 +12,8 @@ use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 use buttress_core::BoxError;
 
 pub(crate) use self::memory::Memory;
+#[cfg(feature = "redis")]
+pub use self::redis::RedisReplays;
 
 /// What a message is known by: the endpoint it came to, and the id that is
 /// signed, or else the SHA-256 of what is signed. At most about 700 bytes.
@@ -77,7 +81,8 @@ pub enum Claim {
 /// What a [`ReplayStore`]'s methods return.
 pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send + 'a>>;
 
-/// Where claims are kept, if not in this process alone: the seam for Redis.
+/// Where claims are kept, if not in this process alone: in Redis
+/// (`RedisReplays`, feature `redis`), or a store of one's own.
 ///
 /// [`claim`](Self::claim) is one atomic step. Each method answers within a time
 /// limit of its own and fails then; what the layer does of it is
@@ -113,6 +118,16 @@ pub trait ReplayStore: Send + Sync + 'static {
     /// The message may come again. Changes nothing unless the claim of this
     /// token is in progress. Called in the background.
     fn release<'a>(&'a self, key: &'a ClaimKey, token: ClaimToken) -> StoreFuture<'a, ()>;
+
+    /// A message that was claimed in this process while the store failed
+    /// ([`OnStoreError::Local`]) is done: the store, once it works again, may
+    /// remember it for `keep` from now, whoever has it by then. Called in the
+    /// background, and once; its failure is not told. By default nothing
+    /// happens.
+    fn remember<'a>(&'a self, key: &'a ClaimKey, keep: Duration) -> StoreFuture<'a, ()> {
+        let _ = (key, keep);
+        Box::pin(std::future::ready(Ok(())))
+    }
 }
 
 /// What happens to a genuine message when the [`ReplayStore`] fails.
@@ -125,7 +140,8 @@ pub enum OnStoreError {
     /// It is let pass, repeat or not. It is counted.
     Allow,
     /// It is claimed in the memory of this process, which knows no repeat of
-    /// what went to another one or to the store.
+    /// what went to another one or to the store. The store is told what is
+    /// done so, if it [remembers](ReplayStore::remember).
     Local,
 }
 
