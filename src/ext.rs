@@ -89,15 +89,16 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
     ) -> tower::ServiceBuilder<tower_layer::Stack<crate::retry::HedgeLayer<V, M>, L>>;
 
     /// Limits the rate of requests: see
-    /// [`RateLimitLayer`](crate::rate_limit::RateLimitLayer).
+    /// [`RateLimitLayer`](crate::rate_limit::RateLimitLayer), and, for what is
+    /// kept in Redis, `FleetLayer` beside it.
     ///
     /// Not called `rate_limit`, since `ServiceBuilder` has a method of that
     /// name.
     #[cfg(feature = "rate-limit")]
-    fn limit_rate<V: crate::View, M>(
+    fn limit_rate<R: sealed::LimitsRate>(
         self,
-        layer: crate::rate_limit::RateLimitLayer<V, M>,
-    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>>;
+        layer: R,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<R, L>>;
 
     /// Sends again what has failed: see
     /// [`RetryLayer`](crate::retry::RetryLayer).
@@ -251,10 +252,10 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
     }
 
     #[cfg(feature = "rate-limit")]
-    fn limit_rate<V: crate::View, M>(
+    fn limit_rate<R: sealed::LimitsRate>(
         self,
-        layer: crate::rate_limit::RateLimitLayer<V, M>,
-    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::rate_limit::RateLimitLayer<V, M>, L>> {
+        layer: R,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<R, L>> {
         self.layer(layer)
     }
 
@@ -310,4 +311,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
 mod sealed {
     pub trait Sealed<L> {}
     impl<L> Sealed<L> for tower::ServiceBuilder<L> {}
+
+    /// The rate limiter's layers: in this process, and for a fleet.
+    #[cfg(feature = "rate-limit")]
+    pub trait LimitsRate {}
+
+    #[cfg(feature = "rate-limit")]
+    impl<V: crate::View, M> LimitsRate for crate::rate_limit::RateLimitLayer<V, M> {}
+
+    #[cfg(all(feature = "rate-limit", feature = "redis"))]
+    impl<V: crate::View, M> LimitsRate for crate::rate_limit::redis::FleetLayer<V, M> {}
 }

@@ -1,14 +1,18 @@
 //! From a request to its route, and the stack of layers that each route has.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use buttress::{
     Head, ProblemResponder, Refusal, RefusalKind, Responder, ServiceBuilderExt,
     body::{BodyEnd, BodyGuard, GuardedBody, ResponseBody},
-    circuit_breaker::Breaker,
+    circuit_breaker::{Breaker, Sharing},
     drain::{DrainBody, DrainLayer, Label, Shutdown},
     key::{ClientIp, ExtractKeyExt, Global, SharedKey, cookie, header},
-    rate_limit::{HeaderFormat, Limit, RateLimitLayer},
+    rate_limit::{
+        HeaderFormat, Limit, RateLimitBuilder, RateLimitLayer,
+        redis::{Mode, OnStoreError},
+    },
+    redis::Redis,
     retry::{Memory, RetryLayer},
     tower_errors::RefuseErrorsLayer,
     webhook::{MessageIdLayer, VerifyBody},
@@ -28,7 +32,9 @@ use crate::{
     forward::{self, Failed, Forward, Rules},
     grpc_timeout::GrpcTimeout,
     headers,
-    settings::{self, CircuitBreaker, Key, LimitHeaders, Limits, Per, Retry, Settings},
+    settings::{
+        self, CircuitBreaker, Count, Key, LimitHeaders, Limits, Per, Retry, Settings, Shared,
+    },
     upstream::{CONNECT, Endpoint},
     webhook::{self, Upload},
 };
@@ -73,11 +79,14 @@ struct Common {
     client_ip: ClientIp,
     grpc_timeout: GrpcTimeout,
     memory: Memory,
+    /// Where there is one, what routes keep is kept there.
+    redis: Option<Redis>,
 }
 
 impl Proxy {
     /// Makes the routes and their state. The settings have been checked.
     pub(crate) fn new(settings: &Settings, shutdown: &Shutdown) -> Self {
+        let redis = settings.redis.as_ref().map(settings::Redis::handle);
         let limits = Arc::new(settings.limits.clone());
         let networks = settings.trusted_proxies.iter().map(|net| net.0.to_string());
         let client_ip = ClientIp::new()
@@ -90,8 +99,13 @@ impl Proxy {
             client_ip,
             grpc_timeout: GrpcTimeout::new(),
             memory: Memory::default(),
+            redis: redis.clone(),
         };
-        let mut breakers = Vec::new();
+        let mut breakers = Breakers {
+            made: Vec::new(),
+            redis,
+            fleets: HashMap::new(),
+        };
         let routes = settings.routes.iter();
         let mut routes: Vec<_> = routes
             .map(|route| Route::new(route, &common, &mut breakers))
@@ -103,7 +117,7 @@ impl Proxy {
         });
         Self {
             routes,
-            breakers,
+            breakers: breakers.made,
             limits,
             unrouted: (Arc::from(""), Meters::new("")),
         }
@@ -221,7 +235,7 @@ impl BodyGuard for Last {
 }
 
 impl Route {
-    fn new(route: &settings::Route, common: &Common, breakers: &mut Vec<Breaker>) -> Self {
+    fn new(route: &settings::Route, common: &Common, breakers: &mut Breakers) -> Self {
         let name: Arc<str> = route.name.0.as_str().into();
         let balance = balance(route, breakers);
         let strip = if route.strip_prefix {
@@ -287,7 +301,12 @@ impl Route {
                 ServiceBuilder::new()
                     .map_response(|response: Response<_>| response.map(EitherBody::Left))
                     .map_request(Upload::of(Some(SILENCE)))
-                    .layer(webhook::verify(&route.name, rule, &common.limits))
+                    .layer(webhook::verify(
+                        &route.name,
+                        rule,
+                        &common.limits,
+                        common.redis.as_ref(),
+                    ))
                     .map_request(Upload::whole)
                     .service(inside),
             ),
@@ -298,13 +317,25 @@ impl Route {
                     .service(inside),
             ),
         };
-        let limited = match &route.rate_limit {
-            Some(rule) => Either::Left(
-                ServiceBuilder::new()
-                    .limit_rate(rate_limit(&route.name, rule, &common.client_ip))
-                    .service(verified),
-            ),
-            None => Either::Right(MapResponse::new(verified, bare)),
+        let limited = match (&route.rate_limit, &common.redis) {
+            (Some(rule), Some(redis)) => {
+                let limit = rate_limit(&route.name, rule, &common.client_ip);
+                let limit = limit
+                    .redis(redis)
+                    .mode(mode(rule.mode))
+                    .on_store_error(on_store_error(rule.on_store_error))
+                    .build()
+                    .expect("checked in the settings");
+                let service = ServiceBuilder::new().limit_rate(limit).service(verified);
+                Either::Left(Either::Left(service))
+            }
+            (Some(rule), None) => {
+                let limit = rate_limit(&route.name, rule, &common.client_ip);
+                let limit = limit.build().expect("checked in the settings");
+                let service = ServiceBuilder::new().limit_rate(limit).service(verified);
+                Either::Left(Either::Right(service))
+            }
+            (None, _) => Either::Right(MapResponse::new(verified, bare)),
         };
         let service = ServiceBuilder::new()
             .drain_requests(DrainLayer::new(&common.shutdown).route(Arc::clone(&name)))
@@ -326,18 +357,35 @@ fn bare<B>(response: Response<B>) -> Response<ResponseBody<B>> {
     response.map(ResponseBody::inner)
 }
 
-/// A route's endpoints with their circuit breakers, which are added to those
-/// that there are.
-fn balance(route: &settings::Route, breakers: &mut Vec<Breaker>) -> Balance {
-    let mut breaker = |name: String, rule: &CircuitBreaker| {
+/// The circuit breakers of all routes.
+struct Breakers {
+    made: Vec<Breaker>,
+    redis: Option<Redis>,
+    /// By the quorum: one task and one connection for all that have the same.
+    fleets: HashMap<u32, Sharing>,
+}
+
+impl Breakers {
+    fn get(&mut self, name: String, rule: &CircuitBreaker) -> Breaker {
         // The same endpoint named twice has one breaker.
-        if let Some(breaker) = breakers.iter().find(|it| **it.name() == *name) {
+        if let Some(breaker) = self.made.iter().find(|it| **it.name() == *name) {
             return breaker.clone();
         }
-        let builder = Breaker::builder(name).settings(rule.settings());
-        breakers.push(builder.build().expect("checked in the settings"));
-        breakers[breakers.len() - 1].clone()
-    };
+        let mut builder = Breaker::builder(name).settings(rule.settings());
+        if let (Shared::By(Count(quorum)), Some(redis)) = (rule.shared, &self.redis) {
+            let fleet = self.fleets.entry(quorum);
+            let fleet = fleet.or_insert_with(|| Sharing::new(redis).quorum(quorum));
+            builder = builder.redis(fleet.clone());
+        }
+        let breaker = builder.build().expect("checked in the settings");
+        self.made.push(breaker.clone());
+        breaker
+    }
+}
+
+/// A route's endpoints with their circuit breakers, which are added to those
+/// that there are.
+fn balance(route: &settings::Route, breakers: &mut Breakers) -> Balance {
     let rule = |per| {
         route
             .circuit_breaker
@@ -350,9 +398,9 @@ fn balance(route: &settings::Route, breakers: &mut Vec<Breaker>) -> Balance {
         1 => CONNECT,
         _ => CONNECT.min(attempt / 2),
     };
-    let around = rule(Per::Route).map(|rule| breaker(route.name.0.clone(), rule));
+    let around = rule(Per::Route).map(|rule| breakers.get(route.name.0.clone(), rule));
     let endpoints = route.upstream.iter().map(|upstream| {
-        let own = rule(Per::Upstream).map(|rule| breaker(route.breaker_at(upstream), rule));
+        let own = rule(Per::Upstream).map(|rule| breakers.get(route.breaker_at(upstream), rule));
         Endpoint::new(upstream, own, patience)
     });
     Balance::new(endpoints, around)
@@ -385,7 +433,7 @@ fn rate_limit(
     name: &settings::Name,
     rule: &settings::RateLimit,
     client_ip: &ClientIp,
-) -> RateLimitLayer {
+) -> RateLimitBuilder {
     let key = match &rule.key {
         Key::ClientIp => SharedKey::new(client_ip.clone()),
         Key::Global => SharedKey::new(Global),
@@ -402,6 +450,19 @@ fn rate_limit(
             LimitHeaders::XRateLimit => HeaderFormat::XRateLimit,
             LimitHeaders::Draft => HeaderFormat::Draft11,
         }))
-        .build()
-        .expect("checked in the settings")
+}
+
+fn mode(mode: settings::Mode) -> Mode {
+    match mode {
+        settings::Mode::Strict => Mode::Strict,
+        settings::Mode::Leased => Mode::leased(),
+    }
+}
+
+fn on_store_error(rule: settings::OnStoreError) -> OnStoreError {
+    match rule {
+        settings::OnStoreError::Local => OnStoreError::Local,
+        settings::OnStoreError::Allow => OnStoreError::Allow,
+        settings::OnStoreError::Deny => OnStoreError::Deny,
+    }
 }

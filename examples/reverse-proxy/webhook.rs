@@ -10,6 +10,7 @@ use std::{
 
 use buttress::{
     BoxError, Refusal,
+    redis::Redis,
     webhook::{MessageId, SignLayer, VerifyLayer, WholeBody, sign::Error},
 };
 use bytes::Bytes;
@@ -30,13 +31,21 @@ use crate::{
 const MAX_REPLAYS: NonZeroUsize = NonZeroUsize::new(1_000_000).unwrap();
 
 /// The layer for a route whose requests must be signed.
-pub(crate) fn verify(name: &Name, rule: &VerifyWebhook, limits: &Limits) -> VerifyLayer {
-    rule.builder()
+pub(crate) fn verify(
+    name: &Name,
+    rule: &VerifyWebhook,
+    limits: &Limits,
+    redis: Option<&Redis>,
+) -> VerifyLayer {
+    let mut layer = rule
+        .builder()
         .name(name.0.clone())
         .max_body(limits.max_body.in_memory())
-        .max_replays(MAX_REPLAYS)
-        .build()
-        .expect("checked in the settings")
+        .max_replays(MAX_REPLAYS);
+    if let (Some(redis), true) = (redis, rule.effective_replay_protection()) {
+        layer = layer.redis(redis);
+    }
+    layer.build().expect("checked in the settings")
 }
 
 /// The layer for a route that signs each attempt.

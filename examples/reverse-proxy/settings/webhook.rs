@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use buttress::webhook::{
-    GitHub, Scheme, SecretError, Sha256, Signer, Slack, Standard, Stripe, VerifyBuilder,
+    self, GitHub, Scheme, SecretError, Sha256, Signer, Slack, Standard, Stripe, VerifyBuilder,
     VerifyLayer,
 };
 use http::HeaderName;
@@ -78,6 +78,11 @@ impl VerifyWebhook {
             .secrets(secrets.expect("checked in the settings"))
             .tolerance(self.tolerance.0)
             .replay_protection(self.effective_replay_protection())
+            .on_store_error(match self.on_store_error {
+                OnStoreError::Local => webhook::OnStoreError::Local,
+                OnStoreError::Allow => webhook::OnStoreError::Allow,
+                OnStoreError::Deny => webhook::OnStoreError::Deny,
+            })
     }
 
     /// The key that makes no sense, as a path from here, and why.
