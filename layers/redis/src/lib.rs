@@ -2,12 +2,14 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod config;
+mod dial;
 mod error;
 mod gate;
 mod keeper;
 mod key;
 mod link;
 pub mod metrics;
+mod nodes;
 mod redis;
 mod script;
 mod subscribe;
@@ -17,7 +19,7 @@ pub mod testing;
 pub use config::{Config, ConfigError};
 pub use error::{Error, ErrorKind};
 pub use key::{Key, Keyspace, Slot};
-pub use redis::{Redis, Watch};
+pub use redis::{Dedicated, Redis, Watch};
 pub use script::{Call, Script};
 pub use subscribe::{Notice, Subscription};
 
