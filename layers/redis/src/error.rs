@@ -7,8 +7,8 @@ use redis::{ParsingError, RedisError, ServerErrorKind};
 /// An operation that failed, and how.
 ///
 /// [`Display`](fmt::Display) names the operation and the kind; what the server
-/// or the system said is the [`source`](error::Error::source). It holds neither
-/// a key nor a password.
+/// or the system said is the [`source`](error::Error::source), in its words.
+/// Neither holds a password.
 #[derive(Clone, Debug)]
 pub struct Error {
     kind: ErrorKind,

@@ -10,6 +10,9 @@
 //!
 //! One task, in the runtime of whoever asked first. Where that runtime ends,
 //! the task ends with it, and the next that asks starts another.
+//!
+//! In a cluster the connection leads to all nodes and mends itself; what is
+//! looked at is whose slots are whose, and the nodes whose gates are shut.
 
 use std::{
     sync::{Arc, Weak},
@@ -20,14 +23,16 @@ use buttress_core::{
     random::{SharedRandom, ThreadRandom},
     sync::atomic::{AtomicBool, Ordering},
 };
-use redis::{Cmd, RedisError};
+use futures_util::future::join_all;
+use redis::{Cmd, RedisError, Value};
 use tokio::{
     sync::watch,
-    time::{sleep, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
 use crate::{
     Error, ErrorKind,
+    gate::Gate,
     link::{self, Link},
     redis::Shared,
 };
@@ -54,7 +59,8 @@ enum Standing {
     #[default]
     Awaited,
     Linked(Link),
-    Gone,
+    /// And why.
+    Gone(Error),
 }
 
 impl Default for Keeper {
@@ -70,24 +76,39 @@ impl Default for Keeper {
 
 impl Keeper {
     /// The connection, if there is one.
+    #[inline]
     pub(crate) fn link(&self) -> Option<Link> {
         match &*self.link.borrow() {
             Standing::Linked(link) => Some(link.clone()),
-            Standing::Awaited | Standing::Gone => None,
+            Standing::Awaited | Standing::Gone(_) => None,
         }
     }
 
     /// The connection, once it is there; `None` once it is known that it will
-    /// not be soon.
-    pub(crate) async fn linked(&self) -> Option<Link> {
+    /// not be soon, unless one waits on for it.
+    pub(crate) async fn linked(&self, shared: &Arc<Shared>, waits_on: bool) -> Option<Link> {
         let mut link = self.link.subscribe();
-        let standing = link
-            .wait_for(|standing| !matches!(standing, Standing::Awaited))
-            .await
-            .ok()?;
-        match &*standing {
-            Standing::Linked(link) => Some(link.clone()),
-            Standing::Awaited | Standing::Gone => None,
+        loop {
+            self.ensure(shared);
+            let standing = link.wait_for(|standing| match standing {
+                // The task may end with its runtime while we wait.
+                Standing::Awaited => !self.kept.load(Ordering::Acquire),
+                Standing::Linked(_) => true,
+                Standing::Gone(_) => !waits_on || !self.kept.load(Ordering::Acquire),
+            });
+            match &*standing.await.ok()? {
+                Standing::Linked(link) => return Some(link.clone()),
+                Standing::Gone(_) if !waits_on => return None,
+                Standing::Awaited | Standing::Gone(_) => {}
+            }
+        }
+    }
+
+    /// Why there is none, where that is known.
+    pub(crate) fn why(&self) -> Option<Error> {
+        match &*self.link.borrow() {
+            Standing::Gone(why) => Some(why.clone()),
+            Standing::Awaited | Standing::Linked(_) => None,
         }
     }
 
@@ -96,7 +117,7 @@ impl Keeper {
     }
 
     /// Sees to it that somebody looks after the connection.
-    pub(crate) fn ensure(&self, shared: &Arc<Shared>) {
+    fn ensure(&self, shared: &Arc<Shared>) {
         if self.kept.load(Ordering::Acquire) || self.kept.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -104,10 +125,20 @@ impl Keeper {
         tokio::spawn(async move { post.keep().await });
     }
 
-    /// The gate was shut.
+    /// The gate was shut, or all were.
     pub(crate) fn lost(&self, why: &Error) {
         tracing::warn!(error = %Chain(why), "redis is gone: it is skipped until it is back");
-        self.link.send_replace(Standing::Gone);
+        self.link.send_replace(Standing::Gone(why.clone()));
+        self.changed();
+    }
+
+    /// The gate of one node of a cluster was shut.
+    pub(crate) fn lost_part(&self, why: &Error) {
+        tracing::warn!(error = %Chain(why), "a redis node is gone: its slots are skipped until it is back");
+        self.changed();
+    }
+
+    fn changed(&self) {
         self.states.send_modify(|changes| *changes += 1);
     }
 
@@ -139,8 +170,10 @@ impl Drop for Post {
             keeper.link.send_replace(Standing::Awaited);
             shared.metrics.connected(false);
             // Nobody would open it again: who asks next finds out for himself.
-            shared.gate.open();
+            shared.gates.open();
             keeper.kept.store(false, Ordering::Release);
+            // Who waits for us sees that nobody is here.
+            keeper.link.send_modify(|_| {});
         }
     }
 }
@@ -152,43 +185,43 @@ impl Post {
         // the last of the others is gone.
         while let Some(shared) = self.0.upgrade() {
             number += 1;
+            // A server that takes connections and drops them is asked no more
+            // often than one that takes none.
+            let next = Instant::now() + shared.keeper.pause();
             match connect(&shared, number).await {
-                Ok(link) => {
-                    welcome(&shared, &link);
+                Ok((link, open)) => {
+                    welcome(&shared, &link, &open);
                     drop(shared);
                     self.look_after(link).await;
                 }
                 Err(error) => {
                     shared.metrics.failed(&error);
-                    if shared.gate.shut() {
+                    if shared.gates.shut() {
                         shared.keeper.lost(&error);
                     } else {
-                        shared.keeper.link.send_replace(Standing::Gone);
+                        // Known already, by everyone but those who ask why.
+                        shared.keeper.link.send_replace(Standing::Gone(error));
                     }
-                    let pause = shared.keeper.pause();
                     drop(shared);
-                    sleep(pause).await;
                 }
             }
+            sleep_until(next).await;
         }
     }
 
     /// Returns when the connection is of no use any more.
     async fn look_after(&self, mut link: Link) {
-        let mut ping = Cmd::new();
-        ping.arg("PING");
-        let Some(mut standing) = self
-            .0
-            .upgrade()
-            .map(|shared| shared.keeper.link.subscribe())
-        else {
+        let Some(shared) = self.0.upgrade() else {
             return;
         };
+        let mut standing = shared.keeper.link.subscribe();
+        drop(shared);
+        let mut wait = LOOK;
         loop {
             let replaced = standing
                 .wait_for(|now| !matches!(now, Standing::Linked(it) if it.number == link.number));
             // An error says that the last handle is gone.
-            let is_over = timeout(LOOK, replaced).await.is_ok();
+            let is_over = timeout(wait, replaced).await.is_ok();
             let Some(shared) = self.0.upgrade() else {
                 return;
             };
@@ -196,47 +229,144 @@ impl Post {
                 shared.metrics.connected(false);
                 return;
             }
-            let Some(ticket) = shared.gate.pass() else {
-                continue;
+            wait = if shared.gates.is_cluster() {
+                look_at_nodes(&shared, &mut link).await
+            } else {
+                look(&shared, &mut link).await
             };
-            let error = match timeout(shared.timeout, link::ask(&mut link, &ping)).await {
-                Ok(Ok(())) => {
-                    shared.gate.answered(ticket);
-                    continue;
-                }
-                Ok(Err(cause)) => Error::caused("ping", cause),
-                Err(_) => Error::new(ErrorKind::Timeout, "ping"),
-            };
-            shared.failed(ticket, &error, link.number);
         }
     }
 }
 
-/// A new connection, on which a write has gone through.
-async fn connect(shared: &Shared, number: u64) -> Result<Link, Error> {
-    let failed = |cause: RedisError| Error::caused("connect", cause);
-    let made = timeout(shared.connect_timeout, async {
-        let mut link = shared.dialer.link(number).await.map_err(failed)?;
-        link::ask(&mut link, &link::probe(&shared.prefix))
-            .await
-            .map_err(failed)?;
-        Ok(link)
-    });
-    match made.await {
-        Ok(made) => made,
-        Err(_) => Err(Error::new(ErrorKind::Timeout, "connect")),
+/// Asks a server for a sign of life; when to look again.
+async fn look(shared: &Shared, link: &mut Link) -> Duration {
+    let mut ping = Cmd::new();
+    ping.arg("PING");
+    let gate = shared.gates.of(&ping);
+    let Some(ticket) = gate.pass() else {
+        return LOOK;
+    };
+    let error = match timeout(shared.timeout, link::ask(link, &ping)).await {
+        Ok(Ok(())) => {
+            gate.answered(ticket);
+            return LOOK;
+        }
+        Ok(Err(cause)) => Error::caused("ping", cause),
+        Err(_) => Error::new(ErrorKind::Timeout, "ping"),
+    };
+    shared.failed(gate, ticket, &error, link.number);
+    // No second is lost on a server that is silent.
+    Duration::ZERO
+}
+
+/// Asks a cluster whose slots are whose, and its lost nodes whether they are
+/// back; when to look again.
+async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
+    let learned = timeout(shared.timeout, learn(shared, link)).await;
+    let shut: Vec<_> = shared
+        .gates
+        .used()
+        .filter(|(_, gate)| !gate.is_open())
+        .collect();
+    let all_answer = matches!(learned, Ok(Ok(()))) && shut.is_empty();
+    if !shut.is_empty() {
+        let (back, why) = probe(shared, link, shut).await;
+        for gate in &back {
+            gate.open();
+        }
+        if !back.is_empty() {
+            tracing::info!("a redis node is back");
+            shared.keeper.changed();
+        } else if let (false, Some(why)) = (shared.gates.any_open(), why) {
+            // To begin with the nodes that were named to us.
+            shared.keeper.link.send_replace(Standing::Gone(why));
+        }
+    }
+    if all_answer {
+        LOOK
+    } else {
+        shared.keeper.pause()
     }
 }
 
-fn welcome(shared: &Shared, link: &Link) {
+async fn learn(shared: &Shared, link: &mut Link) -> Result<(), RedisError> {
+    let mut slots = Cmd::new();
+    slots.arg("CLUSTER").arg("SLOTS");
+    let slots: Value = link.query(&slots).await?;
+    shared.gates.learn(&slots);
+    Ok(())
+}
+
+/// Those gates behind which a write goes through within the time of an
+/// operation, and why one does not.
+async fn probe<'s>(
+    shared: &Shared,
+    link: &Link,
+    gates: impl IntoIterator<Item = (usize, &'s Gate)>,
+) -> (Vec<&'s Gate>, Option<Error>) {
+    let beginning = format!("{}probe", shared.prefix);
+    let probes = gates.into_iter().map(|(index, gate)| {
+        let mut link = link.clone();
+        let key = shared.gates.key_behind(index, &beginning);
+        async move {
+            // A node without slots is in nobody's way.
+            let Some(key) = key else { return Ok(gate) };
+            match timeout(shared.timeout, link::ask(&mut link, &link::probe(&key))).await {
+                Ok(Ok(())) => Ok(gate),
+                Ok(Err(cause)) => Err(Error::caused("connect", cause)),
+                Err(_) => Err(Error::new(ErrorKind::Timeout, "connect")),
+            }
+        }
+    });
+    let mut open = Vec::new();
+    let mut why = None;
+    for result in join_all(probes).await {
+        match result {
+            Ok(gate) => open.push(gate),
+            Err(error) => why = Some(error),
+        }
+    }
+    (open, why)
+}
+
+/// A new connection, and the gates behind which a write has gone through on it.
+async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>), Error> {
+    let failed = |cause: RedisError| Error::caused("connect", cause);
+    let weak = Arc::downgrade(shared);
+    let ended = move || {
+        if let Some(shared) = weak.upgrade() {
+            shared.keeper.mend(number);
+        }
+    };
+    let made = timeout(shared.connect_timeout, async {
+        let mut link = shared.dialer.link(number, ended).await.map_err(failed)?;
+        if shared.gates.is_cluster() {
+            learn(shared, &mut link).await.map_err(failed)?;
+        }
+        Ok(link)
+    });
+    let link = match made.await {
+        Ok(made) => made?,
+        Err(_) => return Err(Error::new(ErrorKind::Timeout, "connect")),
+    };
+    match probe(shared, &link, shared.gates.used()).await {
+        (open, Some(why)) if open.is_empty() => Err(why),
+        (open, _) => Ok((link, open)),
+    }
+}
+
+fn welcome(shared: &Shared, link: &Link, open: &[&Gate]) {
     let keeper = &shared.keeper;
     keeper.link.send_replace(Standing::Linked(link.clone()));
     shared.metrics.connected(true);
     // After the connection is there: who finds the gate open finds it, too.
-    if shared.gate.open() {
+    let was_shut = open
+        .iter()
+        .fold(false, |was_shut, gate| gate.open() | was_shut);
+    if was_shut {
         tracing::info!("redis is back");
     }
-    keeper.states.send_modify(|changes| *changes += 1);
+    keeper.changed();
 }
 
 /// An error with all its causes, in one line.

@@ -89,7 +89,7 @@ impl Key {
     /// one script.
     #[must_use]
     pub fn slot(&self) -> Slot {
-        Slot(redis::cluster_routing::Slot::for_key(&self.0))
+        Slot::of(self.0.as_bytes())
     }
 }
 
@@ -101,7 +101,35 @@ impl fmt::Debug for Key {
 
 /// A slot of Redis Cluster, of which there are 16384.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Slot(redis::cluster_routing::Slot);
+pub struct Slot(u16);
+
+impl Slot {
+    pub(crate) const COUNT: u16 = 16_384;
+
+    /// By the [specification]: CRC16 of the hash tag, or of the whole key where
+    /// it has none.
+    ///
+    /// [specification]: https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
+    pub(crate) fn of(key: &[u8]) -> Self {
+        let tag = || {
+            let (_, rest) = split(key, b'{')?;
+            let (tag, _) = split(rest, b'}')?;
+            (!tag.is_empty()).then_some(tag)
+        };
+        Self(crc16::State::<crc16::XMODEM>::calculate(tag().unwrap_or(key)) % Self::COUNT)
+    }
+
+    /// Which of the 16384, from 0.
+    #[must_use]
+    pub const fn number(self) -> u16 {
+        self.0
+    }
+}
+
+fn split(text: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
+    let index = text.iter().position(|&byte| byte == at)?;
+    Some((&text[..index], &text[index + 1..]))
+}
 
 fn encode(segment: &[u8], out: &mut String) {
     if segment.is_empty() {
@@ -133,3 +161,6 @@ fn push_hex(byte: u8, out: &mut String) {
     out.push(char::from(DIGITS[usize::from(byte >> 4)]));
     out.push(char::from(DIGITS[usize::from(byte & 15)]));
 }
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests;

@@ -2,6 +2,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod config;
+mod dial;
 mod error;
 mod gate;
 mod keeper;
@@ -9,6 +10,7 @@ mod key;
 mod link;
 mod lock;
 pub mod metrics;
+mod nodes;
 mod redis;
 mod script;
 mod subscribe;
@@ -20,7 +22,7 @@ pub use config::{Config, ConfigError};
 pub use error::{Error, ErrorKind};
 pub use key::{Key, Keyspace, Slot};
 pub use lock::{FencingToken, Lock, LockBuilder, LockError, Validity};
-pub use redis::{Redis, Watch};
+pub use redis::{Dedicated, Redis, Watch};
 pub use script::{Call, Script};
 pub use subscribe::{Notice, Subscription};
 #[cfg(feature = "json")]

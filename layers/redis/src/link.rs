@@ -1,13 +1,16 @@
 //! A connection to the server or to the cluster.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, RedisResult, Value,
+    AsyncConnectionConfig, Cmd, RedisResult, Value,
     aio::{MultiplexedConnection, PubSub},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
 };
+use tokio::{task::AbortHandle, time::timeout};
+
+use crate::{ConfigError, config::Servers, dial::Server};
 
 /// How many commands may stand in line for the socket. Those that find no
 /// place wait, within their own time limit.
@@ -23,110 +26,167 @@ pub(crate) struct Link {
 
 #[derive(Clone)]
 enum Connection {
-    Single(MultiplexedConnection),
+    Single(Single),
     Cluster(ClusterConnection),
 }
 
-impl Link {
+/// A connection to one server. It is closed with the last clone.
+#[derive(Clone)]
+pub(crate) struct Single {
+    connection: MultiplexedConnection,
+    _driver: Arc<Driver>,
+}
+
+/// The task that reads and writes. Left to itself it would wait for all answers
+/// that are due, from a server that may never give them.
+struct Driver(AbortHandle);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Single {
     /// The answer as it came: what it is made into is another matter, of which
     /// an error says nothing of the connection.
     pub(crate) async fn query(&mut self, cmd: &Cmd) -> RedisResult<Value> {
+        cmd.query_async(&mut self.connection).await
+    }
+}
+
+impl Link {
+    pub(crate) async fn query(&mut self, cmd: &Cmd) -> RedisResult<Value> {
         match &mut self.connection {
-            Connection::Single(connection) => cmd.query_async(connection).await,
+            Connection::Single(connection) => connection.query(cmd).await,
             Connection::Cluster(connection) => cmd.query_async(connection).await,
         }
     }
 }
 
 /// Makes connections.
-pub(crate) enum Dialer {
-    Single(Box<Client>),
-    Cluster(Box<ClusterClient>, Vec<Client>),
+pub(crate) struct Dialer {
+    servers: Vec<Server>,
+    cluster: Option<Box<ClusterClient>>,
 }
 
 impl Dialer {
-    pub(crate) fn new(servers: Vec<ConnectionInfo>, timeout: Duration) -> RedisResult<Self> {
-        if servers.len() == 1 {
-            let server = servers.into_iter().next().expect("there is one");
-            return Client::open(server).map(|client| Self::Single(Box::new(client)));
-        }
-        let clients = servers
-            .iter()
-            .cloned()
-            .map(Client::open)
-            .collect::<RedisResult<_>>()?;
-        // Redirections are followed as retries; our own time limit rules.
-        let cluster = ClusterClient::builder(servers)
-            .retries(3)
-            .min_retry_wait(5)
-            .max_retry_wait(20)
-            .connection_timeout(timeout)
-            .response_timeout(timeout)
-            .build()?;
-        Ok(Self::Cluster(Box::new(cluster), clients))
+    pub(crate) fn new(servers: Servers, limit: Duration) -> Result<Self, ConfigError> {
+        #[cfg(feature = "tls")]
+        let tls = crate::dial::tls(&servers.certificates).map_err(ConfigError::Certificate)?;
+        let cluster = servers.cluster.then(|| cluster(&servers, limit));
+        let server = |info| {
+            Server::new(
+                info,
+                #[cfg(feature = "tls")]
+                &tls,
+            )
+        };
+        Ok(Self {
+            servers: servers.all.iter().map(server).collect(),
+            cluster: cluster.transpose().map_err(ConfigError::Url)?.map(Box::new),
+        })
     }
 
     pub(crate) fn is_cluster(&self) -> bool {
-        matches!(self, Self::Cluster(..))
+        self.cluster.is_some()
     }
 
-    pub(crate) async fn link(&self, number: u64) -> RedisResult<Link> {
-        let connection = match self {
-            Self::Single(client) => {
-                let config = AsyncConnectionConfig::new()
-                    .set_connection_timeout(None)
-                    .set_response_timeout(None)
-                    .set_pipeline_buffer_size(LINE);
-                client
-                    .get_multiplexed_async_connection_with_config(&config)
-                    .await
-                    .map(Connection::Single)
-            }
-            Self::Cluster(client, _) => {
-                client.get_async_connection().await.map(Connection::Cluster)
-            }
+    /// A connection, and whom to tell when it has ended.
+    pub(crate) async fn link(
+        &self,
+        number: u64,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> RedisResult<Link> {
+        let connection = match &self.cluster {
+            None => Connection::Single(self.single(&self.servers[0], ended).await?),
+            Some(client) => Connection::Cluster(client.get_async_connection().await?),
         };
-        connection.map(|connection| Link { connection, number })
+        Ok(Link { connection, number })
+    }
+
+    async fn single(
+        &self,
+        server: &Server,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> RedisResult<Single> {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(None)
+            .set_response_timeout(None)
+            .set_pipeline_buffer_size(LINE);
+        let stream = server.stream().await?;
+        let (connection, driver) =
+            MultiplexedConnection::new_with_config(&server.settings, stream, config).await?;
+        let driver = tokio::spawn(async move {
+            driver.await;
+            ended();
+        });
+        Ok(Single {
+            connection,
+            _driver: Arc::new(Driver(driver.abort_handle())),
+        })
     }
 
     /// A connection for messages alone. In a cluster every node has all of
-    /// them: the first that answers.
-    pub(crate) async fn messages(&self) -> RedisResult<PubSub> {
-        let clients = match self {
-            Self::Single(client) => std::slice::from_ref(&**client),
-            Self::Cluster(_, clients) => clients,
-        };
-        let mut last = None;
-        for client in clients {
-            match client.get_async_pubsub().await {
-                Ok(messages) => return Ok(messages),
-                Err(error) => last = Some(error),
+    /// them: the first that answers within the time limit.
+    pub(crate) async fn messages(&self, limit: Duration, channel: &str) -> Option<PubSub> {
+        for server in &self.servers {
+            let listened = timeout(limit, async {
+                let mut messages = PubSub::new(&server.settings, server.stream().await?).await?;
+                messages.subscribe(channel).await?;
+                RedisResult::Ok(messages)
+            });
+            if let Ok(Ok(messages)) = listened.await {
+                return Some(messages);
             }
         }
-        Err(last.expect("there is a server"))
+        None
     }
 
     /// A connection for one user alone.
-    pub(crate) async fn dedicated(&self) -> RedisResult<MultiplexedConnection> {
-        let client = match self {
-            Self::Single(client) => client,
-            Self::Cluster(_, clients) => &clients[0],
-        };
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(None)
-            .set_response_timeout(None);
-        client
-            .get_multiplexed_async_connection_with_config(&config)
-            .await
+    pub(crate) async fn dedicated(&self) -> RedisResult<Single> {
+        self.single(&self.servers[0], || {}).await
     }
+}
+
+fn cluster(servers: &Servers, limit: Duration) -> RedisResult<ClusterClient> {
+    let tcp = servers.all[0].tcp_settings().clone();
+    // Redirections are followed as retries; our own time limit rules.
+    let builder = ClusterClient::builder(servers.all.iter().cloned())
+        .retries(3)
+        .min_retry_wait(5)
+        .max_retry_wait(20)
+        .tcp_settings(tcp)
+        .connection_timeout(limit)
+        .response_timeout(limit);
+    #[cfg(feature = "tls")]
+    let builder = if let redis::ConnectionAddr::TcpTls { .. } = servers.all[0].addr() {
+        use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
+        // The cluster's connections take the cryptography that stands for all.
+        if CryptoProvider::get_default().is_none() {
+            // Another thread may have chosen in between: as well.
+            let _ = ring::default_provider().install_default();
+        }
+        let certificates = &servers.certificates;
+        let own = certificates.own.clone();
+        builder.certs(redis::TlsCertificates {
+            client_tls: own.map(|(client_cert, client_key)| redis::ClientTlsConfig {
+                client_cert,
+                client_key,
+            }),
+            root_cert: certificates.roots.clone(),
+        })
+    } else {
+        builder
+    };
+    builder.build()
 }
 
 /// What a write is asked of the server to see whether it can: a key of no
 /// meaning that is gone after a second.
-pub(crate) fn probe(prefix: &str) -> Cmd {
+pub(crate) fn probe(key: &str) -> Cmd {
     let mut cmd = Cmd::new();
-    cmd.arg("SET").arg(format!("{prefix}probe")).arg(1);
-    cmd.arg("PX").arg(1000);
+    cmd.arg("SET").arg(key).arg(1).arg("PX").arg(1000);
     cmd
 }
 

@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | `redis_operation_duration_seconds` | histogram | `operation` | how long operations took that were tried |
 //! | `redis_errors_total` | counter | `type` | operations and connections that failed, by [`ErrorKind::label`](crate::ErrorKind::label) |
-//! | `redis_connected` | gauge | | 1 while there is a connection that a write has gone through, else 0 |
+//! | `redis_connected` | gauge | | 1 while there is a connection that a write has gone through, else 0; the sum, where a process has several [`Redis`](crate::Redis) that are no clones of each other |
 //!
 //! They go to the recorder that is installed when the handle is made.
 
@@ -20,7 +20,10 @@ mod on {
 
     use buttress_core::{
         clock::{self, Instant},
-        sync::Mutex,
+        sync::{
+            Mutex,
+            atomic::{AtomicBool, Ordering},
+        },
     };
     use metrics::{
         Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge,
@@ -46,6 +49,7 @@ mod on {
     pub(crate) struct Metrics {
         errors: [Counter; KINDS.len()],
         connected: Gauge,
+        is_connected: AtomicBool,
         /// By the operation's name: a few, each looked up once.
         durations: Mutex<HashMap<&'static str, Histogram>>,
     }
@@ -66,10 +70,12 @@ mod on {
                 "Whether there is a connection to Redis that works."
             );
             let connected = gauge!(CONNECTED);
-            connected.set(0.0);
+            // It is there before the first connection.
+            connected.increment(0.0);
             Self {
                 errors: KINDS.map(|kind| counter!(ERRORS, "type" => kind.label())),
                 connected,
+                is_connected: AtomicBool::new(false),
                 durations: Mutex::default(),
             }
         }
@@ -95,7 +101,22 @@ mod on {
         }
 
         pub(crate) fn connected(&self, connected: bool) {
-            self.connected.set(if connected { 1.0 } else { 0.0 });
+            // Added to and taken from, so that several handles do not tell
+            // each other's tale.
+            match (
+                self.is_connected.swap(connected, Ordering::Relaxed),
+                connected,
+            ) {
+                (false, true) => self.connected.increment(1.0),
+                (true, false) => self.connected.decrement(1.0),
+                _ => {}
+            }
+        }
+    }
+
+    impl Drop for Metrics {
+        fn drop(&mut self) {
+            self.connected(false);
         }
     }
 }

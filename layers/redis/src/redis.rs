@@ -2,15 +2,16 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use redis::{Cmd, FromRedisValue, Value, aio::MultiplexedConnection};
+use redis::{Cmd, FromRedisValue, Value};
 use tokio::{sync::watch, time::timeout};
 
 use crate::{
     Call, Config, ConfigError, Error, ErrorKind, Keyspace,
     gate::{Gate, Ticket},
     keeper::Keeper,
-    link::{Dialer, Link},
+    link::{Dialer, Link, Single},
     metrics::Metrics,
+    nodes::Gates,
     subscribe::Subscription,
 };
 
@@ -27,7 +28,7 @@ pub struct Redis {
 }
 
 pub(crate) struct Shared {
-    pub(crate) gate: Gate,
+    pub(crate) gates: Gates,
     pub(crate) dialer: Dialer,
     pub(crate) keeper: Keeper,
     pub(crate) prefix: Box<str>,
@@ -45,10 +46,15 @@ impl Redis {
     /// out later.
     pub fn from_config(config: Config) -> Result<Self, ConfigError> {
         let servers = config.check()?;
-        let dialer = Dialer::new(servers, config.connect_timeout).map_err(ConfigError::Url)?;
+        let gates = if servers.cluster {
+            Gates::cluster()
+        } else {
+            Gates::single()
+        };
+        let dialer = Dialer::new(servers, config.connect_timeout)?;
         Ok(Self {
             shared: Arc::new(Shared {
-                gate: Gate::default(),
+                gates,
                 dialer,
                 keeper: Keeper::default(),
                 prefix: config.key_prefix.into(),
@@ -96,10 +102,11 @@ impl Redis {
         self.shared.timeout
     }
 
-    /// Whether operations are tried now: one load. True before the first.
+    /// Whether operations are tried now: one load, but in a cluster, where it
+    /// is whether any node's are. True before the first.
     #[must_use]
     pub fn is_up(&self) -> bool {
-        self.shared.gate.is_open()
+        self.shared.gates.any_open()
     }
 
     /// Tells of the server's coming and going, from now on.
@@ -113,16 +120,22 @@ impl Redis {
 
     /// Waits until there is a connection, as long as [`Config::timeout`] and
     /// [`Config::connect_timeout`] together say. Nobody need: the first
-    /// operation does so within its own time.
+    /// operation does so within its own time. It is for programs that would
+    /// rather not start without, and for a first request without the wait.
     ///
     /// # Errors
     ///
-    /// There is none yet; it is tried on in the background.
+    /// There is none yet, and why; it is tried on in the background.
     pub async fn connect(&self) -> Result<(), Error> {
-        let limit = self.shared.timeout + self.shared.connect_timeout;
-        let linked = timeout(limit, self.link("connect")).await;
-        linked.unwrap_or_else(|_| Err(Error::new(ErrorKind::Timeout, "connect")))?;
-        Ok(())
+        let shared = &self.shared;
+        let limit = shared.timeout + shared.connect_timeout;
+        match timeout(limit, shared.keeper.linked(shared, true)).await {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) | Err(_) => {
+                let why = shared.keeper.why();
+                Err(why.unwrap_or_else(|| Error::new(ErrorKind::Timeout, "connect")))
+            }
+        }
     }
 
     /// Runs a command. `operation` is its name in metrics and errors: one of a
@@ -141,7 +154,7 @@ impl Redis {
         operation: &'static str,
         cmd: &Cmd,
     ) -> Result<T, Error> {
-        self.attempt(operation, self.shared.timeout, async |link| {
+        self.attempt(operation, self.shared.timeout, cmd, async |link| {
             link.query(cmd)
                 .await
                 .map_err(|cause| Error::caused(operation, cause))
@@ -175,7 +188,7 @@ impl Redis {
         call: &Call,
     ) -> Result<T, Error> {
         let limit = limit.min(self.shared.timeout);
-        self.attempt(operation, limit, async |link| {
+        self.attempt(operation, limit, &call.cmd, async |link| {
             let failed = |cause| Error::caused(operation, cause);
             match link.query(&call.cmd).await {
                 Err(error) if error.code() == Some("NOSCRIPT") => {
@@ -191,11 +204,13 @@ impl Redis {
         &self,
         operation: &'static str,
         limit: Duration,
+        cmd: &Cmd,
         work: impl AsyncFnOnce(&mut Link) -> Result<Value, Error>,
     ) -> Result<T, Error> {
         let shared = &*self.shared;
         let timer = shared.metrics.begin();
-        let Some(ticket) = shared.gate.pass() else {
+        let gate = shared.gates.of(cmd);
+        let Some(ticket) = gate.pass() else {
             let error = Error::new(ErrorKind::Gone, operation);
             shared.metrics.failed(&error);
             return Err(error);
@@ -210,8 +225,8 @@ impl Redis {
         .unwrap_or_else(|_| Err(Error::new(ErrorKind::Timeout, operation)));
         shared.metrics.ended(operation, timer);
         match &answer {
-            Ok(_) => shared.gate.answered(ticket),
-            Err(error) => shared.failed(ticket, error, number),
+            Ok(_) => gate.answered(ticket),
+            Err(error) => shared.failed(gate, ticket, error, number),
         }
         T::from_redis_value(answer?).map_err(|cause| {
             let error = Error::answer(operation, cause);
@@ -226,9 +241,8 @@ impl Redis {
         if let Some(link) = keeper.link() {
             return Ok(link);
         }
-        keeper.ensure(&self.shared);
         keeper
-            .linked()
+            .linked(&self.shared, false)
             .await
             .ok_or_else(|| Error::new(ErrorKind::Gone, operation))
     }
@@ -240,15 +254,17 @@ impl Redis {
     }
 
     /// A connection of one's own, for commands that block: on the shared one
-    /// they would make all others wait. It has no time limit, no gate and does
-    /// not reconnect. In a cluster it is to the first node.
+    /// they would make all others wait. It has no gate and does not reconnect.
+    /// In a cluster it is to the first of the nodes that were named.
     ///
     /// # Errors
     ///
     /// It could not be made within [`Config::connect_timeout`].
-    pub async fn dedicated(&self) -> Result<MultiplexedConnection, Error> {
+    pub async fn dedicated(&self) -> Result<Dedicated, Error> {
         match timeout(self.shared.connect_timeout, self.shared.dialer.dedicated()).await {
-            Ok(made) => made.map_err(|cause| Error::caused("connect", cause)),
+            Ok(made) => made
+                .map(Dedicated)
+                .map_err(|cause| Error::caused("connect", cause)),
             Err(_) => Err(Error::new(ErrorKind::Timeout, "connect")),
         }
     }
@@ -258,15 +274,49 @@ impl Shared {
     /// Tells everyone of an operation that failed on the connection of this
     /// number.
     #[cold]
-    pub(crate) fn failed(&self, ticket: Ticket, error: &Error, number: u64) {
+    pub(crate) fn failed(&self, gate: &Gate, ticket: Ticket, error: &Error, number: u64) {
         self.metrics.failed(error);
         if !error.kind().is_outage() {
-            self.gate.answered(ticket);
-        } else if self.gate.failed(ticket) {
-            self.keeper.lost(error);
-        } else if error.wants_another_link() {
+            gate.answered(ticket);
+        } else if gate.failed(ticket) {
+            if self.gates.any_open() {
+                self.keeper.lost_part(error);
+            } else {
+                self.keeper.lost(error);
+            }
+        } else if error.wants_another_link() && !self.gates.is_cluster() {
             self.keeper.mend(number);
         }
+    }
+}
+
+/// A connection of one's own: see [`Redis::dedicated`]. Dropping it closes it.
+pub struct Dedicated(Single);
+
+impl Dedicated {
+    /// Runs a command, which may block for less than `limit`.
+    ///
+    /// # Errors
+    ///
+    /// No answer within `limit`, a lost connection, or the server refuses. After
+    /// the first two it is of no use any more.
+    pub async fn run<T: FromRedisValue>(
+        &mut self,
+        operation: &'static str,
+        cmd: &Cmd,
+        limit: Duration,
+    ) -> Result<T, Error> {
+        let value = match timeout(limit, self.0.query(cmd)).await {
+            Ok(answer) => answer.map_err(|cause| Error::caused(operation, cause))?,
+            Err(_) => return Err(Error::new(ErrorKind::Timeout, operation)),
+        };
+        T::from_redis_value(value).map_err(|cause| Error::answer(operation, cause))
+    }
+}
+
+impl fmt::Debug for Dedicated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Dedicated(..)")
     }
 }
 

@@ -1,0 +1,107 @@
+//! A stream to a server: TCP, TLS or a Unix socket.
+//!
+//! Ours and not the client library's, to be told at once when a connection
+//! ends, and to bring our own certificates and cryptography.
+
+use std::{io, pin::Pin};
+
+use redis::{ConnectionAddr, ConnectionInfo, RedisConnectionInfo, RedisResult};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+
+#[cfg(feature = "tls")]
+use crate::config::Certificates;
+
+/// What a connection stands on.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Sync {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Sync> Stream for S {}
+
+/// A server, and how to reach it.
+pub(crate) struct Server {
+    address: ConnectionAddr,
+    pub(crate) settings: RedisConnectionInfo,
+    #[cfg(feature = "tls")]
+    tls: tokio_rustls::TlsConnector,
+}
+
+impl Server {
+    pub(crate) fn new(
+        info: &ConnectionInfo,
+        #[cfg(feature = "tls")] tls: &tokio_rustls::TlsConnector,
+    ) -> Self {
+        Self {
+            address: info.addr().clone(),
+            settings: info.redis_settings().clone(),
+            #[cfg(feature = "tls")]
+            tls: tls.clone(),
+        }
+    }
+
+    pub(crate) async fn stream(&self) -> RedisResult<Pin<Box<dyn Stream>>> {
+        Ok(match &self.address {
+            ConnectionAddr::Tcp(host, port) => Box::pin(tcp(host, *port).await?),
+            #[cfg(unix)]
+            ConnectionAddr::Unix(path) => Box::pin(tokio::net::UnixStream::connect(path).await?),
+            #[cfg(feature = "tls")]
+            ConnectionAddr::TcpTls { host, port, .. } => {
+                let name = tokio_rustls::rustls::pki_types::ServerName::try_from(host.clone())
+                    .map_err(io::Error::other)?;
+                let stream = tcp(host, *port).await?;
+                Box::pin(self.tls.connect(name, stream).await?)
+            }
+            // The configuration has been checked.
+            _ => return Err(io::Error::from(io::ErrorKind::Unsupported).into()),
+        })
+    }
+}
+
+async fn tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    // As in the configuration: nothing waits for the answer to what was before.
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// What all connections with TLS share.
+///
+/// # Errors
+///
+/// Certificates that make no sense.
+#[cfg(feature = "tls")]
+pub(crate) fn tls(
+    certificates: &Certificates,
+) -> Result<tokio_rustls::TlsConnector, Box<dyn std::error::Error + Send + Sync>> {
+    use std::sync::Arc;
+
+    use tokio_rustls::rustls::{
+        ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    };
+
+    let mut roots = RootCertStore::empty();
+    if let Some(pem) = &certificates.roots {
+        for certificate in CertificateDer::pem_slice_iter(pem) {
+            roots.add(certificate?)?;
+        }
+        if roots.is_empty() {
+            return Err("no certificate is in the PEM".into());
+        }
+    } else {
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    // Named, because a program may have none that stands for all, or two.
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots);
+    let config = if let Some((chain, key)) = &certificates.own {
+        let chain = CertificateDer::pem_slice_iter(chain).collect::<Result<_, _>>()?;
+        config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key)?)?
+    } else {
+        config.with_no_client_auth()
+    };
+    Ok(Arc::new(config).into())
+}

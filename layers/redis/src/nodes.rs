@@ -1,0 +1,205 @@
+//! A gate for the server, or one for each node of a cluster, so that a node
+//! that is gone takes nothing with it but its slots.
+
+use buttress_core::sync::{
+    Mutex,
+    atomic::{AtomicU8, Ordering},
+};
+use redis::{Cmd, FromRedisValue, Value};
+
+use crate::{Slot, gate::Gate};
+
+/// More masters than these share gates.
+const MOST: usize = 64;
+
+/// How many keys are tried to find one of a node's.
+const TRIES: usize = 100_000;
+
+/// The gates.
+pub(crate) struct Gates {
+    gates: Box<[Gate]>,
+    cluster: Option<Cluster>,
+}
+
+struct Cluster {
+    /// The gate of each slot.
+    owners: Box<[AtomicU8]>,
+    /// The master behind each gate.
+    names: Mutex<Vec<Option<String>>>,
+}
+
+impl Gates {
+    /// The one gate of one server.
+    pub(crate) fn single() -> Self {
+        Self {
+            gates: [Gate::default()].into(),
+            cluster: None,
+        }
+    }
+
+    /// Those of a cluster. Until its slots are known it has one.
+    pub(crate) fn cluster() -> Self {
+        Self {
+            gates: (0..MOST).map(|_| Gate::default()).collect(),
+            cluster: Some(Cluster {
+                owners: (0..Slot::COUNT).map(|_| AtomicU8::new(0)).collect(),
+                names: Mutex::new(vec![Some(String::new())]),
+            }),
+        }
+    }
+
+    pub(crate) fn is_cluster(&self) -> bool {
+        self.cluster.is_some()
+    }
+
+    /// Which gate a command has to pass.
+    #[inline]
+    pub(crate) fn of(&self, cmd: &Cmd) -> &Gate {
+        match &self.cluster {
+            None => &self.gates[0],
+            Some(cluster) => &self.gates[cluster.owner(key(cmd))],
+        }
+    }
+
+    /// Those that somebody stands behind.
+    pub(crate) fn used(&self) -> impl Iterator<Item = (usize, &Gate)> {
+        let used: Vec<bool> = match &self.cluster {
+            None => vec![true],
+            Some(cluster) => cluster.names.lock().iter().map(Option::is_some).collect(),
+        };
+        (self.gates.iter().enumerate())
+            .zip(used)
+            .filter_map(|(gate, used)| used.then_some(gate))
+    }
+
+    /// Whether anything is tried at all.
+    pub(crate) fn any_open(&self) -> bool {
+        match &self.cluster {
+            None => self.gates[0].is_open(),
+            Some(_) => self.used().any(|(_, gate)| gate.is_open()),
+        }
+    }
+
+    /// Shuts all. Whether one was open.
+    pub(crate) fn shut(&self) -> bool {
+        self.used()
+            .fold(false, |was_open, (_, gate)| gate.shut() | was_open)
+    }
+
+    /// Opens all. Whether one was shut.
+    pub(crate) fn open(&self) -> bool {
+        self.used()
+            .fold(false, |was_shut, (_, gate)| gate.open() | was_shut)
+    }
+
+    /// A key with this beginning that is behind this gate.
+    pub(crate) fn key_behind(&self, gate: usize, beginning: &str) -> Option<String> {
+        match &self.cluster {
+            None => Some(beginning.to_owned()),
+            Some(cluster) => (0..TRIES)
+                .map(|n| format!("{beginning}:{n}"))
+                .find(|key| cluster.owner(Some(key.as_bytes())) == gate),
+        }
+    }
+
+    /// Takes in what `CLUSTER SLOTS` says. Whether that made sense.
+    pub(crate) fn learn(&self, slots: &Value) -> bool {
+        let (Some(cluster), Value::Array(ranges)) = (&self.cluster, slots) else {
+            return false;
+        };
+        let ranges: Option<Vec<Range>> = ranges.iter().map(Range::read).collect();
+        let Some(ranges) = ranges.filter(|ranges| !ranges.is_empty()) else {
+            return false;
+        };
+        let mut names = cluster.names.lock();
+        for (index, name) in names.iter_mut().enumerate() {
+            // Who comes in its place finds it open.
+            if name
+                .take_if(|name| ranges.iter().all(|range| range.master != *name))
+                .is_some()
+            {
+                self.gates[index].open();
+            }
+        }
+        for range in ranges {
+            let known = |name: &Option<String>| name.as_deref() == Some(&range.master);
+            let index = names.iter().position(known).unwrap_or_else(|| {
+                let free = names.iter().position(Option::is_none);
+                let index = free.unwrap_or_else(|| {
+                    if names.len() < MOST {
+                        names.push(None);
+                    }
+                    names.len() - 1
+                });
+                names[index] = Some(range.master);
+                index
+            });
+            let owner = u8::try_from(index).expect("there are few gates");
+            for slot in &cluster.owners[range.slots] {
+                slot.store(owner, Ordering::Relaxed);
+            }
+        }
+        true
+    }
+}
+
+impl Cluster {
+    fn owner(&self, key: Option<&[u8]>) -> usize {
+        let slot = key.map_or(0, |key| Slot::of(key).number());
+        self.owners[usize::from(slot)]
+            .load(Ordering::Relaxed)
+            .into()
+    }
+}
+
+/// Slots and their master.
+struct Range {
+    slots: std::ops::RangeInclusive<usize>,
+    master: String,
+}
+
+impl Range {
+    fn read(value: &Value) -> Option<Self> {
+        let Value::Array(fields) = value else {
+            return None;
+        };
+        let [first, last, master, ..] = &fields[..] else {
+            return None;
+        };
+        let slot = |value: &Value| {
+            let slot = u16::from_redis_value_ref(value).ok()?;
+            (slot < Slot::COUNT).then_some(usize::from(slot))
+        };
+        let Value::Array(master) = master else {
+            return None;
+        };
+        // Address and port: what it calls itself changes with a reset.
+        let host = String::from_redis_value_ref(master.first()?).unwrap_or_default();
+        let port = u16::from_redis_value_ref(master.get(1)?).ok()?;
+        let slots = slot(first)?..=slot(last)?;
+        (!slots.is_empty()).then(|| Self {
+            slots,
+            master: format!("{host}:{port}"),
+        })
+    }
+}
+
+/// The first key of a command: behind the text and the number of keys in those
+/// that run scripts, and at once in all others that a layer sends.
+fn key(cmd: &Cmd) -> Option<&[u8]> {
+    let arg = |index| match cmd.args_iter().nth(index)? {
+        redis::Arg::Simple(arg) => Some(arg),
+        _ => None,
+    };
+    let name = arg(0)?;
+    let runs_script = [&b"EVALSHA"[..], b"EVAL", b"FCALL"]
+        .iter()
+        .any(|it| name.eq_ignore_ascii_case(it));
+    match runs_script {
+        true => arg(3),
+        false => arg(1),
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests;

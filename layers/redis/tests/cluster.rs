@@ -1,0 +1,239 @@
+//! A cluster: slots that move, nodes that go.
+
+use std::time::Duration;
+
+use buttress_core::clock;
+use buttress_redis::{
+    Cmd, Config, ErrorKind, Key, Notice, Redis, Script,
+    testing::{Cluster, Server},
+};
+use tokio::time::{sleep, timeout};
+
+const MS: Duration = Duration::from_millis(1);
+const SOON: Duration = Duration::from_secs(8);
+
+fn set(key: &Key) -> Cmd {
+    let mut cmd = Cmd::new();
+    cmd.arg("SET")
+        .arg(key.as_str())
+        .arg(1)
+        .arg("PX")
+        .arg(60_000);
+    cmd
+}
+
+fn handle(cluster: &Cluster) -> Redis {
+    Redis::from_config(Config::new(cluster.url()).timeout(100 * MS)).unwrap()
+}
+
+/// A key for each node.
+async fn keys(cluster: &Cluster, redis: &Redis) -> Vec<Key> {
+    let space = redis.keyspace("test");
+    let mut keys = [const { None }; 3];
+    for n in 0..1000 {
+        let key = space.tag([n.to_string()]);
+        let owner = cluster.owner(&key).await;
+        keys[owner].get_or_insert(key);
+        if keys.iter().all(Option::is_some) {
+            break;
+        }
+    }
+    keys.map(|key| key.expect("a third of the slots each"))
+        .into()
+}
+
+async fn recovered(redis: &Redis, key: &Key) -> Duration {
+    let began = clock::now();
+    while redis.run::<()>("test", &set(key)).await.is_err() {
+        assert!(clock::now() - began < SOON, "it does not come back");
+        sleep(MS).await;
+    }
+    clock::now() - began
+}
+
+#[tokio::test]
+async fn slots_are_where_the_servers_say() {
+    let server = Server::with(["--cluster-enabled", "yes"]).await;
+    let redis = server.redis();
+    let space = redis.keyspace("test");
+    for n in 0..50 {
+        let key = space.tag([format!("{n}{{}}::1")]).segment("x");
+        let theirs: u16 = server.cmd(&["CLUSTER", "KEYSLOT", key.as_str()]).await;
+        assert_eq!(key.slot().number(), theirs);
+    }
+}
+
+#[tokio::test]
+async fn a_slot_that_moves_is_followed_within_the_time_limit() {
+    let cluster = Cluster::start().await;
+    // One node is enough to find the others.
+    let urls = &cluster.urls()[..1];
+    let config = Config::cluster(urls.iter().cloned()).timeout(Duration::from_secs(2));
+    let redis = Redis::from_config(config).unwrap();
+    assert!(redis.is_cluster());
+    let script = Script::new("return redis.call('INCR', KEYS[1])");
+    let key = redis.keyspace("test").tag(["a"]).segment("n");
+    let mut count = 0;
+    let mut next = async || {
+        count += 1;
+        let answer = redis.call::<i64>("test", &script.on([&key])).await;
+        assert_eq!(answer.expect("no error is seen"), count);
+    };
+    next().await;
+    let mut from = cluster.owner(&key).await;
+    for _ in 0..3 {
+        let to = (from + 1) % 3;
+        cluster.begin_move(&key, to).await;
+        for _ in 0..5 {
+            next().await;
+        }
+        cluster.finish_move(&key, to).await;
+        for _ in 0..5 {
+            next().await;
+        }
+        from = to;
+    }
+    assert!(redis.is_up());
+}
+
+#[tokio::test]
+async fn scripts_forgotten_by_one_node_are_told_again() {
+    let cluster = Cluster::start().await;
+    let redis = cluster.redis();
+    let script = Script::new("return redis.call('INCR', KEYS[1])");
+    let keys = keys(&cluster, &redis).await;
+    for round in 1..4 {
+        for key in &keys {
+            assert_eq!(
+                redis.call::<i64>("test", &script.on([key])).await.unwrap(),
+                round
+            );
+        }
+        for node in cluster.nodes() {
+            node.cmd::<()>(&["SCRIPT", "FLUSH"]).await;
+        }
+    }
+}
+
+/// While `victim` is gone: its slots cost nothing, the others work.
+async fn lives_without(redis: &Redis, keys: &[Key], victim: usize) {
+    let began = clock::now();
+    // Until it is known, a few wait.
+    let mut tried = 0;
+    loop {
+        let error = redis
+            .run::<()>("test", &set(&keys[victim]))
+            .await
+            .unwrap_err();
+        if error.kind() == ErrorKind::Gone {
+            break;
+        }
+        assert!(matches!(
+            error.kind(),
+            ErrorKind::Timeout | ErrorKind::Connection | ErrorKind::Unable
+        ));
+        tried += 1;
+        assert!(tried <= 6, "{error:?}");
+    }
+    assert!(redis.is_up(), "the others are there");
+    let mut failed = 0;
+    let mut waited = 0;
+    while clock::now() - began < 1500 * MS {
+        for (node, key) in keys.iter().enumerate() {
+            let one = clock::now();
+            let result = redis.run::<()>("test", &set(key)).await;
+            if node == victim {
+                let error = result.unwrap_err();
+                waited += usize::from(error.kind() != ErrorKind::Gone);
+            } else if result.is_err() {
+                failed += 1;
+            }
+            assert!(clock::now() - one < 400 * MS);
+        }
+        sleep(2 * MS).await;
+    }
+    assert_eq!(failed, 0, "what the others have is untouched");
+    assert_eq!(waited, 0, "it is not tried until it is back");
+}
+
+#[tokio::test]
+async fn a_silent_node_costs_its_slots_and_no_others() {
+    let cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for victim in [0, 2] {
+        for key in &keys {
+            recovered(&redis, key).await;
+        }
+        cluster.nodes()[victim].pause();
+        lives_without(&redis, &keys, victim).await;
+        cluster.nodes()[victim].resume();
+        let took = recovered(&redis, &keys[victim]).await;
+        assert!(took < 4000 * MS, "{took:?}");
+        cluster.settled().await;
+    }
+}
+
+#[tokio::test]
+async fn a_killed_node_costs_its_slots_and_no_others() {
+    let mut cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    cluster.node_mut(1).kill();
+    lives_without(&redis, &keys, 1).await;
+    cluster.node_mut(1).restart().await;
+    let took = recovered(&redis, &keys[1]).await;
+    assert!(took < 4000 * MS, "{took:?}");
+}
+
+#[tokio::test]
+async fn a_cluster_that_is_gone_is_found_again() {
+    let mut cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    redis.connect().await.unwrap();
+    for node in 0..3 {
+        cluster.node_mut(node).kill();
+    }
+    let began = clock::now();
+    while redis.is_up() {
+        for key in &keys {
+            redis.run::<()>("test", &set(key)).await.unwrap_err();
+        }
+        assert!(clock::now() - began < SOON);
+    }
+    let began = clock::now();
+    for _ in 0..1000 {
+        let error = redis.run::<()>("test", &set(&keys[0])).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Gone);
+    }
+    assert!(clock::now() - began < 100 * MS);
+    for node in 0..3 {
+        cluster.node_mut(node).restart().await;
+    }
+    cluster.settled().await;
+    for key in &keys {
+        let took = recovered(&redis, key).await;
+        assert!(took < 4000 * MS, "{took:?}");
+    }
+}
+
+#[tokio::test]
+async fn messages_are_heard_from_any_node() {
+    let cluster = Cluster::start().await;
+    let redis = Redis::from_config(Config::new(cluster.url())).unwrap();
+    let mut news = redis.subscribe("news");
+    assert_eq!(news.next().await, Notice::Listening);
+    let _: i64 = cluster.nodes()[2].cmd(&["PUBLISH", "news", "one"]).await;
+    assert_eq!(news.next().await, Notice::Message(b"one".to_vec()));
+    // The first is the one that is listened to: another takes its place.
+    cluster.nodes()[0].pause();
+    let again = timeout(SOON, news.next()).await.expect("by another node");
+    assert_eq!(again, Notice::Listening);
+    let _: i64 = cluster.nodes()[2].cmd(&["PUBLISH", "news", "two"]).await;
+    assert_eq!(news.next().await, Notice::Message(b"two".to_vec()));
+    cluster.nodes()[0].resume();
+}
