@@ -387,6 +387,26 @@ async fn a_server_that_is_gone_is_an_error_in_time() {
     assert!(matches!(lock.release().await, Err(LockError::Redis(_))));
 }
 
+/// A server that has all slots refuses scripts whose keys are of two.
+#[tokio::test]
+async fn in_a_cluster_its_keys_are_of_one_slot() {
+    let server = Server::with(["--cluster-enabled", "yes"]).await;
+    let redis = server.redis();
+    // Not the shared connection, which is not there before a write goes
+    // through.
+    let mut connection = redis.dedicated().await.unwrap();
+    let mut slots = cmd(["CLUSTER", "ADDSLOTS"]);
+    slots.arg((0..16_384).collect::<Vec<u32>>());
+    slots.query_async::<()>(&mut connection).await.unwrap();
+    let ping = cmd(["SET", "ping", "1", "PX", "1"]);
+    eventually(async || redis.run::<()>("test", &ping).await.is_ok()).await;
+    for name in ["x", "y:{z}", "", "}{"] {
+        let lock = redis.lock(name).take().await.unwrap();
+        lock.extend(LONG).await.unwrap();
+        lock.release().await.unwrap();
+    }
+}
+
 /// What may have been taken is given back when the server comes to itself.
 #[tokio::test]
 async fn a_taking_that_timed_out_is_given_back() {

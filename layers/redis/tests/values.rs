@@ -219,6 +219,36 @@ async fn of_many_who_count_none_is_lost() {
     assert_eq!(there.data, b"40");
 }
 
+/// A server that has all slots refuses what has keys of two.
+#[tokio::test]
+async fn in_a_cluster_their_keys_are_of_one_slot() {
+    let server = Server::with(["--cluster-enabled", "yes"]).await;
+    let redis = server.redis();
+    // Not the shared connection, which is not there before a write goes
+    // through.
+    let mut connection = redis.dedicated().await.unwrap();
+    let mut slots = cmd(["CLUSTER", "ADDSLOTS"]);
+    slots.arg((0..16_384).collect::<Vec<u32>>());
+    slots.query_async::<()>(&mut connection).await.unwrap();
+    let ping = cmd(["SET", "ping", "1", "PX", "1"]);
+    let whole = async {
+        while redis.run::<()>("test", &ping).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(LONG, whole).await.unwrap();
+    for name in ["x", "y:{z}", "", "}{"] {
+        let key = key_of(&redis, name).segment("part");
+        redis.fenced_set(&key, "a", token(1), LONG).await.unwrap();
+        assert!(redis.fenced_get(&key).await.unwrap().is_some());
+        let key = key.segment("other");
+        let made = redis.create_if_absent(&key, "a", LONG).await.unwrap();
+        let version = made.done().unwrap();
+        let made = redis.update_if_version(&key, version, "b", LONG).await;
+        assert!(made.unwrap().done().is_some());
+    }
+}
+
 #[tokio::test]
 async fn json_comes_back() {
     let server = Server::start().await;

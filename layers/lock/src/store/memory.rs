@@ -1,0 +1,234 @@
+//! Locks of this process.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    num::NonZeroUsize,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use buttress_core::{
+    clock::{SystemClock, WallClock},
+    key::Key,
+    sync::Mutex,
+};
+use tokio::{
+    sync::{Mutex as Turns, OwnedMutexGuard, watch},
+    time::timeout,
+};
+
+use crate::Fence;
+
+/// A lock for each key that is held or waited for, and for no other. Who waits
+/// is in line.
+pub(crate) struct Memory {
+    places: Mutex<HashMap<Key, Arc<Turns<()>>>>,
+    max_keys: usize,
+    /// The last token.
+    last: AtomicU64,
+}
+
+/// `max_keys` are held, and this is another one.
+#[derive(Debug)]
+pub(crate) struct Full;
+
+impl Memory {
+    pub(crate) fn new(max_keys: NonZeroUsize) -> Self {
+        Self {
+            places: Mutex::default(),
+            max_keys: max_keys.get(),
+            last: AtomicU64::new(0),
+        }
+    }
+
+    /// A place in the line of `key`.
+    pub(crate) fn claim(self: Arc<Self>, key: Key) -> Result<Place, Full> {
+        let mut places = self.places.lock();
+        let turns = match places.get(&key) {
+            Some(turns) => Arc::clone(turns),
+            None if places.len() >= self.max_keys => return Err(Full),
+            None => {
+                let turns = Arc::<Turns<()>>::default();
+                places.insert(key.clone(), Arc::clone(&turns));
+                turns
+            }
+        };
+        drop(places);
+        Ok(Place {
+            turns,
+            key,
+            memory: self,
+        })
+    }
+
+    /// As Redis makes them: the time, or one more than the last. So they grow
+    /// over a restart, too, unless the clock is set back.
+    fn token(&self) -> u64 {
+        let micros = SystemClock.unix_now().as_micros();
+        let now = u64::try_from(micros).unwrap_or(u64::MAX);
+        let next = |last: u64| now.max(last.saturating_add(1));
+        match self
+            .last
+            .fetch_update(Relaxed, Relaxed, |last| Some(next(last)))
+        {
+            Ok(last) | Err(last) => next(last),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.places.lock().len()
+    }
+}
+
+/// A place in the line of a key, first or not.
+pub(crate) struct Place {
+    turns: Arc<Turns<()>>,
+    key: Key,
+    memory: Arc<Memory>,
+}
+
+impl Place {
+    pub(crate) fn try_take(self) -> Result<(Fence, Held), Self> {
+        match Arc::clone(&self.turns).try_lock_owned() {
+            Ok(turn) => Ok(self.taken(turn)),
+            Err(_) => Err(self),
+        }
+    }
+
+    pub(crate) async fn take(self, wait: Duration) -> Option<(Fence, Held)> {
+        let turn = timeout(wait, Arc::clone(&self.turns).lock_owned()).await;
+        Some(self.taken(turn.ok()?))
+    }
+
+    fn taken(self, turn: OwnedMutexGuard<()>) -> (Fence, Held) {
+        let (held, fence) = watch::channel(());
+        let fence = Fence::here(self.memory.token(), fence);
+        let held = Held {
+            _fence: held,
+            _turn: turn,
+            _place: self,
+        };
+        (fence, held)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut places = self.memory.places.lock();
+        // The map's and ours: nobody else has it or can get it now.
+        if Arc::strong_count(&self.turns) == 2 {
+            places.remove(&self.key);
+        }
+    }
+}
+
+/// A lock that is held. In this order: first the fence is over, then the next
+/// in line has its turn, and last the place is left.
+pub(crate) struct Held {
+    _fence: watch::Sender<()>,
+    _turn: OwnedMutexGuard<()>,
+    _place: Place,
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Held")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use buttress_core::testing::settle;
+    use tokio_test::{assert_pending, assert_ready, task};
+
+    use super::*;
+
+    fn memory(max_keys: usize) -> Arc<Memory> {
+        Arc::new(Memory::new(max_keys.try_into().unwrap()))
+    }
+
+    fn place(memory: &Arc<Memory>, key: &str) -> Result<Place, Full> {
+        Arc::clone(memory).claim(Key::from(key))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_is_in_line_and_leaves_nothing_behind() {
+        let memory = memory(2);
+        let wait = Duration::from_secs(1);
+        let Ok((fence, held)) = place(&memory, "a").unwrap().try_take() else {
+            panic!("it was free");
+        };
+        let mut waiting: Vec<_> = (0..3)
+            .map(|_| task::spawn(place(&memory, "a").unwrap().take(wait)))
+            .collect();
+        for one in &mut waiting {
+            assert_pending!(one.poll());
+        }
+        assert!(place(&memory, "a").unwrap().try_take().is_err());
+        // The second gives up, and the first has it, not who comes by.
+        drop(waiting.remove(1));
+        assert!(fence.is_held());
+        drop(held);
+        assert!(!fence.is_held());
+        assert!(place(&memory, "a").unwrap().try_take().is_err());
+        let (first, held) = assert_ready!(waiting[0].poll()).unwrap();
+        assert!(first.token() > fence.token());
+        assert_pending!(waiting[1].poll());
+        // A turn that is given to somebody who is dropped goes on to the next.
+        let mut last = task::spawn(place(&memory, "a").unwrap().take(wait));
+        assert_pending!(last.poll());
+        drop(held);
+        drop(waiting);
+        let (_, held) = assert_ready!(last.poll()).unwrap();
+        drop(held);
+        settle().await;
+        drop(last);
+        assert_eq!(memory.len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_ends() {
+        let memory = memory(2);
+        let Ok((_, held)) = place(&memory, "a").unwrap().try_take() else {
+            panic!("it was free");
+        };
+        let wait = Duration::from_millis(300);
+        let began = tokio::time::Instant::now();
+        assert!(place(&memory, "a").unwrap().take(wait).await.is_none());
+        assert_eq!(began.elapsed(), wait);
+        drop(held);
+        assert_eq!(memory.len(), 0);
+    }
+
+    #[test]
+    fn there_is_a_ceiling() {
+        let memory = memory(2);
+        let held: Vec<_> = ["a", "b"]
+            .map(|key| place(&memory, key).unwrap().try_take().ok().unwrap())
+            .into();
+        assert!(place(&memory, "c").is_err());
+        // For one that is there, there is room.
+        assert!(place(&memory, "a").unwrap().try_take().is_err());
+        drop(held);
+        assert!(place(&memory, "c").unwrap().try_take().is_ok());
+        assert_eq!(memory.len(), 0);
+    }
+
+    #[test]
+    fn tokens_grow() {
+        let memory = memory(2);
+        let mut last = 1_700_000_000_000_000;
+        for _ in 0..10_000 {
+            let token = memory.token();
+            assert!(token > last);
+            last = token;
+        }
+        memory.last.store(u64::MAX - 1, Relaxed);
+        assert_eq!(memory.token(), u64::MAX);
+    }
+}

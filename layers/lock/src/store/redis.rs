@@ -1,0 +1,99 @@
+//! Locks that a fleet shares, as leases in Redis.
+
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use buttress_core::key::Key;
+use buttress_redis::{Lock, LockBuilder, LockError, Redis};
+use sha2::{Digest, Sha256};
+use tokio::{task::AbortHandle, time::sleep};
+
+use super::Denied;
+use crate::{Fence, shared::Core};
+
+/// How long the counter of a key's tokens is kept after its last request:
+/// clients choose keys, so not for ever.
+const FENCE: Duration = Duration::from_secs(24 * 3600);
+
+/// Between two attempts to extend after one that failed, of a lease's length.
+const AGAIN: u32 = 10;
+
+pub(crate) struct Remote {
+    redis: Redis,
+}
+
+impl Remote {
+    pub(crate) const fn new(redis: Redis) -> Self {
+        Self { redis }
+    }
+
+    pub(crate) fn lock(&self, core: &Core, key: &Key, wait: Duration) -> LockBuilder {
+        // What a client has sent is nobody's business there.
+        let mut hex = [0; 64];
+        let digest = Sha256::digest(key.as_bytes());
+        let key = base16ct::lower::encode_str(&digest, &mut hex).expect("64 digits");
+        self.redis
+            .lock_of([core.name(), key])
+            .ttl(core.ttl())
+            .wait(wait)
+            .keep_fence(FENCE)
+    }
+}
+
+/// A lease that is extended in the background, and given back when this is
+/// dropped.
+pub(crate) struct Held {
+    renewal: AbortHandle,
+    _lock: Arc<Lock>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.renewal.abort();
+    }
+}
+
+pub(crate) async fn take(lock: LockBuilder, core: Arc<Core>) -> Result<(Fence, Held), Denied> {
+    let lock = match lock.take().await {
+        Ok(lock) => lock,
+        Err(LockError::Busy { .. }) => {
+            core.store_works();
+            return Err(Denied::Busy);
+        }
+        Err(LockError::Redis(error)) => return Err(Denied::Failed(error.into())),
+        Err(error) => return Err(Denied::Failed(error.into())),
+    };
+    core.store_works();
+    let fence = Fence::there(&lock);
+    let lock = Arc::new(lock);
+    // It does not keep the lock, or it would be given back only once the task
+    // has been seen to.
+    let renewal = tokio::spawn(renew(Arc::downgrade(&lock), core)).abort_handle();
+    let held = Held {
+        renewal,
+        _lock: lock,
+    };
+    Ok((fence, held))
+}
+
+/// Extends the lease until it is given back or lost.
+async fn renew(lock: Weak<Lock>, core: Arc<Core>) {
+    let mut pause = core.ttl() / 3;
+    loop {
+        sleep(pause).await;
+        let Some(lock) = lock.upgrade() else {
+            return;
+        };
+        let ttl = core.ttl();
+        pause = match lock.extend(ttl).await {
+            Ok(()) => ttl / 3,
+            Err(LockError::Lost) => return core.lock_lost("taken away"),
+            Err(_) if !lock.is_held() => return core.lock_lost("not extended in time"),
+            // It was tried, within the time limit of Redis; and again before
+            // the lease is over.
+            Err(_) => ttl / AGAIN,
+        };
+    }
+}

@@ -1,0 +1,337 @@
+//! Locks of a fleet, against a real server and its faults.
+
+use std::{convert::Infallible, pin::pin, time::Duration};
+
+use buttress_core::{
+    Refusal, clock,
+    key::{self, Key},
+    testing::web::{self, ScriptedBody},
+};
+use buttress_lock::{Error, Fence, LockBuilder, LockLayer, OnStoreError};
+use buttress_redis::{Cmd, Config, Redis, testing::Server};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use tokio::time::{sleep, timeout};
+use tokio_test::task;
+use tower::{Layer, ServiceExt, service_fn};
+
+const LONG: Duration = Duration::from_secs(60);
+
+type Web = Request<Full<Bytes>>;
+
+/// As one process of a fleet has it.
+fn process(redis: &Redis) -> LockBuilder {
+    LockLayer::builder(key::header("x-order"))
+        .name("orders")
+        .redis(redis)
+        .ttl(LONG)
+}
+
+fn order(id: &str) -> Web {
+    let mut request = web::post("/", "");
+    request.headers_mut().insert("x-order", id.parse().unwrap());
+    request
+}
+
+/// Answers with the fence, and a body that goes on for a while.
+async fn serve(request: Web) -> Result<Response<ScriptedBody>, Infallible> {
+    let body = ScriptedBody::new().data("a").wait(LONG).data("b");
+    let mut response = Response::new(body);
+    if let Some(fence) = request.extensions().get::<Fence>() {
+        response.extensions_mut().insert(fence.clone());
+    }
+    Ok(response)
+}
+
+fn fence_of<B>(response: &Response<B>) -> Option<Fence> {
+    response.extensions().get::<Fence>().cloned()
+}
+
+async fn flush(redis: &Redis) {
+    let mut cmd = Cmd::new();
+    cmd.arg("FLUSHALL");
+    redis.run::<()>("test", &cmd).await.unwrap();
+}
+
+async fn keys(redis: &Redis) -> Vec<String> {
+    let mut cmd = Cmd::new();
+    cmd.arg("KEYS").arg("*lock*");
+    redis.run("test", &cmd).await.unwrap()
+}
+
+async fn ttl(redis: &Redis, key: &str) -> i64 {
+    let mut cmd = Cmd::new();
+    cmd.arg("PTTL").arg(key);
+    redis.run("test", &cmd).await.unwrap()
+}
+
+#[tokio::test]
+async fn processes_exclude_each_other() {
+    let server = Server::start().await;
+    let (here, there) = (server.redis(), server.redis());
+    let ours = process(&here).build().unwrap();
+    let theirs = process(&there).build().unwrap();
+    let ours = ours.layer(service_fn(serve));
+    let theirs = theirs.layer(service_fn(serve));
+
+    let first = ours.clone().oneshot(order("1")).await.unwrap();
+    let fence = fence_of(&first).unwrap();
+    assert!(fence.is_held());
+    assert_eq!(fence.fencing_token().get(), fence.token());
+    for service in [&ours, &theirs] {
+        let busy = service.clone().oneshot(order("1")).await.unwrap();
+        assert_eq!(busy.status(), 409);
+        assert_eq!(busy.headers()["retry-after"], "1");
+    }
+    let other = theirs.clone().oneshot(order("2")).await.unwrap();
+    assert_eq!(other.status(), 200);
+    // A layer of another name locks nothing of theirs.
+    let apart = process(&there).name("carts").build().unwrap();
+    let apart = apart.layer(service_fn(serve)).oneshot(order("1")).await;
+    assert_eq!(apart.unwrap().status(), 200);
+
+    // Who waits gets it once the body has ended, here by being dropped.
+    theirs.handle().set_wait(LONG).unwrap();
+    drop(first);
+    assert!(!fence.is_held());
+    let next = theirs.oneshot(order("1")).await.unwrap();
+    assert_eq!(next.status(), 200);
+    assert!(fence_of(&next).unwrap().token() > fence.token());
+}
+
+#[tokio::test]
+async fn keys_tell_nothing_of_clients_and_end() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let service = process(&redis).build().unwrap().layer(service_fn(serve));
+    let held = service.oneshot(order("a secret")).await.unwrap();
+    let keys = keys(&redis).await;
+    assert_eq!(keys.len(), 2, "{keys:?}");
+    for key in keys {
+        assert!(key.starts_with("buttress:lock:{orders:"), "{key}");
+        assert!(!key.contains("secret"), "{key}");
+        let most = if key.ends_with(":fence") {
+            24 * 3_600_000
+        } else {
+            60_000
+        };
+        let left = ttl(&redis, &key).await;
+        assert!((1..=most).contains(&left), "{key}: {left}");
+    }
+    drop(held);
+}
+
+/// For twice its lease, and more.
+#[tokio::test]
+async fn it_is_extended_while_the_body_lasts() {
+    let server = Server::start().await;
+    let (here, there) = (server.redis(), server.redis());
+    let lease = Duration::from_millis(1200);
+    let ours = process(&here).ttl(lease).build().unwrap();
+    let theirs = process(&there).ttl(lease).build().unwrap();
+    let held = ours.layer(service_fn(serve)).oneshot(order("1")).await;
+    let held = held.unwrap();
+    let fence = fence_of(&held).unwrap();
+    let theirs = theirs.layer(service_fn(serve));
+    let began = clock::now();
+    while clock::now() - began < lease * 9 / 4 {
+        assert!(fence.is_held());
+        let busy = theirs.clone().oneshot(order("1")).await.unwrap();
+        assert_eq!(busy.status(), 409);
+        sleep(lease / 20).await;
+    }
+    drop(held);
+}
+
+/// Its runtime ends, and with it whoever would extend or give back.
+#[tokio::test]
+async fn after_a_crash_it_is_free_when_the_lease_is_over() {
+    let server = Server::start().await;
+    let url = server.url();
+    let lease = Duration::from_millis(600);
+    let token = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let token = runtime.block_on(async {
+            let config = Config::new(url).timeout(Duration::from_secs(5));
+            let redis = Redis::from_config(config).unwrap();
+            let layer = process(&redis).ttl(lease).build().unwrap();
+            let held = layer.layer(service_fn(serve)).oneshot(order("1")).await;
+            let held = held.unwrap();
+            let token = fence_of(&held).unwrap().token();
+            std::mem::forget(held);
+            token
+        });
+        runtime.shutdown_background();
+        token
+    });
+    let token = token.join().unwrap();
+    let redis = server.redis();
+    let layer = process(&redis).wait(LONG).build().unwrap();
+    let service = layer.layer(service_fn(serve));
+    let next = service.oneshot(order("1")).await.unwrap();
+    assert_eq!(next.status(), 200);
+    assert!(fence_of(&next).unwrap().token() > token);
+}
+
+/// However far a request has come when nobody waits for it any more: with its
+/// question sent, with its answer there, in the call.
+#[tokio::test]
+async fn dropped_at_every_await_it_is_free() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let layer = process(&redis).wait(LONG).build().unwrap();
+    let hangs = layer.layer(service_fn(async |_: Web| {
+        std::future::pending::<Result<Response<ScriptedBody>, Infallible>>().await
+    }));
+    let works = process(&redis).wait(LONG).build().unwrap();
+    let works = works.layer(service_fn(serve));
+    for polls in 0..20 {
+        let mut call = task::spawn(hangs.clone().oneshot(order("1")));
+        for _ in 0..polls {
+            assert!(call.poll().is_pending());
+            sleep(Duration::from_micros(200)).await;
+        }
+        drop(call);
+        // Its lease is a minute: it was given back, or this does not end.
+        let response = timeout(LONG / 2, works.clone().oneshot(order("1"))).await;
+        assert_eq!(response.unwrap().unwrap().status(), 200);
+    }
+    assert_eq!(layer.handle().held(), 0);
+}
+
+#[tokio::test]
+async fn a_lost_lock_is_told_and_nothing_is_cut_by_default() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let layer = process(&redis).ttl(Duration::from_millis(300)).build();
+    let service = layer.unwrap().layer(service_fn(serve));
+    let held = service.oneshot(order("1")).await.unwrap();
+    let fence = fence_of(&held).unwrap();
+    let mut body = held.into_body();
+    body.frame().await.unwrap().unwrap();
+    flush(&redis).await;
+    timeout(LONG, fence.lost()).await.unwrap();
+    assert!(!fence.is_held());
+    let rest = timeout(Duration::from_millis(100), body.frame()).await;
+    assert!(rest.is_err(), "it goes on");
+}
+
+#[tokio::test]
+async fn a_lost_lock_cuts_where_that_is_asked_for() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let builder = || process(&redis).ttl(Duration::from_millis(300));
+    // In its body.
+    let layer = builder().cut_when_lost().build().unwrap();
+    let held = layer.layer(service_fn(serve)).oneshot(order("1")).await;
+    let mut body = held.unwrap().into_body();
+    body.frame().await.unwrap().unwrap();
+    flush(&redis).await;
+    let error = timeout(LONG, body.frame()).await.unwrap();
+    let Some(Err(Error::Refused(refusal))) = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(refusal.reason(), "lock_lost");
+    assert!(body.frame().await.is_none());
+    assert_eq!(layer.handle().held(), 0);
+
+    // In the call.
+    let hangs = service_fn(async |_: Web| {
+        std::future::pending::<Result<Response<ScriptedBody>, Infallible>>().await
+    });
+    let mut call = pin!(layer.layer(hangs).oneshot(order("2")));
+    while layer.handle().held() == 0 {
+        let moment = timeout(Duration::from_millis(1), call.as_mut()).await;
+        assert!(moment.is_err());
+    }
+    flush(&redis).await;
+    let response = timeout(LONG, call).await.unwrap().unwrap();
+    assert_eq!(response.status(), 503);
+    let text = web::text(response.map(|body| body.map_err(|_| ()))).await;
+    assert!(text.contains("lock_lost"), "{text}");
+
+    // And in one of any kind.
+    let layer = LockLayer::any(key::from_request(|_: &u8| Key::from("x")))
+        .redis(&redis)
+        .ttl(Duration::from_millis(300))
+        .cut_when_lost()
+        .build()
+        .unwrap();
+    let hangs = service_fn(async |_: u8| std::future::pending::<Result<u8, Infallible>>().await);
+    let mut call = pin!(layer.layer(hangs).oneshot(1));
+    while layer.handle().held() == 0 {
+        assert!(
+            timeout(Duration::from_millis(1), call.as_mut())
+                .await
+                .is_err()
+        );
+    }
+    flush(&redis).await;
+    let error = timeout(LONG, call).await.unwrap().unwrap_err();
+    assert_eq!(error.refusal().map(Refusal::reason), Some("lock_lost"));
+}
+
+#[tokio::test]
+async fn without_redis_requests_are_refused_at_once_or_pass() {
+    let mut server = Server::start().await;
+    let config = Config::new(server.url()).timeout(Duration::from_millis(250));
+    let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
+    let deny = process(&redis).wait(LONG).build().unwrap();
+    let deny = deny.layer(service_fn(serve));
+    let allow = process(&redis).on_store_error(OnStoreError::Allow);
+    let allow = allow.build().unwrap().layer(service_fn(serve));
+    let held = deny.clone().oneshot(order("1")).await.unwrap();
+    assert_eq!(held.status(), 200);
+
+    server.kill();
+    // None waits: not for the lock, and not for the server once it is known.
+    let began = clock::now();
+    for _ in 0..100 {
+        let refused = deny.clone().oneshot(order("2")).await.unwrap();
+        assert_eq!(refused.status(), 503);
+        let passed = allow.clone().oneshot(order("2")).await.unwrap();
+        assert_eq!(passed.status(), 200);
+        assert!(fence_of(&passed).is_none(), "it has no lock");
+    }
+    assert!(clock::now() - began < Duration::from_secs(5));
+    drop(held);
+
+    server.restart().await;
+    let mut watch = redis.watch();
+    while !redis.is_up() {
+        timeout(LONG, watch.changed()).await.unwrap();
+    }
+    let served = deny.oneshot(order("1")).await.unwrap();
+    assert_eq!(served.status(), 200);
+    let busy = allow.oneshot(order("1")).await.unwrap();
+    assert_eq!(busy.status(), 409);
+}
+
+/// Where the server is away for less than the lease, nobody notices.
+#[tokio::test]
+async fn a_lease_outlasts_a_short_outage() {
+    let server = Server::start().await;
+    let config = Config::new(server.url()).timeout(Duration::from_millis(100));
+    let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
+    let lease = Duration::from_secs(4);
+    let layer = process(&redis).ttl(lease).build().unwrap();
+    let held = layer.layer(service_fn(serve)).oneshot(order("1")).await;
+    let held = held.unwrap();
+    let fence = fence_of(&held).unwrap();
+    // Across the first extension, after a third of it.
+    sleep(Duration::from_millis(1100)).await;
+    server.pause();
+    sleep(Duration::from_millis(700)).await;
+    server.resume();
+    let mut watch = redis.watch();
+    while !redis.is_up() {
+        timeout(LONG, watch.changed()).await.unwrap();
+    }
+    // Tried again in time: past the end that the lease had.
+    sleep(Duration::from_millis(2600)).await;
+    assert!(fence.is_held());
+    drop(held);
+}
