@@ -120,7 +120,6 @@ impl BreakerBuilder {
         self
     }
 
-
     /// Whether the whole is unhealthy when this breaker is open: what it says
     /// as a [`HealthSource`]. Default: no.
     #[must_use]

@@ -209,7 +209,10 @@ mod fleet {
 
     impl FleetMetrics {
         pub(crate) fn new(fleet: &str) -> Self {
-            describe_counter!(CHANGES, "Changes told to the fleet, by what became of them.");
+            describe_counter!(
+                CHANGES,
+                "Changes told to the fleet, by what became of them."
+            );
             describe_counter!(NEWS, "Changes heard of in the fleet.");
             describe_gauge!(UP, "1 while the fleet can be asked.");
             let fleet: std::sync::Arc<str> = fleet.into();
@@ -219,7 +222,10 @@ mod fleet {
             Self {
                 changes: ["took", "voted", "lost", "failed"].map(|result| {
                     let fleet = std::sync::Arc::clone(&fleet);
-                    (result, counter!(CHANGES, "fleet" => fleet, "result" => result))
+                    (
+                        result,
+                        counter!(CHANGES, "fleet" => fleet, "result" => result),
+                    )
                 }),
                 message: news("message"),
                 pull: news("pull"),

@@ -37,12 +37,12 @@ use self::{
     key::{Probe, in_words, printable},
     shard::{Entry, Refused, Shard, Track},
 };
+#[cfg(feature = "redis")]
+use crate::shared::{Hub, Membership};
 use crate::{
     Breaker, CircuitOpen, ConfigError, Event, Permit, Settings, Status, cell::Observer,
     event::Listener, metrics::Metrics, settings::Plan,
 };
-#[cfg(feature = "redis")]
-use crate::shared::{Hub, Membership};
 
 /// Breakers that a new key looks at in search of room, and the shards that it
 /// locks for it.

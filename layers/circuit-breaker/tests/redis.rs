@@ -26,7 +26,10 @@ async fn one_opens_and_all_are_open() {
     println!("10 nodes were open after {took:?}");
     for (number, node) in nodes.iter().enumerate() {
         let left = left(node);
-        assert!(left > ms(55_000) && left <= ms(60_000), "{number}: {left:?}");
+        assert!(
+            left > ms(55_000) && left <= ms(60_000),
+            "{number}: {left:?}"
+        );
         let opened_by = node.status().opened_by;
         assert_eq!(opened_by == Some(Cause::Remote), number != 3, "{number}");
     }
@@ -88,7 +91,10 @@ async fn a_failed_probe_keeps_all_open() {
     let nodes = nodes(&server, 3, &opens_for(ms(400))).await;
     trip(&nodes[0]);
     within(SOON, "open", || all(&nodes, State::Open)).await;
-    let before: Vec<_> = nodes.iter().map(|node| node.fleet().unwrap().version).collect();
+    let before: Vec<_> = nodes
+        .iter()
+        .map(|node| node.fleet().unwrap().version)
+        .collect();
     within(3 * SOON, "a failed probe", || {
         nodes.iter().any(|node| {
             fail(node);
@@ -222,7 +228,11 @@ async fn a_quorum_of_two_outvotes_one() {
         tokio::time::sleep(ms(5)).await;
     }
     assert!(opened >= 1);
-    assert_eq!(nodes[0].status().opened_by, Some(Cause::ProbeFailed), "it probed alone");
+    assert_eq!(
+        nodes[0].status().opened_by,
+        Some(Cause::ProbeFailed),
+        "it probed alone"
+    );
     // A second one agrees.
     within(2 * SOON, "the bad one is open", || {
         fail(&nodes[0]);
@@ -262,16 +272,27 @@ async fn breakers_of_a_registry_are_shared_by_key() {
     trip(&one.get_or_create(&secret));
     trip(&one.get_or_create("c"));
     within(SOON, "told", || {
-        ["c"].iter().all(|name| !one.get_or_create(*name).fleet().unwrap().pending)
+        ["c"]
+            .iter()
+            .all(|name| !one.get_or_create(*name).fleet().unwrap().pending)
     })
     .await;
     let redis = server.redis();
-    within(SOON, "open", || two.get_or_create("c").state() == State::Open).await;
-    within(SOON, "open", || two.get_or_create(&secret).state() == State::Open).await;
-    let keys: Vec<String> = run(&redis, &["KEYS", "*"]).await;
+    within(SOON, "open", || {
+        two.get_or_create("c").state() == State::Open
+    })
+    .await;
+    within(SOON, "open", || {
+        two.get_or_create(&secret).state() == State::Open
+    })
+    .await;
+    let keys: Vec<String> = run(&redis, &["KEYS", "*breaker*"]).await;
     assert_eq!(keys.len(), 4, "{keys:?}");
     for key in &keys {
-        assert!(key.starts_with("buttress:circuit-breaker:{default}"), "{key}");
+        assert!(
+            key.starts_with("buttress:circuit-breaker:{default}"),
+            "{key}"
+        );
         assert!(!key.contains("secret"), "{key}");
         let ttl: i64 = run(&redis, &["PTTL", key]).await;
         assert!(ttl > 0 && ttl < 3 * 3600 * 1000, "{key}: {ttl}");
@@ -290,7 +311,9 @@ async fn new_keys_cost_nothing() {
     let redis = server.redis();
     let count = async || {
         let stats: String = run(&redis, &["INFO", "commandstats"]).await;
-        let line = stats.lines().find(|line| line.starts_with("cmdstat_evalsha:"));
+        let line = stats
+            .lines()
+            .find(|line| line.starts_with("cmdstat_evalsha:"));
         line.map(|line| line.split([':', '=', ',']).nth(2).unwrap().to_owned())
     };
     let before = count().await;
@@ -316,13 +339,17 @@ async fn one_line_shares_a_layer() {
     let (one, two) = (layer(), layer());
     joined(one.breaker().clone()).await;
     joined(two.breaker().clone()).await;
-    let service = one.layer(service_fn(async |_: http::Request<String>| {
+    let service = one.layer(service_fn(|_: http::Request<String>| async {
         let mut response = http::Response::new(String::new());
         *response.status_mut() = http::StatusCode::BAD_GATEWAY;
         Ok::<_, std::convert::Infallible>(response)
     }));
     for _ in 0..2 {
-        service.clone().oneshot(http::Request::default()).await.unwrap();
+        service
+            .clone()
+            .oneshot(http::Request::default())
+            .await
+            .unwrap();
     }
     within(SOON, "open", || two.breaker().state() == State::Open).await;
 }
@@ -407,7 +434,10 @@ async fn each_change_is_told_once() {
             .settings(opens_for(ms(60_000)))
             .on_event(move |_, event| {
                 if let Event::StateChange(change) = event {
-                    heard.lock().unwrap().push((number, change.to, change.cause));
+                    heard
+                        .lock()
+                        .unwrap()
+                        .push((number, change.to, change.cause));
                 }
             })
             .redis(&server.redis())

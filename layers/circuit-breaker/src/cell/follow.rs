@@ -13,9 +13,9 @@ use buttress_core::{
 };
 
 use super::{Cell, Cold, place};
-use crate::{Transition, word::Word};
 #[cfg(feature = "redis")]
 use crate::{Cause, State};
+use crate::{Transition, word::Word};
 #[cfg(feature = "redis")]
 use std::{mem, sync::Arc};
 

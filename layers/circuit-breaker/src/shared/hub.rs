@@ -91,8 +91,7 @@ impl Hub {
 
     /// The key of a breaker, by the segments of its name.
     pub(crate) fn key<S: AsRef<[u8]>>(&self, name: impl IntoIterator<Item = S>) -> Key {
-        name.into_iter()
-            .fold(self.index.clone(), Key::segment)
+        name.into_iter().fold(self.index.clone(), Key::segment)
     }
 
     /// Has the breaker be the fleet's of this key.
@@ -418,8 +417,7 @@ impl Task {
     fn schedule(&mut self, link: &Arc<Link>) {
         if let Some(at) = link.next_alarm(clock::now()) {
             self.number += 1;
-            self.alarms
-                .insert((at, self.number), Arc::downgrade(link));
+            self.alarms.insert((at, self.number), Arc::downgrade(link));
         }
     }
 

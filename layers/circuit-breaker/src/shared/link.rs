@@ -274,9 +274,7 @@ impl Link {
         let due = cell.due();
         let mut inner = self.inner.lock();
         let at = match view.state {
-            State::Open
-                if matches!(inner.seen.standing, Standing::Open(_)) && !inner.asked =>
-            {
+            State::Open if matches!(inner.seen.standing, Standing::Open(_)) && !inner.asked => {
                 let lead = u64::try_from(inner.lead.as_nanos()).unwrap_or(0);
                 Instant::from_nanos(due.as_nanos().saturating_sub(lead))
             }
@@ -603,6 +601,8 @@ impl Drop for Link {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Link").field("id", &self.id.0).finish_non_exhaustive()
+        f.debug_struct("Link")
+            .field("id", &self.id.0)
+            .finish_non_exhaustive()
     }
 }

@@ -180,7 +180,8 @@ mod tests {
 
     #[test]
     fn a_message_is_read_or_refused() {
-        let message = Message::parse(b"12 11 p 3000 00000000000000ff buttress:x:{a b}:c d").unwrap();
+        let message =
+            Message::parse(b"12 11 p 3000 00000000000000ff buttress:x:{a b}:c d").unwrap();
         assert_eq!((message.version, message.previous), (12, 11));
         assert_eq!(message.key, "buttress:x:{a b}:c d");
         let seen = |node| message.seen_by(node).unwrap().standing;
