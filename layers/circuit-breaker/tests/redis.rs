@@ -286,7 +286,7 @@ async fn breakers_of_a_registry_are_shared_by_key() {
         two.get_or_create(&secret).state() == State::Open
     })
     .await;
-    let keys: Vec<String> = run(&redis, &["KEYS", "*"]).await;
+    let keys: Vec<String> = run(&redis, &["KEYS", "*breaker*"]).await;
     assert_eq!(keys.len(), 4, "{keys:?}");
     for key in &keys {
         assert!(
@@ -339,7 +339,7 @@ async fn one_line_shares_a_layer() {
     let (one, two) = (layer(), layer());
     joined(one.breaker().clone()).await;
     joined(two.breaker().clone()).await;
-    let service = one.layer(service_fn(async |_: http::Request<String>| {
+    let service = one.layer(service_fn(|_: http::Request<String>| async {
         let mut response = http::Response::new(String::new());
         *response.status_mut() = http::StatusCode::BAD_GATEWAY;
         Ok::<_, std::convert::Infallible>(response)

@@ -62,7 +62,8 @@ local function set(state, ends)
   redis.call('ZADD', idx, version, rec)
   redis.call('ZREMRANGEBYRANK', idx, 0, -(MOST + 1))
   keep()
-  redis.call('PUBLISH', channel, string.format('%s %.0f %s %.0f %s %s',
+  -- Who may not is heard of by pulls.
+  redis.pcall('PUBLISH', channel, string.format('%s %.0f %s %.0f %s %s',
     version, before, s, left(), o, rec))
 end
 

@@ -12,18 +12,21 @@ use buttress_core::{
 use buttress_redis::{Cmd, FromRedisValue, Redis, testing::Server};
 
 /// Within which something must have happened that takes milliseconds.
-pub const SOON: Duration = Duration::from_secs(1);
+pub(crate) const SOON: Duration = Duration::from_secs(1);
 
-pub const fn ms(millis: u64) -> Duration {
+pub(crate) const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
 /// Opens at the second failure, for so long.
-pub fn opens_for(wait: Duration) -> Settings {
-    Settings::new().consecutive_failures(2).reset_timeout(wait)
+pub(crate) fn opens_for(wait: Duration) -> Settings {
+    Settings::new()
+        .consecutive_failures(2)
+        .reset_timeout(wait)
+        .half_open_timeout(ms(30_000))
 }
 
-pub fn node_of(sharing: Sharing, name: &str, settings: Settings) -> Breaker {
+pub(crate) fn node_of(sharing: Sharing, name: &str, settings: Settings) -> Breaker {
     Breaker::builder(name)
         .settings(settings)
         .redis(sharing)
@@ -32,16 +35,16 @@ pub fn node_of(sharing: Sharing, name: &str, settings: Settings) -> Breaker {
 }
 
 /// One that has joined.
-pub async fn node(server: &Server, name: &str, settings: Settings) -> Breaker {
+pub(crate) async fn node(server: &Server, name: &str, settings: Settings) -> Breaker {
     joined(node_of((&server.redis()).into(), name, settings)).await
 }
 
-pub async fn joined(breaker: Breaker) -> Breaker {
+pub(crate) async fn joined(breaker: Breaker) -> Breaker {
     within(5 * SOON, "join", || breaker.fleet().unwrap().up).await;
     breaker
 }
 
-pub async fn nodes(server: &Server, count: usize, settings: &Settings) -> Vec<Breaker> {
+pub(crate) async fn nodes(server: &Server, count: usize, settings: &Settings) -> Vec<Breaker> {
     let mut nodes = Vec::new();
     for _ in 0..count {
         nodes.push(node(server, "shared", settings.clone()).await);
@@ -50,7 +53,7 @@ pub async fn nodes(server: &Server, count: usize, settings: &Settings) -> Vec<Br
 }
 
 /// How long it took.
-pub async fn within(limit: Duration, what: &str, is: impl Fn() -> bool) -> Duration {
+pub(crate) async fn within(limit: Duration, what: &str, is: impl Fn() -> bool) -> Duration {
     let began = clock::now();
     while !is() {
         let passed = clock::now() - began;
@@ -60,24 +63,24 @@ pub async fn within(limit: Duration, what: &str, is: impl Fn() -> bool) -> Durat
     clock::now() - began
 }
 
-pub fn fail(breaker: &Breaker) {
+pub(crate) fn fail(breaker: &Breaker) {
     if let Ok(permit) = breaker.try_acquire() {
         permit.record(Verdict::Failure);
     }
 }
 
-pub fn trip(breaker: &Breaker) {
+pub(crate) fn trip(breaker: &Breaker) {
     fail(breaker);
     fail(breaker);
     assert_eq!(breaker.state(), State::Open);
 }
 
-pub fn all(nodes: &[Breaker], state: State) -> bool {
+pub(crate) fn all(nodes: &[Breaker], state: State) -> bool {
     nodes.iter().all(|node| node.state() == state)
 }
 
 /// A call that succeeds; whether it was let through.
-pub fn succeed(breaker: &Breaker) -> bool {
+pub(crate) fn succeed(breaker: &Breaker) -> bool {
     let passed = breaker.try_acquire();
     passed.is_ok_and(|permit| {
         permit.record(Verdict::Success);
@@ -85,12 +88,12 @@ pub fn succeed(breaker: &Breaker) -> bool {
     })
 }
 
-pub fn left(breaker: &Breaker) -> Duration {
+pub(crate) fn left(breaker: &Breaker) -> Duration {
     let now: Instant = clock::now();
     breaker.status().next_probe.expect("it is open") - now
 }
 
-pub async fn run<T: FromRedisValue>(redis: &Redis, words: &[&str]) -> T {
+pub(crate) async fn run<T: FromRedisValue>(redis: &Redis, words: &[&str]) -> T {
     let mut cmd = Cmd::new();
     for word in words {
         cmd.arg(*word);
