@@ -25,10 +25,14 @@ use std::{fmt, sync::Arc};
 use buttress_core::classify::Verdict;
 
 mod adaptive;
+#[cfg(feature = "redis")]
+mod fleet;
 mod percent;
 mod throttle;
 
 pub use adaptive::Adaptive;
+#[cfg(feature = "redis")]
+pub use fleet::{FleetBudget, OnStoreError};
 pub use percent::RetryBudget;
 pub use throttle::Throttle;
 

@@ -24,6 +24,8 @@ mod settings;
 
 pub use backoff::{Backoff, Delays, Jitter};
 pub use budget::{Adaptive, Budget, RetryBudget, SharedBudget, Throttle};
+#[cfg(feature = "redis")]
+pub use budget::{FleetBudget, OnStoreError};
 pub use buttress_core::classify::Trailers;
 pub use call::{Again, AnyCall, AnyError, Boxed, Call, HttpCall, Looks, Opaque, Plain, RetryIf};
 pub use config::{RetryBuilder, Web};

@@ -43,9 +43,9 @@ use buttress_core::{
 use super::Budget;
 use crate::error::ConfigError;
 
-const SECOND: u64 = 1_000_000_000;
+pub(super) const SECOND: u64 = 1_000_000_000;
 /// A retry, in the unit of the balance.
-const RETRY: u64 = 1000;
+pub(super) const RETRY: u64 = 1000;
 const MAX_PERCENT: u32 = 1000;
 /// A microsecond apart: the interval is whole nanoseconds, and then not wrong
 /// by more than a thousandth.
@@ -86,7 +86,7 @@ pub struct RetryBudget {
     words: Padded<Words>,
     /// `percent:32 min:32`.
     rates: AtomicU64,
-    saved: u32,
+    pub(super) saved: u32,
 }
 
 #[derive(Debug)]
@@ -97,9 +97,9 @@ struct Words {
 
 /// The arithmetic, pure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Rates {
-    percent: u32,
-    per_second: u32,
+pub(super) struct Rates {
+    pub(super) percent: u32,
+    pub(super) per_second: u32,
 }
 
 impl Rates {
@@ -143,7 +143,7 @@ impl Rates {
 
     /// What a request adds to the balance.
     #[inline]
-    const fn deposit(self) -> u64 {
+    pub(super) const fn deposit(self) -> u64 {
         self.percent as u64 * (RETRY / 100)
     }
 
@@ -163,7 +163,7 @@ impl Rates {
 
 /// The most that the balance counts.
 #[inline]
-const fn bound(saved: u32) -> u64 {
+pub(super) const fn bound(saved: u32) -> u64 {
     saved as u64 * RETRY
 }
 
@@ -254,7 +254,7 @@ impl RetryBudget {
     }
 
     #[inline]
-    fn rates(&self) -> Rates {
+    pub(super) fn rates(&self) -> Rates {
         Rates::unpack(self.rates.load(Relaxed))
     }
 
