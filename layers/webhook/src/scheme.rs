@@ -49,7 +49,7 @@ pub const LONGEST_ID: usize = 256;
 ///         keys: &[Key],
 ///     ) -> Result<(), SignError> {
 ///         let tag = keys[0].tag(&[message.body]);
-///         let value = base16ct::lower::encode_string(tag.as_bytes());
+///         let value = const_hex::encode(tag.as_bytes());
 ///         let value = HeaderValue::try_from(value).expect("it is ASCII");
 ///         request.headers.insert("x-acme-mac", value);
 ///         Ok(())
@@ -61,11 +61,9 @@ pub const LONGEST_ID: usize = 256;
 ///         if values.next().is_some() {
 ///             return Err(Reason::DuplicateHeader);
 ///         }
-///         let mut tag = [0; 32];
-///         match base16ct::lower::decode(value, &mut tag) {
-///             // What is shorter leaves the rest as it was.
-///             Ok(bytes) if bytes.len() == 32 => Ok(Envelope::new().tag(Tag::new(tag))),
-///             _ => Err(Reason::Malformed),
+///         match const_hex::decode_to_array(value) {
+///             Ok(tag) => Ok(Envelope::new().tag(Tag::new(tag))),
+///             Err(_) => Err(Reason::Malformed),
 ///         }
 ///     }
 /// }

@@ -122,9 +122,9 @@ impl Scheme for Shopify {
         keys: &[Key],
     ) -> Result<(), SignError> {
         if let Some(key) = keys.first() {
-            let mut value = String::with_capacity(44);
+            let mut value = Vec::with_capacity(text::BASE64);
             text::push_base64(&mut value, &key.tag(&[message.body]));
-            request.headers.insert(SHOPIFY, text::header(value.into()));
+            request.headers.insert(SHOPIFY, text::header(value));
         }
         Ok(())
     }
@@ -145,10 +145,7 @@ fn sign_hex(header: &HeaderName, request: &mut Parts, message: &Message<'_>, key
 
 fn read_hex<'r>(header: &HeaderName, request: Head<'r>) -> Result<Envelope<'r>, Reason> {
     let value = text::single(request.headers, header, Reason::MissingSignature)?;
-    let (algorithm, digits) = value.split_once('=').ok_or(Reason::Malformed)?;
-    if algorithm != "sha256" {
-        return Err(Reason::UnsupportedScheme);
-    }
+    let digits = text::of_algorithm(value, "sha256")?;
     let tag = text::hex(digits).ok_or(Reason::Malformed)?;
     Ok(Envelope::new().tag(tag))
 }

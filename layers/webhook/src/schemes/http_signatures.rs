@@ -387,7 +387,7 @@ impl Scheme for HttpSignatures {
             push_member(&mut inputs, label, |to| to.push_str(&parameters));
             push_member(&mut signatures, label, |to| {
                 to.push(':');
-                text::push_base64(to, &tag);
+                BASE64_STANDARD.encode_string(tag.as_bytes(), to);
                 to.push(':');
             });
         }

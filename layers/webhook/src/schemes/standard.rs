@@ -123,7 +123,8 @@ impl Scheme for Standard {
         let id = HeaderValue::from_str(message.id).map_err(|_| SignError::Id)?;
         let mut digits = itoa::Buffer::new();
         let timestamp = digits.format(message.timestamp);
-        let mut signatures = String::with_capacity(keys.len() * 48);
+        const ENTRY: usize = "v1,".len() + text::BASE64;
+        let mut signatures = Vec::with_capacity((keys.len() * (ENTRY + 1)).saturating_sub(1));
         for key in keys {
             let signed: [&[u8]; 5] = [
                 message.id.as_bytes(),
@@ -133,17 +134,17 @@ impl Scheme for Standard {
                 message.body,
             ];
             if !signatures.is_empty() {
-                signatures.push(' ');
+                signatures.push(b' ');
             }
-            signatures.push_str("v1,");
+            signatures.extend_from_slice(b"v1,");
             text::push_base64(&mut signatures, &key.tag(&signed));
         }
-        let timestamp = HeaderValue::from(message.timestamp);
+        let timestamp = text::header(timestamp.into());
         request.headers.insert(&self.id, id);
         request.headers.insert(&self.timestamp, timestamp);
         request
             .headers
-            .insert(&self.signature, text::header(signatures.into()));
+            .insert(&self.signature, text::header(signatures));
         Ok(())
     }
 
@@ -164,17 +165,16 @@ impl Scheme for Standard {
         // One entry that cannot be read does not spoil the others.
         let mut nothing = Reason::MissingSignature;
         for entry in signatures.split_ascii_whitespace() {
-            match entry.split_once(',') {
-                Some(("v1", text)) => match text::base64(text) {
+            if let Some(text) = entry.strip_prefix("v1,") {
+                match text::base64(text) {
                     Some(_) if envelope.is_full() => return Err(Reason::Malformed),
                     Some(tag) => envelope.tags.push(tag),
                     None => nothing = Reason::Malformed,
-                },
-                Some(_) if nothing == Reason::MissingSignature => {
-                    nothing = Reason::UnsupportedScheme;
                 }
-                Some(_) => {}
-                None => nothing = Reason::Malformed,
+            } else if !entry.contains(',') {
+                nothing = Reason::Malformed;
+            } else if nothing == Reason::MissingSignature {
+                nothing = Reason::UnsupportedScheme;
             }
         }
         if envelope.is_empty() {

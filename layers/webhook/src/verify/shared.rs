@@ -2,7 +2,7 @@
 
 use std::{
     error::Error,
-    fmt::{Display, Write},
+    fmt::Display,
     future::Future,
     sync::{
         Arc,
@@ -33,11 +33,7 @@ use super::{
     metrics::{Kind, Metrics, Verdict},
     replay::{Claim, ClaimKey, ClaimToken, Memory, OnStoreError, Repeat, ReplayStore},
 };
-use crate::{
-    Key, Keyring, Reason, Scheme, Verified,
-    mac::sha256,
-    verifier::{self, Judged},
-};
+use crate::{Key, Keyring, Reason, Scheme, Verified, mac::sha256, verifier};
 
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 /// When to ask again about what is in progress.
@@ -186,8 +182,8 @@ impl Shared {
     /// Whether the request could be genuine, as far as can be told without a
     /// key.
     pub(crate) fn screen(&self, request: Head<'_>) -> Result<(), Reason> {
-        let now = self.clock.unix_now();
-        verifier::screen(&*self.scheme, self.tolerance(), request, now).map(drop)
+        let mut read = self.scheme.read(request);
+        verifier::screen(&mut read, self.tolerance(), self.clock.unix_now()).map(drop)
     }
 
     /// Whether the request is genuine; by no keys it is not.
@@ -198,14 +194,10 @@ impl Shared {
         request: Head<'_>,
         body: &[u8],
     ) -> Result<Genuine, Reason> {
-        let judged = verifier::judge(
-            &*self.scheme,
-            keys.unwrap_or(&self.nobody),
-            self.tolerance(),
-            request,
-            body,
-            self.clock.unix_now(),
-        )?;
+        let mut read = self.scheme.read(request);
+        let envelope = verifier::screen(&mut read, self.tolerance(), self.clock.unix_now())?;
+        let secrets = keys.unwrap_or(&self.nobody);
+        let judged = verifier::judge(&*self.scheme, secrets, envelope, body)?;
         // Whatever that key says: everybody has it.
         if keys.is_none() {
             return Err(Reason::SignatureMismatch);
@@ -213,9 +205,11 @@ impl Shared {
         self.metrics.judged(Verdict::Verified);
         let key = self.replays.as_ref().map(|replays| {
             let endpoint = replays.endpoint.as_ref().map(|endpoint| endpoint(request));
-            self.claim_key(endpoint.as_deref(), tenant, &judged, body)
+            let digest = || judged.digest(envelope, body);
+            let id = judged.verified.id.as_deref();
+            self.claim_key(endpoint.as_deref(), tenant, id, digest)
         });
-        let Judged { verified, .. } = judged;
+        let verified = judged.verified;
         Ok(Genuine { verified, key })
     }
 
@@ -225,28 +219,30 @@ impl Shared {
         &self,
         endpoint: Option<&str>,
         tenant: Option<&str>,
-        judged: &Judged<'_>,
-        body: &[u8],
+        id: Option<&str>,
+        digest: impl FnOnce() -> [u8; 32],
     ) -> ClaimKey {
         let mut text = String::with_capacity(128);
         for part in [Some(&*self.name), endpoint, tenant] {
             let part = part.unwrap_or_default();
             if part.len() <= LONGEST_PART {
-                let _ = write!(text, "{}:{part},", part.len());
+                text.push_str(itoa::Buffer::new().format(part.len()));
+                text.push(':');
+                text.push_str(part);
             } else {
-                let digest = sha256(&[part.as_bytes()]);
-                let _ = write!(text, "#{},", base16ct::lower::encode_string(&digest));
+                text.push('#');
+                text.push_str(&const_hex::encode(sha256(&[part.as_bytes()])));
             }
+            text.push(',');
         }
-        match &judged.verified.id {
+        match id {
             Some(id) => {
                 text.push_str("id:");
                 text.push_str(id);
             }
             None => {
-                let digest = judged.digest(body);
                 text.push_str("sha256:");
-                text.push_str(&base16ct::lower::encode_string(&digest));
+                text.push_str(&const_hex::encode(digest()));
             }
         }
         ClaimKey::new(text)
