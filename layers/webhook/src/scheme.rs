@@ -24,9 +24,7 @@ pub const LONGEST_ID: usize = 256;
 ///
 /// ```
 /// use buttress_core::Head;
-/// use buttress_webhook::{
-///     Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, Tag,
-/// };
+/// use buttress_webhook::{Envelope, Key, Message, Reason, Scheme, SignError, Tag};
 /// use http::{HeaderValue, request::Parts};
 ///
 /// /// `x-acme-mac: <hex>` over the body.
@@ -36,10 +34,6 @@ pub const LONGEST_ID: usize = 256;
 /// impl Scheme for Acme {
 ///     fn name(&self) -> &'static str {
 ///         "acme"
-///     }
-///
-///     fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-///         Key::of(secret)
 ///     }
 ///
 ///     fn sign(
@@ -72,12 +66,15 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
     /// Its name: a label in metrics and logs.
     fn name(&self) -> &'static str;
 
-    /// Reads a secret as this scheme writes it down.
+    /// Reads a secret as this scheme writes it down. Default: its bytes are the
+    /// key's.
     ///
     /// # Errors
     ///
     /// If this scheme has no such secrets.
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError>;
+    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
+        Key::of(secret)
+    }
 
     /// How many keys can sign one message. Default: 1, for a scheme whose
     /// header has room for one signature.

@@ -4,7 +4,7 @@
 use buttress_core::Head;
 use http::{HeaderName, request::Parts};
 
-use crate::{Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, text};
+use crate::{Envelope, Key, Message, Reason, Scheme, SignError, text};
 
 /// `X-Webhook-Signature: sha256=<hex>` over the body, with the secret's bytes
 /// as key.
@@ -44,10 +44,6 @@ impl Scheme for Sha256 {
         "sha256"
     }
 
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
-    }
-
     fn sign(
         &self,
         request: &mut Parts,
@@ -75,10 +71,6 @@ const GITHUB: HeaderName = HeaderName::from_static("x-hub-signature-256");
 impl Scheme for GitHub {
     fn name(&self) -> &'static str {
         "github"
-    }
-
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
     }
 
     fn sign(
@@ -109,10 +101,6 @@ const SHOPIFY: HeaderName = HeaderName::from_static("x-shopify-hmac-sha256");
 impl Scheme for Shopify {
     fn name(&self) -> &'static str {
         "shopify"
-    }
-
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
     }
 
     fn sign(

@@ -20,8 +20,8 @@ use self::{
     fields::{Item, Member, Value},
 };
 use crate::{
-    Envelope, Key, MOST_SIGNATURES, Message, Reason, Scheme, Secret, SecretError, SignError,
-    Statement, TAG, Tag, mac::sha256, text,
+    Envelope, Key, MOST_SIGNATURES, Message, Reason, Scheme, SignError, Statement, TAG, Tag,
+    mac::sha256, text,
 };
 
 const SIGNATURE: HeaderName = HeaderName::from_static("signature");
@@ -335,11 +335,6 @@ impl Default for HttpSignatures {
 impl Scheme for HttpSignatures {
     fn name(&self) -> &'static str {
         "http_signatures"
-    }
-
-    /// The secret's bytes, whatever they are.
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
     }
 
     fn most_keys(&self) -> usize {

@@ -3,7 +3,7 @@
 use buttress_core::Head;
 use http::{HeaderName, request::Parts};
 
-use crate::{Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, text};
+use crate::{Envelope, Key, Message, Reason, Scheme, SignError, text};
 
 const TIMESTAMP: HeaderName = HeaderName::from_static("x-slack-request-timestamp");
 const SIGNATURE: HeaderName = HeaderName::from_static("x-slack-signature");
@@ -18,10 +18,6 @@ pub struct Slack;
 impl Scheme for Slack {
     fn name(&self) -> &'static str {
         "slack"
-    }
-
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
     }
 
     fn signs_time(&self) -> bool {

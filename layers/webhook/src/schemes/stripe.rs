@@ -3,7 +3,7 @@
 use buttress_core::Head;
 use http::{HeaderName, request::Parts};
 
-use crate::{Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, text};
+use crate::{Envelope, Key, Message, Reason, Scheme, SignError, text};
 
 const SIGNATURE: HeaderName = HeaderName::from_static("stripe-signature");
 
@@ -21,10 +21,6 @@ pub struct Stripe;
 impl Scheme for Stripe {
     fn name(&self) -> &'static str {
         "stripe"
-    }
-
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
     }
 
     fn most_keys(&self) -> usize {

@@ -7,7 +7,7 @@ use std::{
     sync::{
         Arc,
         atomic::{
-            AtomicBool, AtomicU64,
+            AtomicBool, AtomicU64, AtomicUsize,
             Ordering::{Acquire, Relaxed, Release},
         },
     },
@@ -33,7 +33,7 @@ use super::{
     metrics::{Kind, Metrics, Verdict},
     replay::{Claim, ClaimKey, ClaimToken, Memory, OnStoreError, Repeat, ReplayStore},
 };
-use crate::{Key, Keyring, Reason, Scheme, Verified, mac::sha256, verifier};
+use crate::{Key, Keyring, Reason, Scheme, Verified, current::Current, mac::sha256, verifier};
 
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 /// When to ask again about what is in progress.
@@ -51,7 +51,7 @@ pub(crate) struct Shared {
     /// pass again; else 0.
     earlier: AtomicU64,
     earlier_until: Mutex<Option<Instant>>,
-    pub(crate) max_body: usize,
+    max_body: AtomicUsize,
     clock: SharedWallClock,
     responder: SharedResponder,
     pub(crate) replays: Option<Replays>,
@@ -64,7 +64,7 @@ pub(crate) struct Shared {
 
 /// Where the secrets come from.
 pub(crate) enum Secrets {
-    Given(Mutex<Keyring>),
+    Given(Current<Keyring>),
     LookedUp(Box<dyn Tenants>),
 }
 
@@ -107,6 +107,13 @@ fn seconds(tolerance: Duration) -> Result<u64, VerifyConfigError> {
     }
 }
 
+fn body_length(bytes: usize) -> Result<usize, VerifyConfigError> {
+    match bytes {
+        0 => Err(Problem::MaxBody.into()),
+        bytes => Ok(bytes),
+    }
+}
+
 /// By a tolerance of so many seconds a message passes from as long before its
 /// timestamp to as long after, both in whole seconds: so it may pass for a
 /// second more.
@@ -127,7 +134,7 @@ impl Shared {
             tolerance: AtomicU64::new(seconds(parts.tolerance)?),
             earlier: AtomicU64::new(0),
             earlier_until: Mutex::new(None),
-            max_body: parts.max_body,
+            max_body: AtomicUsize::new(body_length(parts.max_body)?),
             clock: parts.clock,
             responder: parts.responder,
             replays: parts.replays,
@@ -135,6 +142,15 @@ impl Shared {
             lookup_fails: AtomicBool::new(false),
             nobody,
         })
+    }
+
+    pub(crate) fn max_body(&self) -> usize {
+        self.max_body.load(Relaxed)
+    }
+
+    pub(crate) fn set_max_body(&self, bytes: usize) -> Result<(), VerifyConfigError> {
+        self.max_body.store(body_length(bytes)?, Relaxed);
+        Ok(())
     }
 
     pub(crate) fn tolerance(&self) -> Duration {
