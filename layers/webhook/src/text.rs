@@ -37,15 +37,18 @@ pub(crate) fn seconds(text: &str) -> Result<u64, Reason> {
 
 /// An id as it may be signed and kept: printable, and not endless.
 pub(crate) fn is_id(text: &str) -> bool {
-    // To its end, whatever it finds: many bytes at once.
-    let all_sound = |sound, byte: u8| sound & byte.is_ascii_graphic();
-    (1..=LONGEST_ID).contains(&text.len()) && text.bytes().fold(true, all_sound)
+    (1..=LONGEST_ID).contains(&text.len()) && !has(text, |byte| !byte.is_ascii_graphic())
+}
+
+/// Whether there is such a byte. It looks at all of them whatever it finds, and
+/// so at many at once.
+pub(crate) fn has(text: &str, such: impl Fn(u8) -> bool) -> bool {
+    text.bytes().fold(false, |any, byte| any | such(byte))
 }
 
 /// Small letters only, as all who publish a scheme write and accept.
 pub(crate) fn hex(text: &str) -> Option<Tag> {
-    let any_capital = |any, byte: u8| any | byte.is_ascii_uppercase();
-    if text.len() != HEX || text.bytes().fold(false, any_capital) {
+    if text.len() != HEX || has(text, |byte| byte.is_ascii_uppercase()) {
         return None;
     }
     // It would pass over `0x`, but not over two digits too few.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use buttress_core::Head;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, Tag, mac::sha256};
+use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, mac::sha256};
 
 /// Tells what was signed by who has the secret, and lately.
 ///
@@ -209,15 +209,15 @@ pub(crate) fn judge(
     let mut key_index = u64::MAX;
     let mut which = u64::MAX;
     for (index, key) in (0_u64..).zip(keys.keys()) {
-        let mut compare = |computed: &Tag, claimed: &Tag, beside: Choice, at: u64| {
-            let matches = computed.ct_eq(claimed) & beside & key_index.ct_eq(&u64::MAX);
+        let mut found = |matches: Choice, at: u64| {
+            let matches = matches & key_index.ct_eq(&u64::MAX);
             key_index.conditional_assign(&index, matches);
             which.conditional_assign(&at, matches);
         };
         if !envelope.tags.is_empty() {
             let computed = key.tag(&[first, second, third, fourth, body]);
             for claimed in envelope.tags.iter() {
-                compare(&computed, claimed, 1.into(), u64::MAX);
+                found(computed.ct_eq(claimed), u64::MAX);
             }
         }
         for (at, statement) in (0_u64..).zip(statements) {
@@ -229,7 +229,7 @@ pub(crate) fn judge(
                 (Some(ours), Some(theirs)) => u8::from(ours == &**theirs).into(),
                 _ => 1.into(),
             };
-            compare(&computed, &statement.tag, bound & named, at);
+            found(computed.ct_eq(&statement.tag) & bound & named, at);
         }
     }
     if key_index == u64::MAX {

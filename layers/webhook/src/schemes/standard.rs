@@ -117,7 +117,7 @@ impl Scheme for Standard {
         message: &Message<'_>,
         keys: &[Key],
     ) -> Result<(), SignError> {
-        if !text::is_id(message.id) || message.id.contains('.') {
+        if !text::is_id(message.id) || has_dot(message.id) {
             return Err(SignError::Id);
         }
         let id = HeaderValue::from_str(message.id).map_err(|_| SignError::Id)?;
@@ -188,11 +188,12 @@ impl Scheme for Standard {
 /// digits or more, as all are since 2001. Shorter numbers are ids of senders who
 /// count.
 fn has_time(id: &str) -> bool {
-    // Nearly none has a dot.
-    let Some((_, behind)) = id.split_once('.') else {
-        return false;
-    };
     let is_time =
         |piece: &str| piece.len() >= 10 && piece.bytes().all(|byte| byte.is_ascii_digit());
-    behind.split('.').any(is_time)
+    // Nearly none has a dot.
+    has_dot(id) && id.split('.').skip(1).any(is_time)
+}
+
+fn has_dot(id: &str) -> bool {
+    text::has(id, |byte| byte == b'.')
 }
