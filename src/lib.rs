@@ -34,6 +34,10 @@ pub use buttress_core::health;
 #[cfg(feature = "health")]
 pub use buttress_health as health;
 
+/// One request a key at a time: the crate `buttress-lock`.
+#[cfg(feature = "lock")]
+pub use buttress_lock as lock;
+
 /// GCRA rate limiting with `X-RateLimit` headers: the crate
 /// `buttress-rate-limit`.
 #[cfg(feature = "rate-limit")]

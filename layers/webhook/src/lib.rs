@@ -2,6 +2,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod collect;
+mod current;
 mod error;
 mod keyring;
 mod mac;

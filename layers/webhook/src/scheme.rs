@@ -24,9 +24,7 @@ pub const LONGEST_ID: usize = 256;
 ///
 /// ```
 /// use buttress_core::Head;
-/// use buttress_webhook::{
-///     Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, Tag,
-/// };
+/// use buttress_webhook::{Envelope, Key, Message, Reason, Scheme, SignError, Tag};
 /// use http::{HeaderValue, request::Parts};
 ///
 /// /// `x-acme-mac: <hex>` over the body.
@@ -38,10 +36,6 @@ pub const LONGEST_ID: usize = 256;
 ///         "acme"
 ///     }
 ///
-///     fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-///         Key::of(secret)
-///     }
-///
 ///     fn sign(
 ///         &self,
 ///         request: &mut Parts,
@@ -49,7 +43,7 @@ pub const LONGEST_ID: usize = 256;
 ///         keys: &[Key],
 ///     ) -> Result<(), SignError> {
 ///         let tag = keys[0].tag(&[message.body]);
-///         let value = base16ct::lower::encode_string(tag.as_bytes());
+///         let value = const_hex::encode(tag.as_bytes());
 ///         let value = HeaderValue::try_from(value).expect("it is ASCII");
 ///         request.headers.insert("x-acme-mac", value);
 ///         Ok(())
@@ -61,11 +55,9 @@ pub const LONGEST_ID: usize = 256;
 ///         if values.next().is_some() {
 ///             return Err(Reason::DuplicateHeader);
 ///         }
-///         let mut tag = [0; 32];
-///         match base16ct::lower::decode(value, &mut tag) {
-///             // What is shorter leaves the rest as it was.
-///             Ok(bytes) if bytes.len() == 32 => Ok(Envelope::new().tag(Tag::new(tag))),
-///             _ => Err(Reason::Malformed),
+///         match const_hex::decode_to_array(value) {
+///             Ok(tag) => Ok(Envelope::new().tag(Tag::new(tag))),
+///             Err(_) => Err(Reason::Malformed),
 ///         }
 ///     }
 /// }
@@ -74,12 +66,15 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
     /// Its name: a label in metrics and logs.
     fn name(&self) -> &'static str;
 
-    /// Reads a secret as this scheme writes it down.
+    /// Reads a secret as this scheme writes it down. Default: its bytes are the
+    /// key's.
     ///
     /// # Errors
     ///
     /// If this scheme has no such secrets.
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError>;
+    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
+        Key::of(secret)
+    }
 
     /// How many keys can sign one message. Default: 1, for a scheme whose
     /// header has room for one signature.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use buttress_core::Head;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, Tag, mac::sha256};
+use crate::{Envelope, Keyring, Reason, Scheme, Secret, SecretError, mac::sha256};
 
 /// Tells what was signed by who has the secret, and lately.
 ///
@@ -86,15 +86,9 @@ impl Verifier {
         body: &[u8],
         now: Duration,
     ) -> Result<Verified, Reason> {
-        judge(
-            &*self.scheme,
-            &self.keys,
-            self.tolerance,
-            request,
-            body,
-            now,
-        )
-        .map(|judged| judged.verified)
+        let mut read = self.scheme.read(request);
+        let envelope = screen(&mut read, self.tolerance, now)?;
+        judge(&*self.scheme, &self.keys, envelope, body).map(|judged| judged.verified)
     }
 }
 
@@ -118,14 +112,14 @@ pub struct Verified {
     pub repeat: bool,
 }
 
-/// Reads what the request claims, and leaves out what is not timely.
-pub(crate) fn screen<'r>(
-    scheme: &dyn Scheme,
+/// What a [scheme has read](Scheme::read), without what is not timely. In its
+/// place: it is long to copy.
+pub(crate) fn screen<'a, 'r>(
+    read: &'a mut Result<Envelope<'r>, Reason>,
     tolerance: Duration,
-    request: Head<'r>,
     now: Duration,
-) -> Result<Envelope<'r>, Reason> {
-    let mut envelope = scheme.read(request)?;
+) -> Result<&'a Envelope<'r>, Reason> {
+    let envelope = read.as_mut().map_err(|reason| *reason)?;
     let mut late = None;
     let timely = |signed, expires| timely(signed, expires, tolerance, now);
     if let Err(reason) = timely(envelope.timestamp, envelope.expires) {
@@ -169,19 +163,17 @@ fn timely(
 }
 
 /// A message that is genuine, and by which of its signatures.
-pub(crate) struct Judged<'r> {
+pub(crate) struct Judged {
     pub(crate) verified: Verified,
-    envelope: Envelope<'r>,
     statement: Option<usize>,
 }
 
-impl Judged<'_> {
+impl Judged {
     /// What the message is known by where it has no id: the SHA-256 of the
     /// bytes that are signed. Not its MAC, which is another one under each
     /// secret: who drops the first of two signatures, or waits until the
     /// secrets are replaced, would have a message that looks new.
-    pub(crate) fn digest(&self, body: &[u8]) -> [u8; 32] {
-        let envelope = &self.envelope;
+    pub(crate) fn digest(&self, envelope: &Envelope<'_>, body: &[u8]) -> [u8; 32] {
         match self.statement {
             Some(at) => {
                 let statement = &envelope.statements[at];
@@ -197,16 +189,13 @@ impl Judged<'_> {
     }
 }
 
-/// The checks that are the same for all schemes, and what passed them.
-pub(crate) fn judge<'r>(
+/// Whether what was [screened](screen) is signed with one of the keys.
+pub(crate) fn judge(
     scheme: &dyn Scheme,
     keys: &Keyring,
-    tolerance: Duration,
-    request: Head<'r>,
+    envelope: &Envelope<'_>,
     body: &[u8],
-    now: Duration,
-) -> Result<Judged<'r>, Reason> {
-    let envelope = screen(scheme, tolerance, request, now)?;
+) -> Result<Judged, Reason> {
     let [first, second, third, fourth] = envelope.before;
     let statements = &envelope.statements;
     let is_digested = statements.iter().any(|it| it.sha256_of_body.is_some());
@@ -220,15 +209,15 @@ pub(crate) fn judge<'r>(
     let mut key_index = u64::MAX;
     let mut which = u64::MAX;
     for (index, key) in (0_u64..).zip(keys.keys()) {
-        let mut compare = |computed: &Tag, claimed: &Tag, beside: Choice, at: u64| {
-            let matches = computed.ct_eq(claimed) & beside & key_index.ct_eq(&u64::MAX);
+        let mut found = |matches: Choice, at: u64| {
+            let matches = matches & key_index.ct_eq(&u64::MAX);
             key_index.conditional_assign(&index, matches);
             which.conditional_assign(&at, matches);
         };
         if !envelope.tags.is_empty() {
             let computed = key.tag(&[first, second, third, fourth, body]);
             for claimed in envelope.tags.iter() {
-                compare(&computed, claimed, 1.into(), u64::MAX);
+                found(computed.ct_eq(claimed), u64::MAX);
             }
         }
         for (at, statement) in (0_u64..).zip(statements) {
@@ -240,7 +229,7 @@ pub(crate) fn judge<'r>(
                 (Some(ours), Some(theirs)) => u8::from(ours == &**theirs).into(),
                 _ => 1.into(),
             };
-            compare(&computed, &statement.tag, bound & named, at);
+            found(computed.ct_eq(&statement.tag) & bound & named, at);
         }
     }
     if key_index == u64::MAX {
@@ -261,7 +250,6 @@ pub(crate) fn judge<'r>(
             scheme: scheme.name(),
             repeat: false,
         },
-        envelope,
         statement,
     })
 }
@@ -292,11 +280,14 @@ mod tests {
         request
     }
 
-    fn judged<'r>(verifier: &Verifier, request: &'r Parts) -> Judged<'r> {
+    /// By which key, and what the message is known by.
+    fn judged(verifier: &Verifier, request: &Parts) -> (usize, [u8; 32]) {
         let now = Duration::from_secs(NOW);
         let (scheme, keys) = (&*verifier.scheme, &verifier.keys);
-        let judged = judge(scheme, keys, TOLERANCE, request.into(), b"{}", now);
-        judged.unwrap_or_else(|reason| panic!("{reason}"))
+        let mut read = scheme.read(request.into());
+        let envelope = screen(&mut read, TOLERANCE, now).unwrap();
+        let judged = judge(scheme, keys, envelope, b"{}").unwrap_or_else(|why| panic!("{why}"));
+        (judged.verified.key_index, judged.digest(envelope, b"{}"))
     }
 
     /// Without one of its signatures, each of which is right, a message is
@@ -307,10 +298,7 @@ mod tests {
         keep_last: fn(&str) -> String,
     ) {
         let verifier = Verifier::new(scheme(), secrets()).unwrap();
-        let judge = |request: &Parts| {
-            let judged = judged(&verifier, request);
-            (judged.verified.key_index, judged.digest(b"{}"))
-        };
+        let judge = |request: &Parts| judged(&verifier, request);
         let both = signed(scheme(), "", NOW);
         let mut one = both.clone();
         let value = keep_last(both.headers[header].to_str().unwrap());
@@ -442,15 +430,15 @@ mod tests {
             .insert("signature-input", second.parse().unwrap());
         let verifier = Verifier::new(crate::HttpSignatures::new(), secrets()).unwrap();
         let (both, one) = (judged(&verifier, &both), judged(&verifier, &one));
-        assert_eq!((both.verified.key_index, one.verified.key_index), (0, 1));
-        assert_eq!(both.digest(b"{}"), one.digest(b"{}"));
+        assert_eq!((both.0, one.0), (0, 1));
+        assert_eq!(both.1, one.1);
 
         // Two messages that say the same are two, by their nonces.
         let verifier = Verifier::new(crate::HttpSignatures::new(), secrets()).unwrap();
         let mark = |id: &str| {
             let scheme = crate::HttpSignatures::new().id_as_nonce();
             let request = signed(scheme, id, NOW);
-            judged(&verifier, &request).digest(b"{}")
+            judged(&verifier, &request).1
         };
         assert_eq!(mark("msg_1"), mark("msg_1"));
         assert_ne!(mark("msg_1"), mark("msg_2"));

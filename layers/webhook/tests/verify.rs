@@ -398,6 +398,40 @@ async fn what_is_too_large_is_refused_before_anything_is_computed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn how_large_a_body_may_be_is_changed_while_it_serves() {
+    let (inner, script) = handler();
+    let layer = standard().build().unwrap();
+    let handle = layer.handle();
+    assert_eq!(handle.max_body(), 1024 * 1024);
+    handle.set_max_body(4).unwrap();
+    assert_eq!(handle.max_body(), 4);
+    let service = layer.layer(inner);
+    assert_eq!(status(&service, signed("1", "four")).await, 200);
+    assert_eq!(status(&service, signed("2", "fives")).await, 413);
+
+    // What has begun keeps what it began with, in both ways.
+    let slow = |id: &str, text: &'static str| {
+        let (parts, _) = signed(id, text).into_parts();
+        let body = ScriptedBody::new().wait(Duration::from_secs(1)).data(text);
+        send(&service, Request::from_parts(parts, body))
+    };
+    let (four, ()) = tokio::join!(slow("3", "four"), async {
+        handle.set_max_body(3).unwrap();
+    });
+    assert_eq!(four.status(), 200);
+    let (five, ()) = tokio::join!(slow("4", "fives"), async {
+        handle.set_max_body(5).unwrap();
+    });
+    assert_eq!(five.status(), 413);
+    assert_eq!(status(&service, signed("4", "fives")).await, 200);
+
+    let error = handle.set_max_body(0).unwrap_err();
+    assert!(error.to_string().contains("body"), "{error}");
+    assert_eq!(handle.max_body(), 5);
+    assert_eq!(script.call_count(), 3);
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_ends_a_body_may_say_why() {
     let (inner, script) = handler();
     let service = standard().build().unwrap().layer(inner);

@@ -31,11 +31,9 @@ impl Remote {
 
     pub(crate) fn lock(&self, core: &Core, key: &Key, wait: Duration) -> LockBuilder {
         // What a client has sent is nobody's business there.
-        let mut hex = [0; 64];
-        let digest = Sha256::digest(key.as_bytes());
-        let key = base16ct::lower::encode_str(&digest, &mut hex).expect("64 digits");
+        let key = const_hex::const_encode::<32, false>(&Sha256::digest(key.as_bytes()).into());
         self.redis
-            .lock_of([core.name(), key])
+            .lock_of([core.name(), key.as_str()])
             .ttl(core.ttl())
             .wait(wait)
             .keep_fence(FENCE)

@@ -4,7 +4,7 @@
 use buttress_core::Head;
 use http::{HeaderName, request::Parts};
 
-use crate::{Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, text};
+use crate::{Envelope, Key, Message, Reason, Scheme, SignError, text};
 
 /// `X-Webhook-Signature: sha256=<hex>` over the body, with the secret's bytes
 /// as key.
@@ -44,10 +44,6 @@ impl Scheme for Sha256 {
         "sha256"
     }
 
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
-    }
-
     fn sign(
         &self,
         request: &mut Parts,
@@ -75,10 +71,6 @@ const GITHUB: HeaderName = HeaderName::from_static("x-hub-signature-256");
 impl Scheme for GitHub {
     fn name(&self) -> &'static str {
         "github"
-    }
-
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
     }
 
     fn sign(
@@ -111,10 +103,6 @@ impl Scheme for Shopify {
         "shopify"
     }
 
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
-    }
-
     fn sign(
         &self,
         request: &mut Parts,
@@ -122,9 +110,9 @@ impl Scheme for Shopify {
         keys: &[Key],
     ) -> Result<(), SignError> {
         if let Some(key) = keys.first() {
-            let mut value = String::with_capacity(44);
+            let mut value = Vec::with_capacity(text::BASE64);
             text::push_base64(&mut value, &key.tag(&[message.body]));
-            request.headers.insert(SHOPIFY, text::header(value.into()));
+            request.headers.insert(SHOPIFY, text::header(value));
         }
         Ok(())
     }
@@ -145,10 +133,7 @@ fn sign_hex(header: &HeaderName, request: &mut Parts, message: &Message<'_>, key
 
 fn read_hex<'r>(header: &HeaderName, request: Head<'r>) -> Result<Envelope<'r>, Reason> {
     let value = text::single(request.headers, header, Reason::MissingSignature)?;
-    let (algorithm, digits) = value.split_once('=').ok_or(Reason::Malformed)?;
-    if algorithm != "sha256" {
-        return Err(Reason::UnsupportedScheme);
-    }
+    let digits = text::of_algorithm(value, "sha256")?;
     let tag = text::hex(digits).ok_or(Reason::Malformed)?;
     Ok(Envelope::new().tag(tag))
 }

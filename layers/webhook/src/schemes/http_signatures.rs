@@ -20,8 +20,8 @@ use self::{
     fields::{Item, Member, Value},
 };
 use crate::{
-    Envelope, Key, MOST_SIGNATURES, Message, Reason, Scheme, Secret, SecretError, SignError,
-    Statement, TAG, Tag, mac::sha256, text,
+    Envelope, Key, MOST_SIGNATURES, Message, Reason, Scheme, SignError, Statement, TAG, Tag,
+    mac::sha256, text,
 };
 
 const SIGNATURE: HeaderName = HeaderName::from_static("signature");
@@ -337,11 +337,6 @@ impl Scheme for HttpSignatures {
         "http_signatures"
     }
 
-    /// The secret's bytes, whatever they are.
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
-    }
-
     fn most_keys(&self) -> usize {
         MOST_SIGNATURES
     }
@@ -387,7 +382,7 @@ impl Scheme for HttpSignatures {
             push_member(&mut inputs, label, |to| to.push_str(&parameters));
             push_member(&mut signatures, label, |to| {
                 to.push(':');
-                text::push_base64(to, &tag);
+                BASE64_STANDARD.encode_string(tag.as_bytes(), to);
                 to.push(':');
             });
         }

@@ -1,9 +1,9 @@
 //! Slack's scheme.
 
 use buttress_core::Head;
-use http::{HeaderName, HeaderValue, request::Parts};
+use http::{HeaderName, request::Parts};
 
-use crate::{Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, text};
+use crate::{Envelope, Key, Message, Reason, Scheme, SignError, text};
 
 const TIMESTAMP: HeaderName = HeaderName::from_static("x-slack-request-timestamp");
 const SIGNATURE: HeaderName = HeaderName::from_static("x-slack-signature");
@@ -18,10 +18,6 @@ pub struct Slack;
 impl Scheme for Slack {
     fn name(&self) -> &'static str {
         "slack"
-    }
-
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
     }
 
     fn signs_time(&self) -> bool {
@@ -39,7 +35,7 @@ impl Scheme for Slack {
             let timestamp = digits.format(message.timestamp).as_bytes();
             let tag = key.tag(&[b"v0:", timestamp, b":", message.body]);
             let signature = text::hex_value("v0=", &tag);
-            let timestamp = HeaderValue::from(message.timestamp);
+            let timestamp = text::header(timestamp.to_vec());
             request.headers.insert(TIMESTAMP, timestamp);
             request.headers.insert(SIGNATURE, signature);
         }
@@ -49,10 +45,7 @@ impl Scheme for Slack {
     fn read<'r>(&self, request: Head<'r>) -> Result<Envelope<'r>, Reason> {
         let timestamp = text::single(request.headers, &TIMESTAMP, Reason::MissingTimestamp)?;
         let value = text::single(request.headers, &SIGNATURE, Reason::MissingSignature)?;
-        let (version, digits) = value.split_once('=').ok_or(Reason::Malformed)?;
-        if version != "v0" {
-            return Err(Reason::UnsupportedScheme);
-        }
+        let digits = text::of_algorithm(value, "v0")?;
         let tag = text::hex(digits).ok_or(Reason::Malformed)?;
         Ok(Envelope::new()
             .tag(tag)

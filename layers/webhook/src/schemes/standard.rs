@@ -117,13 +117,14 @@ impl Scheme for Standard {
         message: &Message<'_>,
         keys: &[Key],
     ) -> Result<(), SignError> {
-        if !text::is_id(message.id) || message.id.contains('.') {
+        if !text::is_id(message.id) || has_dot(message.id) {
             return Err(SignError::Id);
         }
         let id = HeaderValue::from_str(message.id).map_err(|_| SignError::Id)?;
         let mut digits = itoa::Buffer::new();
         let timestamp = digits.format(message.timestamp);
-        let mut signatures = String::with_capacity(keys.len() * 48);
+        const ENTRY: usize = "v1,".len() + text::BASE64;
+        let mut signatures = Vec::with_capacity((keys.len() * (ENTRY + 1)).saturating_sub(1));
         for key in keys {
             let signed: [&[u8]; 5] = [
                 message.id.as_bytes(),
@@ -133,17 +134,17 @@ impl Scheme for Standard {
                 message.body,
             ];
             if !signatures.is_empty() {
-                signatures.push(' ');
+                signatures.push(b' ');
             }
-            signatures.push_str("v1,");
+            signatures.extend_from_slice(b"v1,");
             text::push_base64(&mut signatures, &key.tag(&signed));
         }
-        let timestamp = HeaderValue::from(message.timestamp);
+        let timestamp = text::header(timestamp.into());
         request.headers.insert(&self.id, id);
         request.headers.insert(&self.timestamp, timestamp);
         request
             .headers
-            .insert(&self.signature, text::header(signatures.into()));
+            .insert(&self.signature, text::header(signatures));
         Ok(())
     }
 
@@ -164,17 +165,16 @@ impl Scheme for Standard {
         // One entry that cannot be read does not spoil the others.
         let mut nothing = Reason::MissingSignature;
         for entry in signatures.split_ascii_whitespace() {
-            match entry.split_once(',') {
-                Some(("v1", text)) => match text::base64(text) {
+            if let Some(text) = entry.strip_prefix("v1,") {
+                match text::base64(text) {
                     Some(_) if envelope.is_full() => return Err(Reason::Malformed),
                     Some(tag) => envelope.tags.push(tag),
                     None => nothing = Reason::Malformed,
-                },
-                Some(_) if nothing == Reason::MissingSignature => {
-                    nothing = Reason::UnsupportedScheme;
                 }
-                Some(_) => {}
-                None => nothing = Reason::Malformed,
+            } else if !entry.contains(',') {
+                nothing = Reason::Malformed;
+            } else if nothing == Reason::MissingSignature {
+                nothing = Reason::UnsupportedScheme;
             }
         }
         if envelope.is_empty() {
@@ -188,11 +188,12 @@ impl Scheme for Standard {
 /// digits or more, as all are since 2001. Shorter numbers are ids of senders who
 /// count.
 fn has_time(id: &str) -> bool {
-    // Nearly none has a dot.
-    let Some((_, behind)) = id.split_once('.') else {
-        return false;
-    };
     let is_time =
         |piece: &str| piece.len() >= 10 && piece.bytes().all(|byte| byte.is_ascii_digit());
-    behind.split('.').any(is_time)
+    // Nearly none has a dot.
+    has_dot(id) && id.split('.').skip(1).any(is_time)
+}
+
+fn has_dot(id: &str) -> bool {
+    text::has(id, |byte| byte == b'.')
 }

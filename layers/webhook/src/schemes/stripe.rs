@@ -3,7 +3,7 @@
 use buttress_core::Head;
 use http::{HeaderName, request::Parts};
 
-use crate::{Envelope, Key, Message, Reason, Scheme, Secret, SecretError, SignError, text};
+use crate::{Envelope, Key, Message, Reason, Scheme, SignError, text};
 
 const SIGNATURE: HeaderName = HeaderName::from_static("stripe-signature");
 
@@ -23,10 +23,6 @@ impl Scheme for Stripe {
         "stripe"
     }
 
-    fn key(&self, secret: &Secret) -> Result<Key, SecretError> {
-        Key::of(secret)
-    }
-
     fn most_keys(&self) -> usize {
         crate::MOST_SIGNATURES
     }
@@ -43,12 +39,14 @@ impl Scheme for Stripe {
     ) -> Result<(), SignError> {
         let mut digits = itoa::Buffer::new();
         let timestamp = digits.format(message.timestamp);
-        let mut value = Vec::with_capacity(2 + timestamp.len() + keys.len() * 68);
+        const ENTRY: usize = ",v1=".len() + text::HEX;
+        let mut value = Vec::with_capacity(2 + timestamp.len() + keys.len() * ENTRY);
         value.extend_from_slice(b"t=");
         value.extend_from_slice(timestamp.as_bytes());
         for key in keys {
             let tag = key.tag(&[timestamp.as_bytes(), b".", message.body]);
-            value.extend_from_slice(text::hex_value(",v1=", &tag).as_bytes());
+            value.extend_from_slice(b",v1=");
+            text::push_hex(&mut value, &tag);
         }
         request.headers.insert(SIGNATURE, text::header(value));
         Ok(())
@@ -61,19 +59,20 @@ impl Scheme for Stripe {
         // One entry that cannot be read does not spoil the others.
         let mut nothing = Reason::MissingSignature;
         for entry in value.split(',') {
-            match entry.split_once('=') {
-                Some(("t", text)) if timestamp.is_none() => timestamp = Some(text),
-                Some(("t", _)) => return Err(Reason::DuplicateHeader),
-                Some(("v1", text)) => match text::hex(text) {
+            if let Some(text) = entry.strip_prefix("v1=") {
+                match text::hex(text) {
                     Some(_) if envelope.is_full() => return Err(Reason::Malformed),
                     Some(tag) => envelope.tags.push(tag),
                     None => nothing = Reason::Malformed,
-                },
-                Some(_) if nothing == Reason::MissingSignature => {
-                    nothing = Reason::UnsupportedScheme;
                 }
-                Some(_) => {}
-                None => nothing = Reason::Malformed,
+            } else if let Some(text) = entry.strip_prefix("t=") {
+                if timestamp.replace(text).is_some() {
+                    return Err(Reason::DuplicateHeader);
+                }
+            } else if !entry.contains('=') {
+                nothing = Reason::Malformed;
+            } else if nothing == Reason::MissingSignature {
+                nothing = Reason::UnsupportedScheme;
             }
         }
         let Some(timestamp) = timestamp else {

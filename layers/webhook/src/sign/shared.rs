@@ -3,7 +3,7 @@
 use std::{
     error::Error as _,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
 };
@@ -14,11 +14,11 @@ use http::{HeaderMap, HeaderValue, Response, header::CONTENT_LENGTH, request::Pa
 use tracing::debug;
 
 use super::{Cause, NotSigned, id::Ids, metrics::Metrics};
-use crate::{Message, MessageId, SignError, Signer};
+use crate::{Message, MessageId, SignError, Signer, current::Current};
 
 pub(crate) struct Shared {
     name: Arc<str>,
-    active: RwLock<Arc<Active>>,
+    active: Current<Arc<Active>>,
     max_body: AtomicUsize,
     clock: SharedWallClock,
     ids: Ids,
@@ -41,7 +41,7 @@ impl Shared {
         responder: SharedResponder,
     ) -> Self {
         Self {
-            active: RwLock::new(Active::new(&name, signer)),
+            active: Current::new(Active::new(&name, signer)),
             name,
             max_body: AtomicUsize::new(max_body),
             clock,
@@ -54,18 +54,12 @@ impl Shared {
         &self.name
     }
 
-    /// Held for no longer than a clone takes.
     pub(crate) fn active(&self) -> Arc<Active> {
-        Arc::clone(&self.active.read().unwrap_or_else(PoisonError::into_inner))
+        self.active.get()
     }
 
     pub(crate) fn set_signer(&self, signer: Signer) {
-        let new = Active::new(&self.name, signer);
-        let mut active = self.active.write().unwrap_or_else(PoisonError::into_inner);
-        let old = std::mem::replace(&mut *active, new);
-        drop(active);
-        // Keys are wiped, and a scheme of the user's is dropped, unlocked.
-        drop(old);
+        self.active.set(Active::new(&self.name, signer));
     }
 
     pub(crate) fn max_body(&self) -> usize {

@@ -23,7 +23,7 @@ use super::{
     replay::Memory,
     shared::{Completes, Endpoint, Parts, Replays, Secrets, Shared},
 };
-use crate::{Keyring, Scheme, Secret, verifier::TOLERANCE};
+use crate::{Keyring, Scheme, Secret, current::Current, verifier::TOLERANCE};
 
 const MAX_BODY: usize = 1024 * 1024;
 const MAX_REPLAYS: NonZeroUsize = NonZeroUsize::new(100_000).unwrap();
@@ -142,7 +142,8 @@ impl VerifyBuilder {
     }
 
     /// How many bytes a body may have, since all of it is held; a larger one is
-    /// a 413 before anything is computed. At least 1. Default 1 MiB.
+    /// a 413 before anything is computed. At least 1. Default 1 MiB. It can be
+    /// changed later, by the [handle](crate::VerifyHandle).
     pub fn max_body(mut self, max_body: usize) -> Self {
         self.max_body = max_body;
         self
@@ -257,9 +258,6 @@ impl VerifyBuilder {
         if !label::is_sound(&self.name, 128) {
             return Err(Problem::Name.into());
         }
-        if self.max_body == 0 {
-            return Err(Problem::MaxBody.into());
-        }
         if self.store.is_some() && !self.protected {
             return Err(Problem::IdleStore.into());
         }
@@ -267,7 +265,7 @@ impl VerifyBuilder {
             (Some(_), Some(_)) => return Err(Problem::TwoSources.into()),
             (None, None) => return Err(Problem::NoSecrets.into()),
             (Some(secrets), None) => {
-                Secrets::Given(Mutex::new(Keyring::new(&*self.scheme, secrets)?))
+                Secrets::Given(Current::new(Keyring::new(&*self.scheme, secrets)?))
             }
             (None, Some(make)) => {
                 let sound = |ttl: Duration| !ttl.is_zero() && ttl <= LONGEST;

@@ -87,7 +87,7 @@ where
     fn collected(self, whole: WholeBody) -> Next<S, S::Future> {
         let found = match &self.shared.secrets {
             Secrets::Given(keys) => {
-                let keys = keys.lock().clone();
+                let keys = keys.get();
                 return self.verify(whole, Some(&keys), None);
             }
             Secrets::LookedUp(tenants) => tenants.find(self.head()),
@@ -227,11 +227,16 @@ where
     S: Service<Request<WholeBody>>,
     B: Body,
 {
-    pub(crate) fn collecting(inner: S, request: Request<B>, shared: Arc<Shared>) -> Self {
+    pub(crate) fn collecting(
+        inner: S,
+        request: Request<B>,
+        shared: Arc<Shared>,
+        most: usize,
+    ) -> Self {
         let (parts, body) = request.into_parts();
         Self {
             state: State::Collecting {
-                collect: Collect::new(body, shared.max_body),
+                collect: Collect::new(body, most),
                 waiting: Some(Waiting {
                     inner,
                     parts,

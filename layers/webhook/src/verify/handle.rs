@@ -60,9 +60,7 @@ impl VerifyHandle {
             return Err(Problem::LookedUp.into());
         };
         let new = Keyring::new(&*self.shared.scheme, secrets)?;
-        let old = std::mem::replace(&mut *keys.lock(), new);
-        // Unlocked by now: it may be the last clone, and is wiped.
-        drop(old);
+        keys.set(new);
         Ok(())
     }
 
@@ -93,6 +91,22 @@ impl VerifyHandle {
         self.shared.set_tolerance(tolerance)
     }
 
+    /// How many bytes a body may have.
+    #[must_use]
+    pub fn max_body(&self) -> usize {
+        self.shared.max_body()
+    }
+
+    /// Replaces how many bytes a body may have. Calls that have begun keep what
+    /// they began with.
+    ///
+    /// # Errors
+    ///
+    /// If it is 0; the old one stays.
+    pub fn set_max_body(&self, bytes: usize) -> Result<(), VerifyConfigError> {
+        self.shared.set_max_body(bytes)
+    }
+
     /// How many messages are remembered in this process, those in progress and
     /// those that are about to be forgotten among them.
     #[must_use]
@@ -108,6 +122,7 @@ impl fmt::Debug for VerifyHandle {
             .field("name", &self.name())
             .field("scheme", &self.scheme())
             .field("tolerance", &self.tolerance())
+            .field("max_body", &self.max_body())
             .finish_non_exhaustive()
     }
 }

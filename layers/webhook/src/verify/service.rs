@@ -92,7 +92,8 @@ where
         // with what it was promised.
         let fresh = self.inner.clone();
         let ready = mem::replace(&mut self.inner, fresh);
-        let most = self.shared.max_body as u64;
+        let max_body = self.shared.max_body();
+        let most = max_body as u64;
         let least = request.body().size_hint().lower();
         // The body says it where the server has it from the header; another
         // layer's body may not.
@@ -100,7 +101,7 @@ where
             let refused = self.shared.refuse(Verdict::TooLarge, Head::from(&request));
             return VerifyFuture::answered(refused);
         }
-        VerifyFuture::collecting(ready, request, Arc::clone(&self.shared))
+        VerifyFuture::collecting(ready, request, Arc::clone(&self.shared), max_body)
     }
 }
 

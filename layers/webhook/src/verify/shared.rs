@@ -2,12 +2,12 @@
 
 use std::{
     error::Error,
-    fmt::{Display, Write},
+    fmt::Display,
     future::Future,
     sync::{
         Arc,
         atomic::{
-            AtomicBool, AtomicU64,
+            AtomicBool, AtomicU64, AtomicUsize,
             Ordering::{Acquire, Relaxed, Release},
         },
     },
@@ -33,11 +33,7 @@ use super::{
     metrics::{Kind, Metrics, Verdict},
     replay::{Claim, ClaimKey, ClaimToken, Memory, OnStoreError, Repeat, ReplayStore},
 };
-use crate::{
-    Key, Keyring, Reason, Scheme, Verified,
-    mac::sha256,
-    verifier::{self, Judged},
-};
+use crate::{Key, Keyring, Reason, Scheme, Verified, current::Current, mac::sha256, verifier};
 
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 /// When to ask again about what is in progress.
@@ -55,7 +51,7 @@ pub(crate) struct Shared {
     /// pass again; else 0.
     earlier: AtomicU64,
     earlier_until: Mutex<Option<Instant>>,
-    pub(crate) max_body: usize,
+    max_body: AtomicUsize,
     clock: SharedWallClock,
     responder: SharedResponder,
     pub(crate) replays: Option<Replays>,
@@ -68,7 +64,7 @@ pub(crate) struct Shared {
 
 /// Where the secrets come from.
 pub(crate) enum Secrets {
-    Given(Mutex<Keyring>),
+    Given(Current<Keyring>),
     LookedUp(Box<dyn Tenants>),
 }
 
@@ -111,6 +107,13 @@ fn seconds(tolerance: Duration) -> Result<u64, VerifyConfigError> {
     }
 }
 
+fn body_length(bytes: usize) -> Result<usize, VerifyConfigError> {
+    match bytes {
+        0 => Err(Problem::MaxBody.into()),
+        bytes => Ok(bytes),
+    }
+}
+
 /// By a tolerance of so many seconds a message passes from as long before its
 /// timestamp to as long after, both in whole seconds: so it may pass for a
 /// second more.
@@ -131,7 +134,7 @@ impl Shared {
             tolerance: AtomicU64::new(seconds(parts.tolerance)?),
             earlier: AtomicU64::new(0),
             earlier_until: Mutex::new(None),
-            max_body: parts.max_body,
+            max_body: AtomicUsize::new(body_length(parts.max_body)?),
             clock: parts.clock,
             responder: parts.responder,
             replays: parts.replays,
@@ -139,6 +142,15 @@ impl Shared {
             lookup_fails: AtomicBool::new(false),
             nobody,
         })
+    }
+
+    pub(crate) fn max_body(&self) -> usize {
+        self.max_body.load(Relaxed)
+    }
+
+    pub(crate) fn set_max_body(&self, bytes: usize) -> Result<(), VerifyConfigError> {
+        self.max_body.store(body_length(bytes)?, Relaxed);
+        Ok(())
     }
 
     pub(crate) fn tolerance(&self) -> Duration {
@@ -186,8 +198,8 @@ impl Shared {
     /// Whether the request could be genuine, as far as can be told without a
     /// key.
     pub(crate) fn screen(&self, request: Head<'_>) -> Result<(), Reason> {
-        let now = self.clock.unix_now();
-        verifier::screen(&*self.scheme, self.tolerance(), request, now).map(drop)
+        let mut read = self.scheme.read(request);
+        verifier::screen(&mut read, self.tolerance(), self.clock.unix_now()).map(drop)
     }
 
     /// Whether the request is genuine; by no keys it is not.
@@ -198,14 +210,10 @@ impl Shared {
         request: Head<'_>,
         body: &[u8],
     ) -> Result<Genuine, Reason> {
-        let judged = verifier::judge(
-            &*self.scheme,
-            keys.unwrap_or(&self.nobody),
-            self.tolerance(),
-            request,
-            body,
-            self.clock.unix_now(),
-        )?;
+        let mut read = self.scheme.read(request);
+        let envelope = verifier::screen(&mut read, self.tolerance(), self.clock.unix_now())?;
+        let secrets = keys.unwrap_or(&self.nobody);
+        let judged = verifier::judge(&*self.scheme, secrets, envelope, body)?;
         // Whatever that key says: everybody has it.
         if keys.is_none() {
             return Err(Reason::SignatureMismatch);
@@ -213,9 +221,11 @@ impl Shared {
         self.metrics.judged(Verdict::Verified);
         let key = self.replays.as_ref().map(|replays| {
             let endpoint = replays.endpoint.as_ref().map(|endpoint| endpoint(request));
-            self.claim_key(endpoint.as_deref(), tenant, &judged, body)
+            let digest = || judged.digest(envelope, body);
+            let id = judged.verified.id.as_deref();
+            self.claim_key(endpoint.as_deref(), tenant, id, digest)
         });
-        let Judged { verified, .. } = judged;
+        let verified = judged.verified;
         Ok(Genuine { verified, key })
     }
 
@@ -225,28 +235,30 @@ impl Shared {
         &self,
         endpoint: Option<&str>,
         tenant: Option<&str>,
-        judged: &Judged<'_>,
-        body: &[u8],
+        id: Option<&str>,
+        digest: impl FnOnce() -> [u8; 32],
     ) -> ClaimKey {
         let mut text = String::with_capacity(128);
         for part in [Some(&*self.name), endpoint, tenant] {
             let part = part.unwrap_or_default();
             if part.len() <= LONGEST_PART {
-                let _ = write!(text, "{}:{part},", part.len());
+                text.push_str(itoa::Buffer::new().format(part.len()));
+                text.push(':');
+                text.push_str(part);
             } else {
-                let digest = sha256(&[part.as_bytes()]);
-                let _ = write!(text, "#{},", base16ct::lower::encode_string(&digest));
+                text.push('#');
+                text.push_str(&const_hex::encode(sha256(&[part.as_bytes()])));
             }
+            text.push(',');
         }
-        match &judged.verified.id {
+        match id {
             Some(id) => {
                 text.push_str("id:");
                 text.push_str(id);
             }
             None => {
-                let digest = judged.digest(body);
                 text.push_str("sha256:");
-                text.push_str(&base16ct::lower::encode_string(&digest));
+                text.push_str(&const_hex::encode(digest()));
             }
         }
         ClaimKey::new(text)
