@@ -1,6 +1,15 @@
 //! Locks of a fleet, against a real server and its faults.
 
-use std::{convert::Infallible, pin::pin, time::Duration};
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use buttress_core::{
     Refusal, clock,
@@ -12,6 +21,10 @@ use buttress_redis::{Cmd, Config, Redis, testing::Server};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
+use proptest::{
+    prelude::*,
+    test_runner::{Config as Cases, TestRunner},
+};
 use tokio::time::{sleep, timeout};
 use tokio_test::task;
 use tower::{Layer, ServiceExt, service_fn};
@@ -334,4 +347,155 @@ async fn a_lease_outlasts_a_short_outage() {
     sleep(Duration::from_millis(2600)).await;
     assert!(fence.is_held());
     drop(held);
+}
+
+/// On several threads, each with a layer of one of two processes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_in_turn_are_never_two() {
+    let server = Server::start().await;
+    let inside = Arc::new(AtomicUsize::new(0));
+    let serve = {
+        let inside = Arc::clone(&inside);
+        service_fn(move |request: Web| {
+            let inside = Arc::clone(&inside);
+            async move {
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                tokio::task::yield_now().await;
+                inside.fetch_sub(1, Ordering::SeqCst);
+                serve(request).await
+            }
+        })
+    };
+    let processes = [server.redis(), server.redis()].map(|redis| {
+        let layer = process(&redis).wait(LONG).build().unwrap();
+        layer.layer(serve.clone())
+    });
+    let calls: Vec<_> = (0..50)
+        .map(|n| {
+            let call = processes[n % 2].clone().oneshot(order("1"));
+            tokio::spawn(async move {
+                let response = call.await.unwrap();
+                assert_eq!(response.status(), 200);
+                fence_of(&response).unwrap().token()
+            })
+        })
+        .collect();
+    let mut tokens = Vec::new();
+    for call in calls {
+        tokens.push(call.await.unwrap());
+    }
+    tokens.sort_unstable();
+    tokens.dedup();
+    assert_eq!(tokens.len(), 50);
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Begin {
+        order: u8,
+        process: usize,
+    },
+    /// Its body is read to the end.
+    Read(u8),
+    /// Its body is dropped.
+    Drop(u8),
+    /// Somebody waits for it, and gives up.
+    GiveUp {
+        order: u8,
+        process: usize,
+    },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let order = 0..3_u8;
+    let process = 0..2_usize;
+    prop_oneof![
+        5 => (order.clone(), process.clone())
+            .prop_map(|(order, process)| Op::Begin { order, process }),
+        2 => order.clone().prop_map(Op::Read),
+        2 => order.clone().prop_map(Op::Drop),
+        1 => (order, process).prop_map(|(order, process)| Op::GiveUp { order, process }),
+    ]
+}
+
+/// One suite for both stores: random operations against a model of who holds
+/// what.
+#[test]
+fn in_memory_and_in_redis_as_the_model_has_it() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = runtime.block_on(Server::start());
+    let mut runner = TestRunner::new(Cases {
+        cases: 30,
+        failure_persistence: None,
+        ..Cases::default()
+    });
+    let checked = runner.run(&prop::collection::vec(op(), 1..30), |ops| {
+        runtime.block_on(async {
+            let memory = LockLayer::builder(key::header("x-order")).build().unwrap();
+            check(&[memory.clone(), memory], &ops).await?;
+            let fleet = [server.redis(), server.redis()];
+            flush(&fleet[0]).await;
+            check(&fleet.map(|redis| process(&redis).build().unwrap()), &ops).await
+        })
+    });
+    if let Err(error) = checked {
+        panic!("{error}");
+    }
+}
+
+async fn check(layers: &[LockLayer; 2], ops: &[Op]) -> Result<(), TestCaseError> {
+    let short = service_fn(async |request: Web| {
+        let mut response = Response::new(ScriptedBody::new().data("a"));
+        let fence = request.extensions().get::<Fence>().expect("it has one");
+        response.extensions_mut().insert(fence.clone());
+        Ok::<_, Infallible>(response)
+    });
+    let services = [0, 1].map(|process: usize| layers[process].layer(short));
+    let mut held = HashMap::new();
+    let mut tokens = HashMap::new();
+    for &op in ops {
+        match op {
+            Op::Begin { order, process } => {
+                let busy = held.contains_key(&order);
+                // What was given back may be on its way yet.
+                let wait = if busy { Duration::ZERO } else { LONG };
+                layers[process].handle().set_wait(wait).unwrap();
+                let request = self::order(&order.to_string());
+                let response = services[process].clone().oneshot(request).await.unwrap();
+                prop_assert_eq!(response.status().as_u16(), if busy { 409 } else { 200 });
+                if !busy {
+                    let fence = fence_of(&response).unwrap();
+                    prop_assert!(fence.is_held());
+                    let last = tokens.insert(order, fence.token());
+                    prop_assert!(last.is_none_or(|last| last < fence.token()));
+                    held.insert(order, response);
+                }
+            }
+            Op::Read(order) | Op::Drop(order) => {
+                if let Some(response) = held.remove(&order) {
+                    let fence = fence_of(&response).unwrap();
+                    prop_assert!(fence.is_held());
+                    if matches!(op, Op::Read(_)) {
+                        prop_assert_eq!(web::text(response).await, "a");
+                    } else {
+                        drop(response);
+                    }
+                    prop_assert!(!fence.is_held());
+                }
+            }
+            Op::GiveUp { order, process } => {
+                if held.contains_key(&order) {
+                    layers[process].handle().set_wait(LONG).unwrap();
+                    let request = self::order(&order.to_string());
+                    let call = services[process].clone().oneshot(request);
+                    let given_up = timeout(Duration::from_millis(3), call).await;
+                    prop_assert!(given_up.is_err());
+                }
+            }
+        }
+        let count: usize = layers[0].handle().held() + layers[1].handle().held();
+        // In memory both are one.
+        prop_assert!(count == held.len() || count == 2 * held.len());
+    }
+    Ok(())
 }

@@ -311,6 +311,8 @@ impl Lock {
     /// have been at work meanwhile. [`LockError::Redis`]: perhaps given back,
     /// perhaps not; the lease ends by itself.
     pub async fn release(mut self) -> Result<(), LockError> {
+        // Somebody else may have it before the answer is here.
+        self.until.send_replace(OVER);
         let call = self.held.call(&RELEASE);
         let released = self.held.redis.call::<u64>("unlock", &call).await?;
         self.held.let_go();

@@ -59,7 +59,7 @@ impl Memory {
         };
         drop(places);
         Ok(Place {
-            turns,
+            turns: Some(turns),
             key,
             memory: self,
         })
@@ -87,21 +87,27 @@ impl Memory {
 
 /// A place in the line of a key, first or not.
 pub(crate) struct Place {
-    turns: Arc<Turns<()>>,
+    /// There until it is dropped.
+    turns: Option<Arc<Turns<()>>>,
     key: Key,
     memory: Arc<Memory>,
 }
 
 impl Place {
+    fn turns(&self) -> Arc<Turns<()>> {
+        let turns = self.turns.as_ref().expect("it is not dropped yet");
+        Arc::clone(turns)
+    }
+
     pub(crate) fn try_take(self) -> Result<(Fence, Held), Self> {
-        match Arc::clone(&self.turns).try_lock_owned() {
+        match self.turns().try_lock_owned() {
             Ok(turn) => Ok(self.taken(turn)),
             Err(_) => Err(self),
         }
     }
 
     pub(crate) async fn take(self, wait: Duration) -> Option<(Fence, Held)> {
-        let turn = timeout(wait, Arc::clone(&self.turns).lock_owned()).await;
+        let turn = timeout(wait, self.turns().lock_owned()).await;
         Some(self.taken(turn.ok()?))
     }
 
@@ -120,8 +126,11 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut places = self.memory.places.lock();
-        // The map's and ours: nobody else has it or can get it now.
-        if Arc::strong_count(&self.turns) == 2 {
+        // Given up under the lock, or two that leave at once would each count
+        // the other. What is left is the map's, and nobody can get another.
+        self.turns = None;
+        let last = |turns: &Arc<_>| Arc::strong_count(turns) == 1;
+        if places.get(&self.key).is_some_and(last) {
             places.remove(&self.key);
         }
     }
@@ -217,6 +226,29 @@ mod tests {
         drop(held);
         assert!(place(&memory, "c").unwrap().try_take().is_ok());
         assert_eq!(memory.len(), 0);
+    }
+
+    /// Two that left at once each saw the other, and neither tidied up.
+    #[test]
+    fn nothing_is_left_by_threads_that_leave_together() {
+        let memory = memory(1);
+        let barrier = std::sync::Barrier::new(4);
+        let left = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..5000 {
+                        let place = place(&memory, "a").ok();
+                        barrier.wait();
+                        drop(place.map(Place::try_take));
+                        barrier.wait();
+                        left.fetch_add(memory.len(), Relaxed);
+                        barrier.wait();
+                    }
+                });
+            }
+        });
+        assert_eq!(left.into_inner(), 0);
     }
 
     #[test]
