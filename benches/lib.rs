@@ -7,6 +7,7 @@ pub mod counts;
 pub mod delivery;
 pub mod drain;
 pub mod measure;
+pub mod redis;
 pub mod retry;
 pub mod scenarios;
 pub mod serve;

@@ -18,6 +18,7 @@ use buttress_redis::{Cmd, Redis, testing::Server};
 use http::{Request, Response};
 use redis::aio::MultiplexedConnection;
 use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_rate_limit_redis::KeyResolver;
 
 /// One task's way to ask, which it does in a row; whether it was let in.
 pub type Asker = Box<dyn FnMut() -> Asking + Send>;
@@ -201,4 +202,18 @@ pub type Bare = tower::util::ServiceFn<Answer>;
 
 fn answer(_: Request<()>) -> std::future::Ready<Result<Response<String>, Infallible>> {
     std::future::ready(Ok(Response::new(String::new())))
+}
+
+/// The peer's key: the same header.
+#[derive(Clone, Debug)]
+pub struct ByClient;
+
+impl KeyResolver for ByClient {
+    type Key = String;
+    type ErrorBody = String;
+
+    fn key<T>(&self, request: &Request<T>) -> Result<String, Response<String>> {
+        let client = request.headers()["x-client"].to_str();
+        Ok(client.expect("plain").to_owned())
+    }
 }

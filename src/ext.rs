@@ -100,6 +100,14 @@ pub trait ServiceBuilderExt<L>: sealed::Sealed<L> + Sized {
         layer: R,
     ) -> tower::ServiceBuilder<tower_layer::Stack<R, L>>;
 
+    /// Serves one request a key at a time: see
+    /// [`LockLayer`](crate::lock::LockLayer).
+    #[cfg(feature = "lock")]
+    fn lock_requests<V: crate::lock::Target, M, X>(
+        self,
+        layer: crate::lock::LockLayer<V, M, X>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::lock::LockLayer<V, M, X>, L>>;
+
     /// Sends again what has failed: see
     /// [`RetryLayer`](crate::retry::RetryLayer).
     ///
@@ -256,6 +264,14 @@ impl<L> ServiceBuilderExt<L> for tower::ServiceBuilder<L> {
         self,
         layer: R,
     ) -> tower::ServiceBuilder<tower_layer::Stack<R, L>> {
+        self.layer(layer)
+    }
+
+    #[cfg(feature = "lock")]
+    fn lock_requests<V: crate::lock::Target, M, X>(
+        self,
+        layer: crate::lock::LockLayer<V, M, X>,
+    ) -> tower::ServiceBuilder<tower_layer::Stack<crate::lock::LockLayer<V, M, X>, L>> {
         self.layer(layer)
     }
 
