@@ -12,12 +12,17 @@ if ARGV[3] then
   ir, tr, den = ARGV[3] + 0, ARGV[4] + 0, ARGV[5] + 0
 end
 local lu, lr = now + tu, tr
-local values = redis.call('MGET', unpack(KEYS))
+local values = call('MGET', unpack(KEYS))
 local ahead, left = {}, nil
 for i = 1, #KEYS do
-  local u, r = now, 0
   local value = values[i]
-  if value then u, r = read(value, now, den) end
+  local u, r = tonumber(value or now), 0
+  -- Most are past, or whole and near.
+  if not u or not (u - now < 1e14) or u % 1 > 0 then
+    u, r = read(value, now, den)
+  elseif u < now then
+    u = now
+  end
   ahead[i] = u - now
   if r > 0 then
     left = left or {}
@@ -27,7 +32,7 @@ for i = 1, #KEYS do
   if u > lu or (u == lu and r > lr) then
     u, r, changed = lu, lr, true
   end
-  for _ = 1, tonumber(ARGV[i + 5] or 1) do
+  for _ = 1, ARGV[i + 5] or 1 do
     local xu, xr = u + iu, r + ir
     if xr >= den * 1000 then
       xu, xr = xu + 1, xr - den * 1000
@@ -35,6 +40,14 @@ for i = 1, #KEYS do
     if xu > lu or (xu == lu and xr > lr) then break end
     u, r, changed = xu, xr, true
   end
-  if changed then write(KEYS[i], u, r, now, den) end
+  if changed then
+    if r > 0 then
+      write(KEYS[i], u, r, now, den)
+    else
+      -- As `write` does, whose call would cost a tenth of it.
+      local ms = format('%d', (u - now + 999) / 1000 + 1)
+      call('PSETEX', KEYS[i], ms, format('%d%06d', u / 1000000, u % 1000000))
+    end
+  end
 end
 return answer(ahead, left, #KEYS)

@@ -10,7 +10,7 @@
 -- Answers as the script of checks alike does.
 local args = cmsgpack.unpack(ARGV[1])
 local count = #KEYS
-local values = redis.call('MGET', unpack(KEYS))
+local values = call('MGET', unpack(KEYS))
 local us, rs, lus, lrs, dens, changed = {}, {}, {}, {}, {}, {}
 local ahead, left = {}, nil
 for i = 1, count do

@@ -4,6 +4,8 @@
 -- one. In sums the two are one number, of parts of which a nanosecond has
 -- `den`. All are integers below 2^53, which a double holds exactly.
 
+local call, format = redis.call, string.format
+
 -- What is stored, or now where that is later. What nobody here has written is
 -- as nothing, or as far ahead as anything can be.
 local function read(value, now, den)
@@ -21,15 +23,18 @@ local function read(value, now, den)
   return u - u % 1, r
 end
 
--- Stores it until then: rounded up, and a millisecond more, for the clock by
--- which keys expire has no less.
+-- Stores it until then: rounded up, and a millisecond more, since the clock by
+-- which keys expire has whole ones.
 local function write(key, u, r, now, den)
-  local value, ms = u, u - now + 999
+  local ms = u - now + 999
+  -- As integers, which are written in a third of the time of doubles, and cut
+  -- off what is behind the point.
+  local value = format('%d%06d', u / 1000000, u % 1000000)
   if r > 0 then
-    value = string.format('%.0f:%d:%d', u, (r - r % den) / den, r % den)
+    value = format('%s:%d:%d', value, r / den, r % den)
     ms = ms + 1
   end
-  redis.call('SET', key, value, 'PX', (ms - ms % 1000) / 1000 + 1)
+  call('PSETEX', key, format('%d', ms / 1000 + 1), value)
 end
 
 local function answer(ahead, left, count)

@@ -1,7 +1,7 @@
 //! Checks that share a trip.
 //!
 //! ```text
-//!            nobody is under way
+//!            there is a way
 //! check ──────────────────────────▶ asks alone, in its own future
 //!   │                                    │ done, or dropped
 //!   │ else                               ▼
@@ -9,10 +9,12 @@
 //!                                   for all that came meanwhile, until none is
 //! ```
 //!
-//! One call of a script is under way in a lane at a time. There is one lane, or
-//! in a cluster one for each slot. A check that is alone goes at once, with no
-//! task between it and the server. The task is no check's own: dropping a
-//! check's future strands no other, and if it waits still, it is not sent.
+//! At most two calls of a script are under way in a lane at a time: while the
+//! server is at one, this process is at the other. There is one lane, or in a
+//! cluster one for each slot. A check that finds none or one under way goes at
+//! once, with no task between it and the server. The task is no check's own:
+//! dropping a check's future strands no other, and if it waits still, it is not
+//! sent.
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
@@ -37,6 +39,12 @@ use crate::{Gcra, gcra::Tat};
 
 /// How many keys one call has at most, unless a single check has more.
 const MOST: usize = 128;
+
+/// How many calls are under way in a lane at most.
+const WAYS: usize = 2;
+
+/// From so many on those that wait are halved between the ways.
+const HALVED: usize = 16;
 
 /// Beyond its time a check that waits gives its lane this long to tell it so.
 const GRACE: Duration = Duration::from_millis(5);
@@ -95,6 +103,8 @@ struct Busy {
 /// Who waits for the call that is under way.
 struct Lane {
     number: u64,
+    /// How many calls are under way.
+    ways: usize,
     waiting: VecDeque<Waiting>,
 }
 
@@ -162,8 +172,21 @@ impl Lanes {
         let busy = &mut *busy;
         match busy.lanes.entry(slot) {
             Entry::Occupied(mut lane) => {
-                let (tell, told) = oneshot::channel();
                 let lane = lane.get_mut();
+                if lane.ways < WAYS && lane.waiting.is_empty() {
+                    lane.ways += 1;
+                    let lanes = Arc::clone(self);
+                    let number = lane.number;
+                    return Turn::Now(
+                        Baton {
+                            lanes,
+                            slot,
+                            number,
+                        },
+                        check,
+                    );
+                }
+                let (tell, told) = oneshot::channel();
                 lane.waiting.push_back(Waiting {
                     check,
                     since: clock::now(),
@@ -176,6 +199,7 @@ impl Lanes {
                 let number = busy.count;
                 lane.insert(Lane {
                     number,
+                    ways: 1,
                     waiting: VecDeque::new(),
                 });
                 let lanes = Arc::clone(self);
@@ -298,7 +322,7 @@ impl Lanes {
     }
 
     /// The next to be asked for; the lane ends where nobody waits.
-    fn take(&self, slot: Option<Slot>, number: u64) -> Option<Vec<Waiting>> {
+    fn take(self: &Arc<Self>, slot: Option<Slot>, number: u64) -> Option<Vec<Waiting>> {
         let mut busy = self.busy.lock();
         let Entry::Occupied(mut entry) = busy.lanes.entry(slot) else {
             return None;
@@ -307,11 +331,13 @@ impl Lanes {
         if lane.number != number {
             return None;
         }
-        let mut taken = Vec::with_capacity(lane.waiting.len().min(MOST));
+        let len = lane.waiting.len();
+        let most = if len >= HALVED { len.div_ceil(WAYS) } else { len };
+        let mut taken = Vec::with_capacity(most.min(MOST));
         let mut keys = 0;
         while let Some(next) = lane.waiting.front() {
             keys += next.check.len();
-            if keys > MOST && !taken.is_empty() {
+            if taken.len() >= most || (keys > MOST && !taken.is_empty()) {
                 break;
             }
             let next = lane.waiting.pop_front().expect("it was there");
@@ -322,8 +348,19 @@ impl Lanes {
             }
         }
         if taken.is_empty() {
-            entry.remove();
+            lane.ways -= 1;
+            if lane.ways == 0 {
+                entry.remove();
+            }
             return None;
+        }
+        let another = lane.ways < WAYS && !lane.waiting.is_empty();
+        if another {
+            lane.ways += 1;
+        }
+        drop(busy);
+        if another {
+            tokio::spawn(Arc::clone(self).drive(slot, number));
         }
         Some(taken)
     }
@@ -353,9 +390,12 @@ impl Drop for Baton {
         {
             let mut busy = lanes.busy.lock();
             match busy.lanes.entry(*slot) {
-                Entry::Occupied(lane) if lane.get().number == *number => {
+                Entry::Occupied(mut lane) if lane.get().number == *number => {
                     if lane.get().waiting.is_empty() {
-                        lane.remove();
+                        lane.get_mut().ways -= 1;
+                        if lane.get().ways == 0 {
+                            lane.remove();
+                        }
                         return;
                     }
                 }

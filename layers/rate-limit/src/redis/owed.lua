@@ -6,7 +6,7 @@
 -- charge and the tolerance; in whole microseconds all three.
 --
 -- Answers as the script of checks does, of the times after it.
-local values = redis.call('MGET', unpack(KEYS))
+local values = call('MGET', unpack(KEYS))
 local ahead = {}
 for i = 1, #KEYS do
   local first, iu, tu = ARGV[3 * i - 2] + 0, ARGV[3 * i - 1] + 0, ARGV[3 * i] + 0

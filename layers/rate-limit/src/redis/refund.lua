@@ -5,7 +5,7 @@
 -- has.
 --
 -- Answers as the script of checks does, of the times after it.
-local values = redis.call('MGET', unpack(KEYS))
+local values = call('MGET', unpack(KEYS))
 local ahead, left = {}, nil
 for i = 1, #KEYS do
   local iu, ir, den = ARGV[3 * i - 2] + 0, ARGV[3 * i - 1] + 0, ARGV[3 * i] + 0
@@ -13,7 +13,7 @@ for i = 1, #KEYS do
   if values[i] then
     u, r = read(values[i], now, den)
     if u < now + iu or (u == now + iu and r <= ir) then
-      redis.call('DEL', KEYS[i])
+      call('DEL', KEYS[i])
       u, r = now, 0
     else
       u, r = u - iu, r - ir
