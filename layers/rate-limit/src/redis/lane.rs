@@ -332,7 +332,11 @@ impl Lanes {
             return None;
         }
         let len = lane.waiting.len();
-        let most = if len >= HALVED { len.div_ceil(WAYS) } else { len };
+        let most = if len >= HALVED {
+            len.div_ceil(WAYS)
+        } else {
+            len
+        };
         let mut taken = Vec::with_capacity(most.min(MOST));
         let mut keys = 0;
         while let Some(next) = lane.waiting.front() {

@@ -126,8 +126,12 @@ impl Share {
         (self.gcra.window() / 4).clamp(KEEP_LEAST, KEEP_MOST)
     }
 
-    fn hold_for(&self) -> u64 {
-        (self.gcra.window() / HOLD_PART << self.short).min(HOLD_MOST)
+    /// Half of it by chance, or those who ask first would ever do so.
+    fn hold_for(&self, sent: u64) -> u64 {
+        let hold = (self.gcra.window() / HOLD_PART << self.short).min(HOLD_MOST);
+        // Good enough for that: a multiplication stirs the low bits up.
+        let chance = sent.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
+        hold / 2 + hold * chance / 256
     }
 
     /// Until when what is in hand may be spent.
@@ -263,7 +267,7 @@ impl Share {
             // Others take what comes back before us: to ask more often than
             // anything is left would only cost the server.
             let fresh = sent > self.hold + self.keep();
-            self.hold = sent + self.hold_for();
+            self.hold = sent + self.hold_for(sent);
             self.short = if fresh {
                 0
             } else {
