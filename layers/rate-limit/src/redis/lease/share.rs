@@ -277,7 +277,10 @@ impl Share {
         self.tokens = self.tokens.saturating_add(grant.granted);
         self.reserved = self.tokens.min(self.waiting);
         self.granted = grant.granted.min(self.size);
-        self.low = self.granted / LOW;
+        // Where there is little left nobody has any before it is needed: who
+        // asks ahead is never refused, and would have the most of it.
+        let in_full = grant.granted >= want.need.saturating_add(want.more);
+        self.low = if in_full { self.granted / LOW } else { 0 };
         if grant.granted > 0 {
             // It was charged after that, so that it is no older.
             self.granted_at = sent;
