@@ -89,7 +89,6 @@ async fn at_full_demand(nodes: u32, limit: u32) {
     let took = clock::now() - start;
     let periods = took.as_secs_f64() / 0.5;
     let strict = f64::from(limit) * (1.0 + periods);
-    println!("{nodes} nodes: {passed} of {strict:.0}");
     // The shares were empty at first, so that strict's bound is theirs.
     assert!(passed as f64 <= strict, "{passed} of {strict}");
     assert!(passed as f64 >= 0.8 * strict, "{passed} of {strict}");
@@ -150,7 +149,6 @@ async fn a_busy_key_costs_few_calls_and_a_denied_one_none() {
         plenty.check(&Key::global()).await.unwrap();
     }
     let each = (calls(&redis).await - before) as f64 / 100_000.0;
-    println!("{each} calls a check");
     assert!(each <= 0.011, "{each} calls a check");
 
     let scarce = layer.handle().limit("scarce").unwrap();
@@ -318,7 +316,6 @@ async fn restarted_empty_it_starts_over_within_the_bound() {
             after += 1;
         }
     }
-    println!("{passed} before, {spent} without, {after} after");
     assert!(after >= 1_000 - 2 * HELD, "{after}");
     assert!(after <= 1_000 + 2 * HELD + 5, "{after}");
 }

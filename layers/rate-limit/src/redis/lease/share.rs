@@ -128,7 +128,7 @@ impl Share {
 
     /// Half of it by chance, or those who ask first would ever do so.
     fn hold_for(&self, sent: u64) -> u64 {
-        let hold = (self.gcra.window() / HOLD_PART << self.short).min(HOLD_MOST);
+        let hold = ((self.gcra.window() / HOLD_PART) << self.short).min(HOLD_MOST);
         // Good enough for that: a multiplication stirs the low bits up.
         let chance = sent.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
         hold / 2 + hold * chance / 256
@@ -352,5 +352,153 @@ impl Share {
             0 => self.tat,
             free => self.gcra.refund(self.tat, now, free),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Quota;
+
+    const MS: u64 = 1_000_000;
+    const START: u64 = 1_000_000 * MS;
+
+    fn share() -> Share {
+        // It is kept for 250 ms.
+        Share::new(Quota::per_second(1_000).check().unwrap(), START)
+    }
+
+    /// Asks and is given all of it.
+    fn fill(share: &mut Share, now: u64, most: u32) -> u32 {
+        let want = share.ask(now, most).unwrap();
+        let granted = want.need + want.more;
+        let tat = Tat::at(now + u64::from(granted) * MS);
+        share.answered(now, now, want, Grant { granted, tat });
+        granted
+    }
+
+    /// A share that has grown to 8 tokens, of which it has 7.
+    fn grown() -> Share {
+        let mut share = share();
+        for expected in [1, 2, 4, 8] {
+            while share.offer(START, 1, true) == Take::Pass {
+                share.spend(START, 1);
+            }
+            share.wait(START, 1);
+            assert_eq!(fill(&mut share, START, 100), expected);
+            share.waited(1);
+            share.spend(START, 1);
+        }
+        assert_eq!(share.tokens(), 7);
+        share
+    }
+
+    #[test]
+    fn it_grows_while_it_is_used_up_soon_and_shrinks_when_it_is_not() {
+        let mut share = grown();
+        for _ in 0..6 {
+            share.spend(START + 100 * MS, 1);
+        }
+        // Half used up in time, and no faster: as much again.
+        assert_eq!(fill(&mut share, START + 100 * MS, 100), 8);
+        assert_eq!(share.give_back(START + 349 * MS, false), 0);
+        assert_eq!(share.give_back(START + 350 * MS, false), 9);
+        share.wait(START + 400 * MS, 1);
+        assert_eq!(fill(&mut share, START + 400 * MS, 100), 2);
+        // Never above what it may be.
+        let mut share = grown();
+        while share.tokens() > 2 {
+            share.spend(START, 1);
+        }
+        assert_eq!(fill(&mut share, START, 10), 10);
+    }
+
+    #[test]
+    fn it_is_asked_for_before_it_is_empty_and_once_at_a_time() {
+        let mut share = grown();
+        let low: Vec<bool> = (0..5).map(|_| share.spend(START, 1)).collect();
+        assert_eq!(low, [false, false, false, false, true]);
+        assert!(share.ask(START, 100).is_some());
+        assert!(!share.spend(START, 1));
+        assert_eq!(share.ask(START, 100), None);
+        share.wait(START, 5);
+        assert_eq!(share.ask(START, 100), None);
+        share.failed();
+        let want = share.ask(START, 100).unwrap();
+        assert_eq!((want.least, want.need), (4, 4));
+    }
+
+    #[test]
+    fn what_was_asked_for_is_for_who_waited() {
+        let mut share = share();
+        share.wait(START, 1);
+        share.wait(START, 1);
+        assert_eq!(fill(&mut share, START, 1), 2);
+        // Who comes later does not get before them.
+        assert_eq!(share.offer(START, 1, true), Take::Ask);
+        share.waited(1);
+        assert_eq!(share.offer(START, 1, true), Take::Pass);
+        share.spend(START, 1);
+        // One of them went away: what was for it is for all.
+        share.waited(1);
+        assert_eq!(share.offer(START, 1, true), Take::Pass);
+    }
+
+    #[test]
+    fn what_is_not_given_back_lapses() {
+        let mut share = grown();
+        assert_eq!(share.offer(START + 749 * MS, 7, true), Take::Pass);
+        assert_ne!(share.offer(START + 750 * MS, 1, true), Take::Pass);
+        assert!(share.spent_at() >= START + 750 * MS);
+        assert_eq!(share.give_back(START + 750 * MS, true), 0);
+        assert_eq!(share.tokens(), 0);
+    }
+
+    #[test]
+    fn what_the_server_refuses_is_refused_until_it_may_pass() {
+        let mut share = Share::new(Quota::per_second(10).check().unwrap(), START);
+        share.wait(START, 1);
+        let want = share.ask(START, 100).unwrap();
+        let tat = Tat::at(START + 1_000 * MS);
+        let grant = Grant { granted: 0, tat };
+        // The answer was under way for 2 ms.
+        share.answered(START, START + 2 * MS, want, grant);
+        share.waited(1);
+        assert_eq!(share.offer(START + 2 * MS, 1, true), Take::Wait(100 * MS));
+        assert_eq!(
+            share.offer(START + 2 * MS, 10, true),
+            Take::Wait(1_000 * MS)
+        );
+        assert_eq!(share.offer(START + 2 * MS, 11, true), Take::Never);
+        assert_eq!(share.offer(START + 100 * MS, 1, true), Take::Ask);
+        assert_eq!(share.offer(START + 100 * MS, 2, true), Take::Wait(102 * MS));
+        // Where charges are given back, it may pass at any time, but nobody
+        // asks all the time.
+        assert_eq!(share.offer(START + 20 * MS, 1, false), Take::Ask);
+        assert!(matches!(
+            share.offer(START + 5 * MS, 1, false),
+            Take::Wait(_)
+        ));
+        // It is remembered for as long.
+        assert!(share.spent_at() >= START + 1_000 * MS);
+    }
+
+    #[test]
+    fn what_is_told_is_the_server_s_and_what_is_in_hand() {
+        let share = grown();
+        let gcra = share.gcra;
+        // The last answer said that 8 are charged, of which 7 are here.
+        assert_eq!(gcra.remaining(share.arrival(START), START), 999);
+        assert_eq!(gcra.until_full(share.arrival(START), START), MS);
+    }
+
+    #[test]
+    fn a_charge_taken_back_is_in_hand_as_far_as_there_is_room() {
+        let mut share = grown();
+        assert!(share.refund(START, 3, 10));
+        assert_eq!(share.tokens(), 10);
+        assert!(!share.refund(START, 1, 10));
+        share.withdraw(3);
+        assert_eq!(share.tokens(), 7);
     }
 }

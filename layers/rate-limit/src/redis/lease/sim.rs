@@ -335,11 +335,9 @@ fn together_they_pass_as_much_as_strict() {
             let gcra = quota(nodes * per_node, Duration::from_secs(period));
             let (ratio, fleet) = ratio(gcra, 100, nodes, times, 2 * MS, 7);
             let asks = fleet.asks as f64 / fleet.passed as f64;
-            println!(
-                "{nodes} nodes, {}/{period}s, demand x{times}: {ratio:.3} of strict, {asks:.3} asks each",
-                gcra.limit()
-            );
-            assert!((0.9..=1.0).contains(&ratio), "{ratio}");
+            let fleet = format!("{nodes} nodes, {gcra:?}, demand x{times}");
+            assert!((0.95..=1.0).contains(&ratio), "{fleet}: {ratio} of strict");
+            assert!(asks <= 3.0, "{fleet}: {asks} asks for each");
         }
     }
 }
@@ -349,7 +347,6 @@ fn nobody_is_starved_of_a_part() {
     let gcra = quota(1000, Duration::from_secs(1));
     let (_, fleet) = ratio(gcra, 100, 10, 3, 2 * MS, 11);
     let passed: Vec<_> = fleet.nodes.iter().map(|node| node.passed).collect();
-    println!("{passed:?}");
     let fair = fleet.passed / 10;
     for node in &passed {
         assert!((fair / 2..=fair * 2).contains(node), "{passed:?}");
