@@ -100,6 +100,9 @@ const fn generation(word: u64) -> u32 {
     (word >> 32) as u32
 }
 
+#[cfg(all(test, buttress_loom))]
+mod loom_tests;
+
 #[cfg(all(test, not(buttress_loom)))]
 mod tests {
     use super::*;

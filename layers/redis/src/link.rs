@@ -71,10 +71,10 @@ pub(crate) struct Dialer {
 }
 
 impl Dialer {
-    pub(crate) fn new(servers: Servers, limit: Duration) -> Result<Self, ConfigError> {
+    pub(crate) fn new(servers: &Servers, limit: Duration) -> Result<Self, ConfigError> {
         #[cfg(feature = "tls")]
         let tls = crate::dial::tls(&servers.certificates).map_err(ConfigError::Certificate)?;
-        let cluster = servers.cluster.then(|| cluster(&servers, limit));
+        let cluster = servers.cluster.then(|| cluster(servers, limit));
         let server = |info| {
             Server::new(
                 info,

@@ -51,7 +51,7 @@ impl Redis {
         } else {
             Gates::single()
         };
-        let dialer = Dialer::new(servers, config.connect_timeout)?;
+        let dialer = Dialer::new(&servers, config.connect_timeout)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 gates,

@@ -3,7 +3,7 @@
 use std::{net::TcpListener, path::Path, time::Duration};
 
 use buttress_redis::{Cmd, Config, ErrorKind, Redis, testing::Server};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 
 /// An authority, and what it signs.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -12,6 +12,10 @@ impl Authority {
     fn new() -> Self {
         let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Not that of what it signs, which would look as if it had done so itself.
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "authority");
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
@@ -61,6 +65,7 @@ fn config(url: &str) -> Config {
 
 async fn works(config: Config) {
     let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
     let mut set = Cmd::new();
     set.arg("SET").arg("k").arg("v").arg("PX").arg(1000);
     redis.run::<()>("test", &set).await.unwrap();
