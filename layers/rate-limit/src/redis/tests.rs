@@ -263,7 +263,7 @@ async fn what_is_stored_is_the_microsecond_at_which_it_is_whole() {
 
 #[tokio::test]
 async fn what_is_corrupt_or_foreign_is_healed() {
-    let mut it = Harness::new().await;
+    let it = Harness::new().await;
     let far = (START + 9_000_000_000_000).to_string();
     let fresh = [
         "",
@@ -366,7 +366,7 @@ async fn checks_that_share_a_trip_are_charged_one_by_one() {
             3 => vec![it.ask(3, "a", 1 + number % 7, gcra)],
             _ => vec![
                 it.ask(3, "a", 1, gcra),
-                it.ask(0, "a", 1, quotas()[number as usize % 2]),
+                it.ask(0, "a", 1, quotas()[usize::from(number % 100 == 99)]),
             ],
         };
         let strict = Arc::clone(&it.strict);
@@ -395,7 +395,7 @@ async fn checks_that_share_a_trip_are_charged_one_by_one() {
     assert!(charged[&(3, Key::from("a"))] > 990, "the burst is used up");
     assert!((5..1500).contains(&passed));
     let calls = commands(&it.ground.redis).await;
-    assert!(calls < 300, "{calls} calls for 1500 checks");
+    assert!(calls < 200, "{calls} calls for 1500 checks");
 }
 
 /// How often scripts were called.
