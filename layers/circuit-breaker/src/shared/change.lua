@@ -1,7 +1,8 @@
 -- A breaker's record is a hash: v version, s state, u its end and t its
 -- beginning by this server's clock in ms, w the longest it may last, o who
 -- wrote; and a vote for each node, n:<node>, which counts until its value.
--- The index has all records of the fleet by version.
+-- The index has all records of the fleet by version, and when it was begun
+-- as e:<us> at 0.
 local rec, idx = KEYS[1], KEYS[2]
 local op, base, me = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local age, wait, quorum = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -35,8 +36,12 @@ if not (v and u and w and t and o and s and STATES[s]) then
   v, s, u, w, t, o = 0, 'c', 0, 0, 0, ''
 end
 
+if t > now then
+  -- This clock was set back, and nobody knows how long ago that was: over.
+  u, t = math.min(u, now), 0
+end
+
 local function left()
-  -- No longer than it was to last, should this clock have been set back.
   return math.max(0, math.min(u - now, w))
 end
 
@@ -54,13 +59,14 @@ local function set(state, ends)
     redis.call('DEL', idx)
     before = 0
   end
+  if before == 0 then redis.call('ZADD', idx, 0, string.format('e:%.0f', us)) end
   v = math.max(us, before + 1, v + 1, base + 1)
   s, u, w, t, o = state, ends, math.max(0, ends - now), now, me
   local version = string.format('%.0f', v)
   redis.call('HSET', rec, 'v', version, 's', s, 'u', string.format('%.0f', u),
     'w', string.format('%.0f', w), 't', string.format('%.0f', t), 'o', o)
   redis.call('ZADD', idx, version, rec)
-  redis.call('ZREMRANGEBYRANK', idx, 0, -(MOST + 1))
+  redis.call('ZREMRANGEBYRANK', idx, 1, -(MOST + 1))
   keep()
   -- Who may not is heard of by pulls.
   redis.pcall('PUBLISH', channel, string.format('%s %.0f %s %.0f %s %s',
@@ -110,7 +116,8 @@ if op == 'trip' or op == 'reopen' or op == 'extend' then
     verdict = 'took'
   end
 elseif op == 'claim' or op == 'seize' then
-  local seize = op == 'seize' and (s == 'o' or s == 'p')
+  -- By hand it may be all that is left of the end of an override.
+  local seize = op == 'seize' and (s == 'o' or s == 'p' or s ~= 'c' and fresh)
   if seize or mine or lapsed or s == 'o' and u - now <= AHEAD then
     local from = now
     if s == 'o' and not seize and u > now then from = u end

@@ -22,7 +22,7 @@ use tokio::{runtime::Handle, sync::Notify, task::JoinSet, time::sleep};
 
 use super::{
     link::{Bell, Link},
-    record::{Message, Reply, Request},
+    record::{Message, Order, Reply, Request, Watermark},
     script::{Answer, Scripts, read},
 };
 use crate::{Breaker, metrics::FleetMetrics};
@@ -275,8 +275,7 @@ struct Task {
     random: SharedRandom,
     alarms: BTreeMap<(Instant, u64), Weak<Link>>,
     number: u64,
-    /// All changes up to this version are known.
-    known: u64,
+    known: Watermark,
     pull_at: Instant,
     queue: Vec<Arc<Link>>,
 }
@@ -304,7 +303,7 @@ impl Task {
             random: SharedRandom::default(),
             alarms: BTreeMap::new(),
             number: 0,
-            known: 0,
+            known: Watermark::default(),
             // Whether or not there is a subscription by then.
             pull_at: clock::now() + hub.pull,
             queue: Vec::new(),
@@ -374,7 +373,8 @@ impl Task {
             hub.complain(&"a message that makes no sense");
             return;
         };
-        if message.version <= self.known {
+        let order = self.known.told(message.version, message.previous);
+        if order == Order::Old {
             return;
         }
         hub.metrics.message();
@@ -386,10 +386,7 @@ impl Task {
                 self.schedule(&link);
             }
         }
-        if message.previous == self.known {
-            self.known = message.version;
-        } else {
-            // There is one that was missed.
+        if order == Order::Gap {
             self.pull_at = now;
         }
     }
@@ -475,9 +472,9 @@ impl Task {
         let call = hub.scripts.changes(&hub.index, self.known);
         let answer = hub
             .redis
-            .call::<(u64, Vec<String>)>("circuit_breaker_changes", &call)
+            .call::<(u64, u64, Vec<String>)>("circuit_breaker_changes", &call)
             .await;
-        let (version, keys) = match answer {
+        let (epoch, version, keys) = match answer {
             Ok(answer) => answer,
             Err(error) => {
                 if !error.kind().is_outage() {
@@ -488,7 +485,7 @@ impl Task {
             }
         };
         hub.set_up(true);
-        let all = self.known == 0 || version < self.known;
+        let all = self.known.wants_all(epoch, version);
         if all {
             hub.book.lock().known.clear();
         }
@@ -513,7 +510,7 @@ impl Task {
             }
         }
         if self.ask_all(hub, changed).await {
-            self.known = version;
+            self.known.pulled(epoch, version);
         }
     }
 }

@@ -427,7 +427,7 @@ impl Link {
                 // When it ends, the record is read.
                 return;
             }
-            let new = seen.version != inner.seen.version;
+            let new = !seen.is(&inner.seen);
             inner.know(seen, now);
             new
         };
@@ -450,9 +450,8 @@ fn follow(cell: &Cell, view: &View, standing: Standing, new: bool, now: Instant)
             return;
         }
         Standing::Forced(state) => {
-            if new {
-                cell.follow(generation, state, None, now);
-            }
+            // Where it is so already, nothing changes.
+            cell.follow(generation, state, None, now);
             return;
         }
         Standing::Probing { ours: true, .. } => {

@@ -11,6 +11,8 @@ mod hub;
 mod link;
 mod record;
 mod script;
+#[cfg(all(test, not(buttress_loom)))]
+mod sim;
 
 pub(crate) use config::Membership;
 pub use config::{FleetStatus, Sharing};

@@ -67,6 +67,21 @@ pub(crate) struct Seen {
     pub(crate) standing: Standing,
 }
 
+impl Seen {
+    /// Whether it is the same record, whatever is left of it. Versions of a
+    /// history that is lost may come again if the server's clock was set back.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let same = match (self.standing, other.standing) {
+            (Standing::Open(_), Standing::Open(_)) => true,
+            (Standing::Probing { ours: one, .. }, Standing::Probing { ours: two, .. }) => {
+                one == two
+            }
+            (one, two) => one == two,
+        };
+        same && self.version == other.version
+    }
+}
+
 /// What a node asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
@@ -171,6 +186,59 @@ impl<'a> Message<'a> {
             version: self.version,
             standing: Standing::parse(self.code, self.left, ours)?,
         })
+    }
+}
+
+/// Up to which version all changes of the fleet are known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Watermark {
+    /// When the history of these versions was begun; 0 if none was seen.
+    epoch: u64,
+    version: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Known already.
+    Old,
+    Next,
+    /// There is one between that was missed.
+    Gap,
+}
+
+impl Watermark {
+    /// A change was told, after another.
+    pub(crate) fn told(&mut self, version: u64, previous: u64) -> Order {
+        // With none before it a history begins: maybe anew.
+        if self.epoch == 0 || previous == 0 {
+            Order::Gap
+        } else if version <= self.version {
+            Order::Old
+        } else if previous == self.version {
+            self.version = version;
+            Order::Next
+        } else {
+            Order::Gap
+        }
+    }
+
+    /// Of which history, and since when, it is to be asked.
+    pub(crate) fn since(self) -> (u64, u64) {
+        (self.epoch, self.version)
+    }
+
+    /// Whether all is to be looked at when this is the latest version: at
+    /// first, and when history is lost.
+    pub(crate) fn wants_all(self, epoch: u64, latest: u64) -> bool {
+        self.epoch == 0 || epoch != self.epoch || latest < self.version
+    }
+
+    /// All that has changed up to there was looked at.
+    pub(crate) fn pulled(&mut self, epoch: u64, latest: u64) {
+        *self = Self {
+            epoch,
+            version: latest,
+        };
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use buttress_redis::{Call, Key, Script};
 
-use super::record::{NodeId, Op, Reply, Request, Seen, Standing, Verdict, code};
+use super::record::{NodeId, Op, Reply, Request, Seen, Standing, Verdict, Watermark, code};
 
 pub(super) struct Scripts {
     change: Script,
@@ -65,8 +65,9 @@ impl Scripts {
             .arg(to)
     }
 
-    pub(super) fn changes(&self, index: &Key, since: u64) -> Call {
-        self.changes.on([index]).arg(since)
+    pub(super) fn changes(&self, index: &Key, known: Watermark) -> Call {
+        let (epoch, version) = known.since();
+        self.changes.on([index]).arg(epoch).arg(version)
     }
 }
 
