@@ -61,7 +61,11 @@ impl Account {
     async fn done(&self) -> Done {
         let mut info = Cmd::new();
         info.arg("INFO").arg("everything");
-        let info: String = self.redis.run("info", &info).await.expect("the server is there");
+        let info: String = self
+            .redis
+            .run("info", &info)
+            .await
+            .expect("the server is there");
         let field = |name: &str| -> f64 {
             let line = info.lines().find_map(|line| line.strip_prefix(name));
             line.map_or(0.0, |value| value.trim().parse().expect("a number"))
@@ -159,7 +163,12 @@ pub async fn bare(connection: MultiplexedConnection) -> Askers {
             Box::pin(async move {
                 let mut check = redis::cmd("EVALSHA");
                 // A microsecond each, and a burst that nobody reaches.
-                check.arg(hash).arg(1).arg(client(task)).arg(1).arg(1_000_000_000);
+                check
+                    .arg(hash)
+                    .arg(1)
+                    .arg(client(task))
+                    .arg(1)
+                    .arg(1_000_000_000);
                 let passed: i64 = check.query_async(&mut connection).await.expect("an answer");
                 passed == 1
             })
