@@ -45,6 +45,7 @@ type Seen = Arc<Mutex<Vec<(Instant, Duration, u16)>>>;
 /// Twenty clients who ask without end, through a limit that none of them comes
 /// near and a breaker that stays closed.
 struct Load {
+    began: Instant,
     redis: Redis,
     handle: FleetHandle,
     over: Arc<AtomicBool>,
@@ -96,6 +97,7 @@ impl Load {
             });
         }
         let load = Self {
+            began: clock::now(),
             redis,
             handle,
             over,
@@ -148,10 +150,7 @@ impl Load {
         while let Some(ended) = self.tasks.join_next().await {
             ended.unwrap();
         }
-        let normal = self.p99(
-            failed - Duration::from_millis(200),
-            Duration::from_millis(200),
-        );
+        let normal = self.p99(self.began, failed - self.began);
         let first = self.p99(failed, Duration::from_secs(1));
         let later = self.p99(failed + Duration::from_secs(1), Duration::from_secs(60));
         let seen = self.seen.lock().unwrap();
