@@ -167,13 +167,14 @@ impl Drop for Post {
     fn drop(&mut self) {
         if let Some(shared) = self.0.upgrade() {
             let keeper = &shared.keeper;
-            keeper.link.send_replace(Standing::Awaited);
             shared.metrics.connected(false);
             // Nobody would open it again: who asks next finds out for himself.
             shared.gates.open();
-            keeper.kept.store(false, Ordering::Release);
-            // Who waits for us sees that nobody is here.
-            keeper.link.send_modify(|_| {});
+            // Who waits for us sees both, that there is nothing and nobody.
+            keeper.link.send_modify(|standing| {
+                *standing = Standing::Awaited;
+                keeper.kept.store(false, Ordering::Release);
+            });
         }
     }
 }

@@ -128,15 +128,20 @@ mod off {
     /// Nothing is counted without the feature `metrics`.
     pub(crate) struct Metrics(());
 
+    /// No clock is read.
+    pub(crate) struct Timer;
+
     #[expect(clippy::unused_self, reason = "the same shape as with the feature")]
     impl Metrics {
         pub(crate) fn new() -> Self {
             Self(())
         }
 
-        pub(crate) fn begin(&self) {}
+        pub(crate) fn begin(&self) -> Timer {
+            Timer
+        }
 
-        pub(crate) fn ended(&self, _: &'static str, (): ()) {}
+        pub(crate) fn ended(&self, _: &'static str, _: Timer) {}
 
         pub(crate) fn failed(&self, _: &Error) {}
 

@@ -153,7 +153,10 @@ async fn a_network_that_swallows_all_is_left_and_found_again() {
     wire.stall();
     // Nobody asks: it is noticed all the same.
     let mut watch = redis.watch();
-    let noticed = timeout(SOON, watch.changed()).await.expect("it is noticed");
+    // A second until it is looked at, and three timeouts.
+    let noticed = timeout(2900 * MS, watch.changed())
+        .await
+        .expect("it is noticed");
     assert!(!noticed);
     let began = clock::now();
     let error = redis.run::<()>("test", &set("k")).await.unwrap_err();
@@ -274,13 +277,17 @@ async fn a_server_that_loads_is_unable() {
         "1024",
     ])
     .await;
-    let fill = "for n = 1, 1500 do redis.call('SET', n, n) end";
+    let fill = "for n = 1, 2000 do redis.call('SET', n, n) end";
     server.cmd::<()>(&["EVAL", fill, "0"]).await;
     server.cmd::<()>(&["SAVE"]).await;
     let url = server.url();
     let asked = async {
         loop {
-            let redis = handle(url.clone());
+            // Asks often, for it loads but two seconds.
+            let config = Config::new(url.clone())
+                .timeout(50 * MS)
+                .connect_timeout(50 * MS);
+            let redis = Redis::from_config(config).unwrap();
             match redis.connect().await {
                 Err(error) if error.kind() == ErrorKind::Unable => return error,
                 _ => sleep(5 * MS).await,

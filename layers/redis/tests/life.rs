@@ -76,6 +76,10 @@ async fn the_last_handle_takes_all_with_it() {
         assert_eq!(clients, 2, "ours, and the one that asks");
         if gone {
             server.pause();
+            // An answer is due that will not come.
+            let set = set("k");
+            let asked = redis.run::<()>("test", &set);
+            assert!(timeout(20 * MS, asked).await.is_err());
             let hasty = Redis::from_config(Config::new(server.url()).timeout(20 * MS)).unwrap();
             hasty.connect().await.unwrap_err();
             assert!(!hasty.is_up());
