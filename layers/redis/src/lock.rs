@@ -30,7 +30,8 @@ impl Redis {
     ///
     /// The name may be anything, since it is encoded as a segment of a
     /// [key](crate::Keyspace): `{prefix}lock:{name}`, and with `:fence` behind
-    /// it for the counter.
+    /// it for the counter. Both are of one hash tag, so that it works in a
+    /// cluster, too; on one node, as any lock.
     pub fn lock(&self, name: impl AsRef<[u8]>) -> LockBuilder {
         self.lock_of([name])
     }
