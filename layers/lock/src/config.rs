@@ -102,8 +102,11 @@ impl<V: Target, M, X> LockBuilder<V, M, X> {
     }
 
     /// How long a request waits for a lock that another one holds. At most a
-    /// day; default: not at all. In one process in line; over Redis it asks
-    /// again each 25 to 50 ms, and any may be next.
+    /// day; default: not at all.
+    ///
+    /// In one process they are in line. Over Redis they are, too, and the first
+    /// in line asks again each 25 to 50 ms; of several processes any may be
+    /// next.
     ///
     /// While it waits it keeps what it was promised by the inner service (a
     /// slot of a concurrency limit, say).
@@ -119,9 +122,8 @@ impl<V: Target, M, X> LockBuilder<V, M, X> {
         self
     }
 
-    /// How many keys can be held or waited for at once, in one process; one
-    /// more is refused, 503. Default: 100 000. Over Redis there is no such
-    /// ceiling: each request that is served has one at most.
+    /// How many keys can be held or waited for at once in this process; one
+    /// more is refused, 503. Default: 100 000.
     pub fn max_keys(mut self, max_keys: NonZeroUsize) -> Self {
         self.max_keys = max_keys;
         self
@@ -162,12 +164,14 @@ impl<V: Target, M, X> LockBuilder<V, M, X> {
     pub fn build(self) -> Result<LockLayer<V, M, X>, ConfigError> {
         Shared::<V>::check(self.retry_after)?;
         let core = Core::new(self.name, self.ttl, self.wait)?;
-        let store = || Store::Memory(Arc::new(Memory::new(self.max_keys)));
+        let line = Arc::new(Memory::new(self.max_keys));
         #[cfg(feature = "redis")]
-        let store = || match self.redis {
-            Some(redis) => Store::Redis(Remote::new(redis)),
-            None => store(),
+        let store = match self.redis {
+            Some(redis) => Store::Redis(Remote::new(redis), line),
+            None => Store::Memory(line),
         };
+        #[cfg(not(feature = "redis"))]
+        let store = Store::Memory(line);
         Ok(LockLayer::new(Shared {
             core: Arc::new(core),
             key: self.key,
@@ -176,7 +180,7 @@ impl<V: Target, M, X> LockBuilder<V, M, X> {
             cut: self.cut,
             tell: self.tell,
             responder: self.responder,
-            store: store(),
+            store,
             #[cfg(feature = "redis")]
             on_store_error: self.on_store_error,
         }))

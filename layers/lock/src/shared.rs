@@ -214,7 +214,7 @@ impl<V: Target> Shared<V> {
                 return Asked::Refuse(refusal.with_reason("missing_key").with_detail(detail));
             }
         };
-        match self.store.claim(core, key, core.wait()) {
+        match self.store.claim(core, &key, core.wait()) {
             Claim::Later(claiming) => Asked::Later(claiming),
             Claim::Now(claimed) => match self.judge(claimed) {
                 Ok(lease) => Asked::Pass(lease),

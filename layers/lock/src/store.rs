@@ -2,11 +2,11 @@
 
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
-#[cfg(feature = "redis")]
-use buttress_core::BoxError;
 use buttress_core::key::Key;
+#[cfg(feature = "redis")]
+use buttress_core::{BoxError, clock};
 
-use crate::{Fence, lease::Lease, shared::Core};
+use crate::{lease::Lease, shared::Core};
 
 pub(crate) mod memory;
 #[cfg(feature = "redis")]
@@ -14,8 +14,10 @@ pub(crate) mod redis;
 
 pub(crate) enum Store {
     Memory(Arc<memory::Memory>),
+    /// Behind a line of this process: of those that wait here for one key, one
+    /// asks.
     #[cfg(feature = "redis")]
-    Redis(redis::Remote),
+    Redis(redis::Remote, Arc<memory::Memory>),
 }
 
 /// What is held, and freed when it is dropped.
@@ -60,36 +62,69 @@ pub(crate) enum Claim {
 }
 
 impl Store {
+    /// How long to wait in line.
+    fn patience(&self, place: &memory::Place, wait: Duration) -> Duration {
+        #[cfg(feature = "redis")]
+        if let Self::Redis(remote, _) = self
+            && place.is_leaving()
+        {
+            // It is free but for a trip to Redis: who sends one request after
+            // the other must not find its own last one in its way.
+            return wait.max(remote.timeout());
+        }
+        let _ = place;
+        wait
+    }
+
     /// Takes the lock of `key`, or waits for it for `wait`.
-    pub(crate) fn claim(&self, core: &Arc<Core>, key: Key, wait: Duration) -> Claim {
-        let lease = {
-            let core = Arc::clone(core);
-            move |fence: Fence, held: Held| Lease::new(fence, held, &core)
-        };
-        match self {
-            Self::Memory(memory) => {
-                let memory = Arc::clone(memory);
-                match memory.claim(key) {
-                    Ok(place) => match place.try_take() {
-                        Ok((fence, held)) => Claim::Now(Ok(lease(fence, Held::Memory(held)))),
-                        Err(place) if !wait.is_zero() => Claim::Later(Box::pin(async move {
-                            let (fence, held) = place.take(wait).await.ok_or(Denied::Busy)?;
-                            Ok(lease(fence, Held::Memory(held)))
-                        })),
-                        Err(_) => Claim::Now(Err(Denied::Busy)),
-                    },
-                    Err(memory::Full) => Claim::Now(Err(Denied::Full)),
-                }
-            }
+    pub(crate) fn claim(&self, core: &Arc<Core>, key: &Key, wait: Duration) -> Claim {
+        let line = match self {
+            Self::Memory(line) => line,
             #[cfg(feature = "redis")]
-            Self::Redis(remote) => {
-                let core = Arc::clone(core);
-                let lock = remote.lock(&core, &key, wait);
+            Self::Redis(_, line) => line,
+        };
+        let place = match Arc::clone(line).claim(key.clone()) {
+            Ok(place) => place,
+            Err(memory::Full) => return Claim::Now(Err(Denied::Full)),
+        };
+        let first = place.try_take();
+        let patience = match &first {
+            Ok(_) => Duration::ZERO,
+            Err(place) => self.patience(place, wait),
+        };
+        if first.is_err() && patience.is_zero() {
+            return Claim::Now(Err(Denied::Busy));
+        }
+        let core = Arc::clone(core);
+        match self {
+            Self::Memory(_) => match first {
+                Ok(turn) => Claim::Now(Ok(here(turn, &core))),
+                Err(place) => Claim::Later(Box::pin(async move {
+                    let turn = place.take(patience).await.ok_or(Denied::Busy)?;
+                    Ok(here(turn, &core))
+                })),
+            },
+            #[cfg(feature = "redis")]
+            Self::Redis(remote, _) => {
+                let lock = remote.lock(&core, key);
                 Claim::Later(Box::pin(async move {
-                    let (fence, held) = redis::take(lock, core).await?;
-                    Ok(lease(fence, Held::Redis(held)))
+                    let deadline = clock::now() + wait;
+                    let turn = match first {
+                        Ok(turn) => turn,
+                        Err(place) => place.take(patience).await.ok_or(Denied::Busy)?,
+                    };
+                    // Who had it here has given it back by now.
+                    let lock = lock.wait(deadline - clock::now());
+                    let (fence, held) = redis::take(lock, turn, &core).await?;
+                    Ok(Lease::new(fence, Held::Redis(held), &core))
                 }))
             }
         }
     }
+}
+
+/// In this process alone, whose turn it is has the lock.
+fn here(turn: memory::Turn, core: &Arc<Core>) -> Lease {
+    let (fence, held) = turn.into_lock();
+    Lease::new(fence, Held::Memory(held), core)
 }

@@ -349,6 +349,69 @@ async fn a_lease_outlasts_a_short_outage() {
     drop(held);
 }
 
+/// How many scripts the server has run.
+async fn scripts(redis: &Redis) -> u64 {
+    let mut cmd = Cmd::new();
+    cmd.arg("INFO").arg("commandstats");
+    let stats: String = redis.run("test", &cmd).await.unwrap();
+    let of = |name: &str| {
+        let line = stats.lines().find_map(|line| line.strip_prefix(name));
+        line.map_or(0, |rest| rest.split(',').next().unwrap().parse().unwrap())
+    };
+    of("cmdstat_evalsha:calls=") + of("cmdstat_eval:calls=")
+}
+
+/// What the process knows by itself it does not ask, and of those that wait
+/// one asks.
+#[tokio::test]
+async fn a_crowd_costs_redis_no_more_than_one() {
+    let server = Server::start().await;
+    let (here, there) = (server.redis(), server.redis());
+    let ours = process(&here).build().unwrap();
+    let service = ours.layer(service_fn(serve));
+    let held = service.clone().oneshot(order("1")).await.unwrap();
+    let before = scripts(&here).await;
+    for _ in 0..100 {
+        let busy = service.clone().oneshot(order("1")).await.unwrap();
+        assert_eq!(busy.status(), 409);
+    }
+    assert_eq!(scripts(&here).await, before);
+
+    // Held by another process.
+    let theirs = process(&there).build().unwrap().layer(service_fn(serve));
+    let elsewhere = theirs.oneshot(order("2")).await.unwrap();
+    let before = scripts(&here).await;
+    ours.handle().set_wait(Duration::from_millis(500)).unwrap();
+    let began = clock::now();
+    let crowd: Vec<_> = (0..100)
+        .map(|_| tokio::spawn(service.clone().oneshot(order("2"))))
+        .collect();
+    for one in crowd {
+        assert_eq!(one.await.unwrap().unwrap().status(), 409);
+    }
+    let took = clock::now() - began;
+    // Each 25 ms at most, and once when its wait is over.
+    let most = u64::try_from(took.as_millis()).unwrap() / 25 + 2 + 100;
+    let asked = scripts(&here).await - before;
+    assert!((5..=most).contains(&asked), "{asked} in {took:?}");
+    drop((held, elsewhere));
+}
+
+#[tokio::test]
+async fn who_sends_one_after_the_other_is_not_in_its_own_way() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let service = process(&redis).build().unwrap().layer(service_fn(serve));
+    let mut last = 0;
+    for _ in 0..200 {
+        let response = service.clone().oneshot(order("1")).await.unwrap();
+        assert_eq!(response.status(), 200);
+        let token = fence_of(&response).unwrap().token();
+        assert!(token > last);
+        last = token;
+    }
+}
+
 /// On several threads, each with a layer of one of two processes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fifty_in_turn_are_never_two() {

@@ -30,7 +30,8 @@ impl Redis {
     ///
     /// The name may be anything, since it is encoded as a segment of a
     /// [key](crate::Keyspace): `{prefix}lock:{name}`, and with `:fence` behind
-    /// it for the counter.
+    /// it for the counter. Both are of one hash tag, so that it works in a
+    /// cluster, too; on one node, as any lock.
     pub fn lock(&self, name: impl AsRef<[u8]>) -> LockBuilder {
         self.lock_of([name])
     }
@@ -302,24 +303,26 @@ impl Lock {
         Ok(())
     }
 
-    /// Gives it back. A future that is dropped has it tried in the background,
-    /// and so has an error.
+    /// Gives it back. For this side it is over with the call; a future that is
+    /// dropped has it tried in the background, and so has an error.
     ///
     /// # Errors
     ///
     /// [`LockError::Lost`]: it was not held any more, so that somebody else may
     /// have been at work meanwhile. [`LockError::Redis`]: perhaps given back,
     /// perhaps not; the lease ends by itself.
-    pub async fn release(mut self) -> Result<(), LockError> {
+    pub fn release(mut self) -> impl Future<Output = Result<(), LockError>> + Send {
         // Somebody else may have it before the answer is here.
         self.until.send_replace(OVER);
-        let call = self.held.call(&RELEASE);
-        let released = self.held.redis.call::<u64>("unlock", &call).await?;
-        self.held.let_go();
-        if released == 0 {
-            return Err(LockError::Lost);
+        async move {
+            let call = self.held.call(&RELEASE);
+            let released = self.held.redis.call::<u64>("unlock", &call).await?;
+            self.held.let_go();
+            if released == 0 {
+                return Err(LockError::Lost);
+            }
+            Ok(())
         }
-        Ok(())
     }
 }
 

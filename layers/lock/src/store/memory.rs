@@ -1,4 +1,5 @@
-//! Locks of this process.
+//! Locks of this process; and before those of a fleet, the line of those that
+//! wait for one here.
 
 use std::{
     collections::HashMap,
@@ -11,13 +12,16 @@ use std::{
     time::Duration,
 };
 
+#[cfg(feature = "redis")]
+use std::sync::atomic::AtomicBool;
+
 use buttress_core::{
     clock::{SystemClock, WallClock},
     key::Key,
     sync::Mutex,
 };
 use tokio::{
-    sync::{Mutex as Turns, OwnedMutexGuard, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::timeout,
 };
 
@@ -26,10 +30,28 @@ use crate::Fence;
 /// A lock for each key that is held or waited for, and for no other. Who waits
 /// is in line.
 pub(crate) struct Memory {
-    places: Mutex<HashMap<Key, Arc<Turns<()>>>>,
+    lines: Mutex<HashMap<Key, Arc<Line>>>,
     max_keys: usize,
     /// The last token.
     last: AtomicU64,
+}
+
+/// Whose turn it is, for one key.
+struct Line {
+    turns: Arc<Semaphore>,
+    /// Whether who has the turn is on its way out.
+    #[cfg(feature = "redis")]
+    leaving: AtomicBool,
+}
+
+impl Line {
+    fn new() -> Self {
+        Self {
+            turns: Arc::new(Semaphore::new(1)),
+            #[cfg(feature = "redis")]
+            leaving: AtomicBool::new(false),
+        }
+    }
 }
 
 /// `max_keys` are held, and this is another one.
@@ -39,7 +61,7 @@ pub(crate) struct Full;
 impl Memory {
     pub(crate) fn new(max_keys: NonZeroUsize) -> Self {
         Self {
-            places: Mutex::default(),
+            lines: Mutex::default(),
             max_keys: max_keys.get(),
             last: AtomicU64::new(0),
         }
@@ -47,19 +69,19 @@ impl Memory {
 
     /// A place in the line of `key`.
     pub(crate) fn claim(self: Arc<Self>, key: Key) -> Result<Place, Full> {
-        let mut places = self.places.lock();
-        let turns = match places.get(&key) {
-            Some(turns) => Arc::clone(turns),
-            None if places.len() >= self.max_keys => return Err(Full),
+        let mut lines = self.lines.lock();
+        let line = match lines.get(&key) {
+            Some(line) => Arc::clone(line),
+            None if lines.len() >= self.max_keys => return Err(Full),
             None => {
-                let turns = Arc::<Turns<()>>::default();
-                places.insert(key.clone(), Arc::clone(&turns));
-                turns
+                let line = Arc::new(Line::new());
+                lines.insert(key.clone(), Arc::clone(&line));
+                line
             }
         };
-        drop(places);
+        drop(lines);
         Ok(Place {
-            turns: Some(turns),
+            line: Some(line),
             key,
             memory: self,
         })
@@ -81,72 +103,103 @@ impl Memory {
 
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        self.places.lock().len()
+        self.lines.lock().len()
     }
 }
 
 /// A place in the line of a key, first or not.
 pub(crate) struct Place {
     /// There until it is dropped.
-    turns: Option<Arc<Turns<()>>>,
+    line: Option<Arc<Line>>,
     key: Key,
     memory: Arc<Memory>,
 }
 
 impl Place {
-    fn turns(&self) -> Arc<Turns<()>> {
-        let turns = self.turns.as_ref().expect("it is not dropped yet");
-        Arc::clone(turns)
+    fn line(&self) -> &Line {
+        self.line.as_ref().expect("it is not dropped yet")
     }
 
-    pub(crate) fn try_take(self) -> Result<(Fence, Held), Self> {
-        match self.turns().try_lock_owned() {
-            Ok(turn) => Ok(self.taken(turn)),
+    fn turns(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.line().turns)
+    }
+
+    /// Whether who has the turn is giving it back.
+    #[cfg(feature = "redis")]
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.line().leaving.load(Relaxed)
+    }
+
+    /// Its turn, if nobody else has it.
+    pub(crate) fn try_take(self) -> Result<Turn, Self> {
+        match self.turns().try_acquire_owned() {
+            Ok(turn) => Ok(Turn::new(turn, self)),
             Err(_) => Err(self),
         }
     }
 
-    pub(crate) async fn take(self, wait: Duration) -> Option<(Fence, Held)> {
-        let turn = timeout(wait, self.turns().lock_owned()).await;
-        Some(self.taken(turn.ok()?))
-    }
-
-    fn taken(self, turn: OwnedMutexGuard<()>) -> (Fence, Held) {
-        let (held, fence) = watch::channel(());
-        let fence = Fence::here(self.memory.token(), fence);
-        let held = Held {
-            _fence: held,
-            _turn: turn,
-            _place: self,
-        };
-        (fence, held)
+    /// Its turn, once those before it have had theirs.
+    pub(crate) async fn take(self, wait: Duration) -> Option<Turn> {
+        let turn = timeout(wait, self.turns().acquire_owned()).await.ok()?;
+        Some(Turn::new(turn.expect("it is never closed"), self))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut places = self.memory.places.lock();
+        let mut lines = self.memory.lines.lock();
         // Given up under the lock, or two that leave at once would each count
         // the other. What is left is the map's, and nobody can get another.
-        self.turns = None;
-        let last = |turns: &Arc<_>| Arc::strong_count(turns) == 1;
-        if places.get(&self.key).is_some_and(last) {
-            places.remove(&self.key);
+        self.line = None;
+        let last = |line: &Arc<_>| Arc::strong_count(line) == 1;
+        if lines.get(&self.key).is_some_and(last) {
+            lines.remove(&self.key);
         }
     }
 }
 
-/// A lock that is held. In this order: first the fence is over, then the next
-/// in line has its turn, and last the place is left.
-pub(crate) struct Held {
-    _fence: watch::Sender<()>,
-    _turn: OwnedMutexGuard<()>,
-    _place: Place,
+/// To be first in line. In this order: the next one has its turn, and then
+/// the place is left.
+pub(crate) struct Turn {
+    _turn: OwnedSemaphorePermit,
+    place: Place,
 }
 
-impl fmt::Debug for Held {
+impl Turn {
+    fn new(turn: OwnedSemaphorePermit, place: Place) -> Self {
+        #[cfg(feature = "redis")]
+        place.line().leaving.store(false, Relaxed);
+        Self { _turn: turn, place }
+    }
+
+    /// It will be over soon.
+    #[cfg(feature = "redis")]
+    pub(crate) fn leave(&self) {
+        self.place.line().leaving.store(true, Relaxed);
+    }
+
+    /// Where this process alone counts, it is the lock.
+    pub(crate) fn into_lock(self) -> (Fence, Held) {
+        let (held, fence) = watch::channel(());
+        let fence = Fence::here(self.place.memory.token(), fence);
+        let held = Held {
+            _fence: held,
+            _turn: self,
+        };
+        (fence, held)
+    }
+}
+
+/// A lock that is held. In this order: first the fence is over, and then the
+/// next one has its turn.
+pub(crate) struct Held {
+    _fence: watch::Sender<()>,
+    _turn: Turn,
+}
+
+impl fmt::Debug for Turn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Held")
+        f.write_str("Turn")
     }
 }
 
@@ -165,13 +218,18 @@ mod tests {
         Arc::clone(memory).claim(Key::from(key))
     }
 
+    fn taken(place: Place) -> (Fence, Held) {
+        match place.try_take() {
+            Ok(turn) => turn.into_lock(),
+            Err(_) => panic!("it was free"),
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn who_waits_is_in_line_and_leaves_nothing_behind() {
         let memory = memory(2);
         let wait = Duration::from_secs(1);
-        let Ok((fence, held)) = place(&memory, "a").unwrap().try_take() else {
-            panic!("it was free");
-        };
+        let (fence, held) = taken(place(&memory, "a").unwrap());
         let mut waiting: Vec<_> = (0..3)
             .map(|_| task::spawn(place(&memory, "a").unwrap().take(wait)))
             .collect();
@@ -185,7 +243,7 @@ mod tests {
         drop(held);
         assert!(!fence.is_held());
         assert!(place(&memory, "a").unwrap().try_take().is_err());
-        let (first, held) = assert_ready!(waiting[0].poll()).unwrap();
+        let (first, held) = assert_ready!(waiting[0].poll()).unwrap().into_lock();
         assert!(first.token() > fence.token());
         assert_pending!(waiting[1].poll());
         // A turn that is given to somebody who is dropped goes on to the next.
@@ -193,7 +251,7 @@ mod tests {
         assert_pending!(last.poll());
         drop(held);
         drop(waiting);
-        let (_, held) = assert_ready!(last.poll()).unwrap();
+        let (_, held) = assert_ready!(last.poll()).unwrap().into_lock();
         drop(held);
         settle().await;
         drop(last);
@@ -203,9 +261,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_wait_ends() {
         let memory = memory(2);
-        let Ok((_, held)) = place(&memory, "a").unwrap().try_take() else {
-            panic!("it was free");
-        };
+        let (_, held) = taken(place(&memory, "a").unwrap());
         let wait = Duration::from_millis(300);
         let began = tokio::time::Instant::now();
         assert!(place(&memory, "a").unwrap().take(wait).await.is_none());
@@ -218,7 +274,7 @@ mod tests {
     fn there_is_a_ceiling() {
         let memory = memory(2);
         let held: Vec<_> = ["a", "b"]
-            .map(|key| place(&memory, key).unwrap().try_take().ok().unwrap())
+            .map(|key| taken(place(&memory, key).unwrap()))
             .into();
         assert!(place(&memory, "c").is_err());
         // For one that is there, there is room.

@@ -8,9 +8,9 @@ use std::{
 use buttress_core::key::Key;
 use buttress_redis::{Lock, LockBuilder, LockError, Redis};
 use sha2::{Digest, Sha256};
-use tokio::{task::AbortHandle, time::sleep};
+use tokio::{runtime::Handle, task::AbortHandle, time::sleep};
 
-use super::Denied;
+use super::{Denied, memory::Turn};
 use crate::{Fence, shared::Core};
 
 /// How long the counter of a key's tokens is kept after its last request:
@@ -29,13 +29,17 @@ impl Remote {
         Self { redis }
     }
 
-    pub(crate) fn lock(&self, core: &Core, key: &Key, wait: Duration) -> LockBuilder {
+    /// How long giving a lock back takes at most.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.redis.timeout()
+    }
+
+    pub(crate) fn lock(&self, core: &Core, key: &Key) -> LockBuilder {
         // What a client has sent is nobody's business there.
         let key = const_hex::const_encode::<32, false>(&Sha256::digest(key.as_bytes()).into());
         self.redis
             .lock_of([core.name(), key.as_str()])
             .ttl(core.ttl())
-            .wait(wait)
             .keep_fence(FENCE)
     }
 }
@@ -44,16 +48,37 @@ impl Remote {
 /// dropped.
 pub(crate) struct Held {
     renewal: AbortHandle,
-    _lock: Arc<Lock>,
+    /// There until it is dropped.
+    lock: Option<(Arc<Lock>, Turn)>,
+    runtime: Handle,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         self.renewal.abort();
+        let Some((lock, turn)) = self.lock.take() else {
+            return;
+        };
+        // Where it is being extended at this moment, the lock is given back by
+        // what is left of that.
+        if let Some(lock) = Arc::into_inner(lock) {
+            let release = lock.release();
+            turn.leave();
+            self.runtime.spawn(async move {
+                // The lease ends by itself where this fails.
+                let _ = release.await;
+                // The next one here would find it held until now.
+                drop(turn);
+            });
+        }
     }
 }
 
-pub(crate) async fn take(lock: LockBuilder, core: Arc<Core>) -> Result<(Fence, Held), Denied> {
+pub(crate) async fn take(
+    lock: LockBuilder,
+    turn: Turn,
+    core: &Arc<Core>,
+) -> Result<(Fence, Held), Denied> {
     let lock = match lock.take().await {
         Ok(lock) => lock,
         Err(LockError::Busy { .. }) => {
@@ -68,10 +93,11 @@ pub(crate) async fn take(lock: LockBuilder, core: Arc<Core>) -> Result<(Fence, H
     let lock = Arc::new(lock);
     // It does not keep the lock, or it would be given back only once the task
     // has been seen to.
-    let renewal = tokio::spawn(renew(Arc::downgrade(&lock), core)).abort_handle();
+    let renewal = tokio::spawn(renew(Arc::downgrade(&lock), Arc::clone(core)));
     let held = Held {
-        renewal,
-        _lock: lock,
+        renewal: renewal.abort_handle(),
+        lock: Some((lock, turn)),
+        runtime: Handle::current(),
     };
     Ok((fence, held))
 }
