@@ -154,6 +154,10 @@ impl Backed {
         self.fleet.peek(ask).await
     }
 
+    pub(crate) async fn give_back(&self) {
+        self.fleet.give_back().await;
+    }
+
     pub(crate) async fn reset(&self, ask: &FleetAsk) -> Result<bool, Unanswered> {
         self.owed.keys.lock().remove(&(ask.limit, ask.id));
         self.fleet.reset(ask).await

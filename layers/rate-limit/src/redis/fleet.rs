@@ -71,4 +71,11 @@ impl Fleet {
             Self::Leased(leased) => leased.reset(ask).await,
         }
     }
+
+    /// Gives back what was taken ahead, and takes nothing more so.
+    pub(crate) async fn give_back(&self) {
+        if let Self::Leased(leased) = self {
+            leased.give_back().await;
+        }
+    }
 }

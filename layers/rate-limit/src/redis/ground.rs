@@ -125,6 +125,11 @@ impl Ground {
         self.tables[limit].forget(id);
     }
 
+    /// Whether what is refused now stays refused until time has paid for it.
+    pub(crate) fn is_sure(&self) -> bool {
+        !self.gives_back
+    }
+
     /// The refusal that is certain by what this process knows, if it is.
     pub(crate) fn foresee(&self, asks: &[FleetAsk], detail: Detail) -> Option<Decision> {
         let now = clock::now();

@@ -85,6 +85,17 @@ impl FleetHandle {
         })
     }
 
+    /// Gives back what this process has taken ahead of all keys' quotas, and
+    /// takes nothing ahead from then on: for the end of a drain. Waits until
+    /// Redis was told, as long as an operation may take for each 64 keys; what
+    /// it could not be told, time gives back.
+    ///
+    /// Without [`Mode::Leased`](super::Mode::Leased) there is nothing to do.
+    /// Dropped, it may have given back some and not told of others.
+    pub async fn give_back(&self) {
+        self.backed.give_back().await;
+    }
+
     /// Gives `cost` back to `key`, as far as it has not come back by itself;
     /// where Redis does not answer, in this process.
     ///

@@ -1,4 +1,51 @@
-//! Leased: tokens are taken ahead and charged here.
+//! Leased: tokens are taken ahead, and charged here.
+//!
+//! A process holds a *share* of a key's quota: tokens that are charged in Redis
+//! already, for requests to come. A request that the share can pay takes no
+//! trip, no future and some tens of nanoseconds. The share is asked for again
+//! when a quarter of it is left, in the background, once at a time for a key;
+//! it doubles while it lasts for less than a quarter of the time after which it
+//! would be given back, and never holds more than [`Lease::share`] and a
+//! quarter. Redis gives of what is left an eighth at most: near the limit a
+//! share is one token, which is strict.
+//!
+//! ```text
+//!            what is left / 8                  a request's cost
+//!  Redis ───────────────────────▶ share ───────────────────────▶ passes
+//!    ▲                              │
+//!    └── not used up in time ◀──────┘
+//! ```
+//!
+//! # The bounds
+//!
+//! With N processes and a share of k, over any span of time t all together let
+//! no more through than
+//!
+//! ```text
+//! burst + t × limit / period + N × ⌈1.25 k⌉
+//! ```
+//!
+//! for a token is in Redis, in a share, or spent: it moves, and only time makes
+//! more. The last term is what was in the shares when the span began; from an
+//! unused quota on, it is nothing. What a process holds that was killed, or
+//! whose answer from Redis was lost, nobody spends: `⌈1.25 k⌉` at most, and an
+//! answer, until time has brought it back.
+//!
+//! What waits in a process for the same answer counts with its share until it
+//! is told.
+//!
+//! A share that is not used up within a quarter of the time in which the whole
+//! burst comes back, at least 100 ms and at most a second, is given back. Where
+//! Redis cannot be reached it lapses after three times as long.
+//!
+//! Source: the prepaid lease of bucket4j's and RLQS's kind, with GCRA in the
+//! place of a counter; the sizes are our own, found by simulation (`sim.rs`).
+
+mod script;
+mod share;
+#[cfg(test)]
+mod sim;
+mod store;
 
 use std::sync::Arc;
 
@@ -9,19 +56,62 @@ use super::{
 };
 use crate::store::{Decision, Detail};
 
-/// How much is taken ahead.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Lease(());
+use self::{share::MOST, store::Shares};
 
-pub(crate) struct Leased(Strict);
+/// How much of a quota a process takes ahead: see
+/// [`Mode::Leased`](super::Mode::Leased).
+///
+/// ```
+/// use buttress_rate_limit::redis::{Lease, Mode};
+///
+/// let mode = Mode::Leased(Lease::default().share(500));
+/// # let _ = mode;
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    share: u32,
+}
+
+impl Default for Lease {
+    fn default() -> Self {
+        Self { share: 100 }
+    }
+}
+
+impl Lease {
+    /// How many tokens of a key's quota a process takes at a time, at most.
+    /// Default: 100. 0 is taken for 1, which is strict; more than 2²⁰ for that.
+    ///
+    /// The greater it is, the fewer trips a key costs that is asked for often;
+    /// the share grows to it only under such load. The bounds on what the fleet
+    /// lets through above the quota are in its proportion: see
+    /// [`Mode::Leased`](super::Mode::Leased).
+    #[must_use]
+    pub fn share(mut self, tokens: u32) -> Self {
+        self.share = tokens.clamp(1, MOST);
+        self
+    }
+}
+
+pub(crate) struct Leased {
+    shares: Arc<Shares>,
+    /// For what has no share.
+    strict: Strict,
+}
 
 impl Leased {
-    pub(crate) fn new(ground: Arc<Ground>, _: Lease) -> Self {
-        Self(Strict::new(ground))
+    #[expect(clippy::needless_pass_by_value, reason = "it is what was set")]
+    pub(crate) fn new(ground: Arc<Ground>, lease: Lease) -> Self {
+        Self {
+            shares: Shares::new(Arc::clone(&ground), lease.share),
+            strict: Strict::new(ground),
+        }
     }
 
+    /// Charges the shares, where they can pay, and refuses what the server is
+    /// known to refuse.
     pub(crate) fn decide_now(&self, asks: &[FleetAsk], detail: Detail) -> Option<Decision> {
-        self.0.decide_now(asks, detail)
+        self.shares.decide_now(asks, detail)
     }
 
     pub(crate) async fn decide(
@@ -29,18 +119,42 @@ impl Leased {
         asks: &[FleetAsk],
         detail: Detail,
     ) -> Result<Decision, Unanswered> {
-        self.0.decide(asks, detail).await
+        match self.shares.decide(asks, detail).await? {
+            Some(decision) => Ok(decision),
+            // There is no room for another share, or others were quicker time
+            // and again.
+            None => self.strict.decide(asks, detail).await,
+        }
     }
 
+    /// Gives charges back: to the shares, where there is room.
     pub(crate) async fn refund(&self, asks: &[FleetAsk]) -> Result<Vec<Stand>, Unanswered> {
-        self.0.refund(asks).await
+        if let Some(stands) = self.shares.refund(asks) {
+            return Ok(stands);
+        }
+        self.strict.refund(asks).await
     }
 
+    /// How the key stands in Redis, and what is in hand here still to come.
     pub(crate) async fn peek(&self, ask: &FleetAsk) -> Result<Stand, Unanswered> {
-        self.0.peek(ask).await
+        let (tat, now) = self.strict.peek(ask).await?;
+        let tat = match self.shares.in_hand(ask) {
+            0 => tat,
+            tokens => ask.gcra.refund(tat, now, tokens),
+        };
+        Ok((tat, now))
     }
 
     pub(crate) async fn reset(&self, ask: &FleetAsk) -> Result<bool, Unanswered> {
-        self.0.reset(ask).await
+        // What is in hand was charged to what is about to be forgotten.
+        let held = self.shares.reset(ask);
+        let reset = self.strict.reset(ask).await;
+        self.shares.reset(ask);
+        reset.map(|reset| reset || held)
+    }
+
+    /// Gives all shares back, and takes none from then on.
+    pub(crate) async fn give_back(&self) {
+        self.shares.give_back_all().await;
     }
 }

@@ -1,0 +1,401 @@
+//! Leased limits on a real Redis: many nodes, each with a connection of its
+//! own, as many processes have.
+
+use std::time::Duration;
+
+use buttress_core::{clock, key::Key};
+use buttress_rate_limit::{
+    Limit, Quota, RateLimitLayer,
+    redis::{FleetHandle, FleetLayer, Lease, Mode, OnStoreError},
+};
+use buttress_redis::{Cmd, Redis, testing::Server};
+use tokio::{task::JoinSet, time::sleep};
+
+const SHARE: u32 = 50;
+/// So long that no token comes back by time while a test runs.
+const DAYS: Duration = Duration::from_secs(10 * 24 * 60 * 60);
+/// A share and a quarter: what one node holds at most.
+const HELD: u64 = 63;
+
+fn node(server: &Server, quota: Quota) -> FleetLayer {
+    node_on(&server.redis(), quota, OnStoreError::Local)
+}
+
+fn node_on(redis: &Redis, quota: Quota, on_error: OnStoreError) -> FleetLayer {
+    RateLimitLayer::builder()
+        .name("leased")
+        .limit(Limit::new(quota).name("all"))
+        .redis(redis)
+        .mode(Mode::Leased(Lease::default().share(SHARE)))
+        .on_store_error(on_error)
+        .build()
+        .unwrap()
+}
+
+/// How often a request passes, asked `tasks` at a time without a pause.
+async fn demand(handle: FleetHandle, tasks: u32, length: Duration) -> u64 {
+    let end = clock::now() + length;
+    let mut all = JoinSet::new();
+    for _ in 0..tasks {
+        let limit = handle.limit("all").unwrap();
+        all.spawn(async move {
+            let mut passed = 0;
+            while clock::now() < end {
+                match limit.check(&Key::global()).await {
+                    Ok(()) => passed += 1,
+                    Err(_) => sleep(Duration::from_millis(1)).await,
+                }
+                tokio::task::yield_now().await;
+            }
+            passed
+        });
+    }
+    all.join_all().await.into_iter().sum()
+}
+
+async fn stats(redis: &Redis, section: &str, name: &str) -> String {
+    let mut cmd = Cmd::new();
+    cmd.arg("INFO").arg(section);
+    let info: String = redis.run("info", &cmd).await.unwrap();
+    info.lines()
+        .find_map(|line| line.strip_prefix(name))
+        .unwrap_or("")
+        .trim()
+        .to_owned()
+}
+
+/// How often scripts were called.
+async fn calls(redis: &Redis) -> u64 {
+    let line = |command: &'static str| async move {
+        let line = stats(redis, "commandstats", command).await;
+        let calls = line
+            .strip_prefix(":calls=")
+            .and_then(|line| line.split(',').next());
+        calls.map_or(0, |calls| calls.parse::<u64>().unwrap())
+    };
+    line("cmdstat_evalsha").await + line("cmdstat_eval").await
+}
+
+async fn at_full_demand(nodes: u32, limit: u32) {
+    let server = Server::start().await;
+    let quota = Quota::new(limit, Duration::from_millis(500));
+    let layers: Vec<_> = (0..nodes).map(|_| node(&server, quota)).collect();
+    let start = clock::now();
+    let mut all = JoinSet::new();
+    for layer in &layers {
+        all.spawn(demand(layer.handle(), 3, Duration::from_secs(5)));
+    }
+    let passed: u64 = all.join_all().await.into_iter().sum();
+    let took = clock::now() - start;
+    let periods = took.as_secs_f64() / 0.5;
+    let strict = f64::from(limit) * (1.0 + periods);
+    // The shares were empty at first, so that strict's bound is theirs.
+    assert!(passed as f64 <= strict, "{passed} of {strict}");
+    assert!(passed as f64 >= 0.8 * strict, "{passed} of {strict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_at_full_demand() {
+    at_full_demand(2, 20).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_nodes_at_full_demand() {
+    at_full_demand(10, 400).await;
+}
+
+#[tokio::test]
+async fn one_node_passes_what_strict_passes() {
+    let server = Server::start().await;
+    for limit in [1, 2, 10, 100] {
+        let layer = RateLimitLayer::builder()
+            .name(format!("n{limit}"))
+            .limit(Limit::new(Quota::per_hour(limit)).name("all"))
+            .redis(&server.redis())
+            .mode(Mode::leased())
+            .build()
+            .unwrap();
+        let all = layer.handle().limit("all").unwrap();
+        for _ in 0..limit {
+            all.check(&Key::global()).await.unwrap();
+        }
+        let refusal = all.check(&Key::global()).await.unwrap_err();
+        let interval = Duration::from_secs(3600) / limit;
+        let wait = refusal.retry_after().unwrap();
+        assert!(wait <= interval + Duration::from_secs(1), "{wait:?}");
+        assert!(wait + Duration::from_secs(30) >= interval, "{wait:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_busy_key_costs_few_calls_and_a_denied_one_none() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let layer = RateLimitLayer::builder()
+        .name("few")
+        .limit(Limit::new(Quota::per_second(100_000_000)).name("plenty"))
+        .limit(Limit::new(Quota::per_hour(20)).name("scarce"))
+        .redis(&redis)
+        .mode(Mode::leased())
+        .build()
+        .unwrap();
+    let plenty = layer.handle().limit("plenty").unwrap();
+    // The share has grown by then.
+    for _ in 0..1_000 {
+        plenty.check(&Key::global()).await.unwrap();
+    }
+    let before = calls(&redis).await;
+    for _ in 0..100_000 {
+        plenty.check(&Key::global()).await.unwrap();
+    }
+    let each = (calls(&redis).await - before) as f64 / 100_000.0;
+    assert!(each <= 0.011, "{each} calls a check");
+
+    let scarce = layer.handle().limit("scarce").unwrap();
+    while scarce.check(&Key::global()).await.is_ok() {}
+    let before = calls(&redis).await;
+    for _ in 0..1_000 {
+        assert!(scarce.check(&Key::global()).await.is_err());
+    }
+    // What was lent for the other limit may have been given back meanwhile.
+    assert!(calls(&redis).await - before <= 2);
+}
+
+#[tokio::test]
+async fn concurrent_requests_share_trips_and_pass_exactly() {
+    let server = Server::start().await;
+    let layer = node(&server, Quota::per_hour(300));
+    let mut all = JoinSet::new();
+    for _ in 0..500 {
+        let limit = layer.handle().limit("all").unwrap();
+        all.spawn(async move { limit.check(&Key::global()).await.is_ok() });
+    }
+    let passed = all.join_all().await.into_iter().filter(|&passed| passed);
+    // All of them wait for the same few answers: nobody is refused while
+    // there is one left.
+    assert_eq!(passed.count(), 300);
+    let redis = server.redis();
+    assert!(calls(&redis).await <= 20, "{}", calls(&redis).await);
+}
+
+#[tokio::test]
+async fn drained_it_gives_back_what_it_holds() {
+    let server = Server::start().await;
+    let quota = Quota::new(10_000, DAYS);
+    let layer = node(&server, quota);
+    let limit = layer.handle().limit("all").unwrap();
+    for _ in 0..200 {
+        limit.check(&Key::global()).await.unwrap();
+    }
+    let other = node(&server, quota);
+    let seen = other.handle().usage("all", &Key::global()).await.unwrap();
+    assert!(seen.remaining < 9_800, "nothing is in hand: {seen:?}");
+    // It knows of its own.
+    let usage = layer.handle().usage("all", &Key::global()).await.unwrap();
+    assert_eq!(usage.remaining, 9_800);
+
+    layer.handle().give_back().await;
+    let seen = other.handle().usage("all", &Key::global()).await.unwrap();
+    assert_eq!(seen.remaining, 9_800);
+
+    // And takes no more ahead.
+    for _ in 0..50 {
+        limit.check(&Key::global()).await.unwrap();
+    }
+    let seen = other.handle().usage("all", &Key::global()).await.unwrap();
+    assert_eq!(seen.remaining, 9_750);
+}
+
+#[tokio::test]
+async fn idle_or_dropped_it_gives_back_what_it_holds() {
+    let server = Server::start().await;
+    let quota = Quota::new(10_000, DAYS);
+    let other = node(&server, quota);
+    let wait = async |remaining: u32| {
+        for _ in 0..100 {
+            let seen = other.handle().usage("all", &Key::global()).await.unwrap();
+            if seen.remaining == remaining {
+                return;
+            }
+            assert!(seen.remaining < remaining, "{seen:?}");
+            sleep(Duration::from_millis(100)).await;
+        }
+        panic!("not given back");
+    };
+    let layer = node(&server, quota);
+    let limit = layer.handle().limit("all").unwrap();
+    for _ in 0..200 {
+        limit.check(&Key::global()).await.unwrap();
+    }
+    wait(9_800).await;
+    for _ in 0..200 {
+        limit.check(&Key::global()).await.unwrap();
+    }
+    let seen = other.handle().usage("all", &Key::global()).await.unwrap();
+    assert!(seen.remaining < 9_600);
+    drop((layer, limit));
+    wait(9_600).await;
+}
+
+#[tokio::test]
+async fn a_killed_node_strands_a_share_at_most() {
+    let server = Server::start().await;
+    let quota = Quota::per_hour(2_000);
+    let killed = {
+        // With its runtime everything of it goes, and nobody gives back.
+        let redis = server.redis();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            let layer = node_on(&redis, quota, OnStoreError::Deny);
+            runtime.block_on(async {
+                let limit = layer.handle().limit("all").unwrap();
+                for _ in 0..500 {
+                    limit.check(&Key::global()).await.unwrap();
+                }
+            });
+            runtime.shutdown_background();
+            // Outside of any runtime.
+            drop(layer);
+        });
+        tokio::task::spawn_blocking(move || thread.join().unwrap())
+            .await
+            .unwrap();
+        500
+    };
+    let layer = node(&server, quota);
+    let limit = layer.handle().limit("all").unwrap();
+    let mut passed = 0;
+    while limit.check(&Key::global()).await.is_ok() {
+        passed += 1;
+    }
+    let total = killed + passed;
+    assert!(total <= 2_001, "{total}");
+    assert!(total >= 2_000 - HELD, "{total}");
+}
+
+#[tokio::test]
+async fn restarted_empty_it_starts_over_within_the_bound() {
+    let mut server = Server::start().await;
+    let quota = Quota::per_hour(1_000);
+    let nodes: Vec<_> = (0..2)
+        .map(|_| node_on(&server.redis(), quota, OnStoreError::Deny))
+        .collect();
+    let limits: Vec<_> = (nodes.iter())
+        .map(|node| node.handle().limit("all").unwrap())
+        .collect();
+    let mut passed = 0_u64;
+    for _ in 0..200 {
+        for limit in &limits {
+            limit.check(&Key::global()).await.unwrap();
+            passed += 1;
+        }
+    }
+    server.kill();
+    // What is in hand is spent, and then nothing passes.
+    let mut spent = 0;
+    for limit in &limits {
+        for _ in 0..1_000 {
+            spent += u64::from(limit.check(&Key::global()).await.is_ok());
+        }
+    }
+    assert!(spent <= 2 * HELD, "{spent}");
+    server.restart().await;
+    let begun = clock::now();
+    let mut after = 0_u64;
+    // Full again, and not a token above it but what was in hand.
+    while clock::now() - begun < Duration::from_secs(5) && after < 1_000 {
+        for limit in &limits {
+            after += u64::from(limit.check(&Key::global()).await.is_ok());
+        }
+        if after == 0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+    for limit in &limits {
+        while limit.check(&Key::global()).await.is_ok() {
+            after += 1;
+        }
+    }
+    assert!(after >= 1_000 - 2 * HELD, "{after}");
+    assert!(after <= 1_000 + 2 * HELD + 5, "{after}");
+}
+
+#[tokio::test]
+async fn several_limits_are_charged_all_or_none() {
+    let server = Server::start().await;
+    let layer = RateLimitLayer::builder()
+        .name("both")
+        .limit(Limit::new(Quota::per_hour(1_000)).name("wide"))
+        .limit(Limit::new(Quota::per_hour(30)).name("narrow"))
+        .errors()
+        .redis(&server.redis())
+        .mode(Mode::Leased(Lease::default().share(SHARE)))
+        .build()
+        .unwrap();
+    use tower::{Layer as _, Service as _, ServiceExt as _};
+    let mut service = layer.layer(tower::service_fn(|_: http::Request<()>| async {
+        Ok::<_, std::convert::Infallible>(http::Response::new(()))
+    }));
+    let mut passed = 0;
+    for _ in 0..100 {
+        let ready = service.ready().await.unwrap();
+        passed += u32::from(ready.call(http::Request::new(())).await.is_ok());
+    }
+    assert_eq!(passed, 30);
+    layer.handle().give_back().await;
+    let wide = layer.handle().usage("wide", &Key::global()).await.unwrap();
+    assert_eq!(wide.remaining, 970);
+    let narrow = layer
+        .handle()
+        .usage("narrow", &Key::global())
+        .await
+        .unwrap();
+    assert_eq!(narrow.remaining, 0);
+}
+
+#[tokio::test]
+async fn a_quota_replaced_or_made_whole_is_heeded() {
+    let server = Server::start().await;
+    let layer = node(&server, Quota::per_hour(10));
+    let handle = layer.handle();
+    let limit = handle.limit("all").unwrap();
+    let key = Key::global();
+    for _ in 0..10 {
+        limit.check(&key).await.unwrap();
+    }
+    assert!(limit.check(&key).await.is_err());
+    assert!(handle.reset("all", &key).await.unwrap());
+    limit.check(&key).await.unwrap();
+    handle.set_quota("all", Quota::per_second(1_000)).unwrap();
+    // What was owed by the old quota is a whole burst of the new one.
+    handle.reset("all", &key).await.unwrap();
+    for _ in 0..100 {
+        limit.check(&key).await.unwrap();
+    }
+    // Costs above a share, and above the burst.
+    limit.charge(&key, 300).await.unwrap();
+    let refusal = limit.charge(&key, 1_001).await.unwrap_err();
+    assert_eq!(refusal.retry_after(), None);
+}
+
+#[tokio::test]
+async fn what_is_dropped_while_it_waits_takes_nothing_with_it() {
+    let server = Server::start().await;
+    let layer = node(&server, Quota::per_hour(100));
+    let limit = layer.handle().limit("all").unwrap();
+    limit.check(&Key::global()).await.unwrap();
+    server.pause();
+    for _ in 0..20 {
+        let key = Key::global();
+        let check = limit.charge(&key, 3);
+        let waited = tokio::time::timeout(Duration::from_millis(5), check).await;
+        assert!(waited.is_err(), "{waited:?}");
+    }
+    server.resume();
+    let mut passed = 1;
+    while limit.check(&Key::global()).await.is_ok() {
+        passed += 1;
+    }
+    // What was charged for those who went away is for those who came.
+    assert_eq!(passed, 100);
+}
