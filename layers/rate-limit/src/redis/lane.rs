@@ -42,7 +42,7 @@ const MOST: usize = 128;
 /// How many calls are under way in a lane at most.
 const WAYS: usize = 2;
 
-/// From so many on those that wait are halved between the ways.
+/// From so many on those that wait are halved, where the other way is free.
 const HALVED: usize = 16;
 
 /// Beyond its time a check that waits gives its lane this long to tell it so.
@@ -336,7 +336,8 @@ impl Lanes {
             return None;
         }
         let len = lane.waiting.len();
-        let most = if len >= HALVED {
+        let is_alone = lane.ways < WAYS;
+        let most = if is_alone && len >= HALVED {
             len.div_ceil(WAYS)
         } else {
             len
@@ -362,7 +363,7 @@ impl Lanes {
             }
             return None;
         }
-        let another = lane.ways < WAYS && !lane.waiting.is_empty();
+        let another = is_alone && !lane.waiting.is_empty();
         if another {
             lane.ways += 1;
         }
