@@ -24,7 +24,8 @@ fn values(snapshotter: &Snapshotter) -> BTreeMap<String, f64> {
         let value = match value {
             DebugValue::Counter(count) => count as f64,
             DebugValue::Gauge(value) => value.into_inner(),
-            DebugValue::Histogram(_) => panic!("{name} is a histogram"),
+            // How long Redis took.
+            DebugValue::Histogram(_) => 0.0,
         };
         (name, value)
     });
@@ -207,6 +208,58 @@ async fn waiting_is_counted_when_it_ends() {
             ),
             ("rate_limit_keys{name=default,limit=wide}", 1),
             ("rate_limit_keys{name=default,limit=narrow}", 1),
+        ])
+    );
+}
+
+#[cfg(feature = "redis")]
+#[tokio::test]
+async fn without_redis_it_is_counted_what_was_done_instead() {
+    use buttress_rate_limit::redis::OnStoreError;
+
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let _here = metrics::set_default_local_recorder(&recorder);
+    // Nobody listens there.
+    let redis = buttress_redis::Redis::from_url("redis://127.0.0.1:1").unwrap();
+    for (on_error, name, times) in [
+        (OnStoreError::Local, "l", 3),
+        (OnStoreError::Allow, "a", 2),
+        (OnStoreError::Deny, "d", 1),
+    ] {
+        let layer = RateLimitLayer::any()
+            .name(name)
+            .limit(Limit::any(Quota::per_hour(2)))
+            .redis(&redis)
+            .on_store_error(on_error)
+            .build()
+            .unwrap();
+        let service = layer.layer(inner());
+        for n in 0..times {
+            let _ = service.clone().oneshot(n).await;
+        }
+    }
+    let mut counted = values(&snapshotter);
+    counted.retain(|name, _| name.starts_with("rate_limit"));
+    counted.retain(|name, _| !name.starts_with("rate_limit_keys"));
+    assert_eq!(
+        counted,
+        expected([
+            ("rate_limit_without_store_total{name=l,mode=local}", 3),
+            ("rate_limit_without_store_total{name=a,mode=allow}", 2),
+            ("rate_limit_without_store_total{name=d,mode=deny}", 1),
+            ("rate_limit_requests_total{name=l,result=allowed}", 2),
+            ("rate_limit_requests_total{name=l,result=refused}", 1),
+            ("rate_limit_requests_total{name=a,result=bypassed}", 2),
+            ("rate_limit_requests_total{name=d,result=refused}", 1),
+            (
+                "rate_limit_refusals_total{name=l,limit=default,reason=rate_limited}",
+                1
+            ),
+            (
+                "rate_limit_refusals_total{name=d,limit=default,reason=store_unavailable}",
+                1
+            ),
         ])
     );
 }

