@@ -131,7 +131,7 @@ impl Share {
         let hold = ((self.gcra.window() / HOLD_PART) << self.short).min(HOLD_MOST);
         // Good enough for that: a multiplication stirs the low bits up.
         let chance = sent.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
-        hold / 2 + hold * chance / 256
+        hold / 2 + hold / 2 * chance / 256
     }
 
     /// Until when what is in hand may be spent.
