@@ -8,6 +8,7 @@
 //! | | leaves to retry |
 //! |---|---|
 //! | [`RetryBudget`] | a percentage of the requests, and a minimum each second. What a hedge has by default; a retry has none. |
+//! | `FleetBudget` (feature `redis`) | the same for all processes of a fleet together |
 //! | [`Throttle`] | as long as fewer than so many attempts failed, less those that succeeded: gRPC's |
 //! | [`Adaptive`] | the more rarely, the more of the attempts lately were not accepted |
 //!

@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 fn hasty(server: &Server) -> Redis {
     let config = Config::new(server.url())
-        .timeout(Duration::from_millis(100))
+        .timeout(Duration::from_millis(400))
         .connect_timeout(Duration::from_secs(2));
     Redis::from_config(config).unwrap()
 }

@@ -152,9 +152,9 @@ pub enum OnStoreError {
 ///
 /// # In Redis
 ///
-/// `{prefix}retry-budget:{‹name›}` and `…:processes`, of one hash tag: under a
-/// kilobyte for the first, about 100 bytes for each process of the last three
-/// seconds. Both have a TTL of a minute.
+/// `{prefix}retry-budget:{‹name›}` and `…:processes`, of one hash tag: about
+/// 150 bytes, and 50 for each process of the last three seconds. Both have a
+/// TTL of a minute. Each process runs five scripts a second.
 ///
 /// # What else cannot be shared
 ///
