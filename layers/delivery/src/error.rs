@@ -39,7 +39,9 @@ pub(crate) enum Problem {
     Url(&'static str),
     Pattern(Box<str>),
     NoPattern,
+    Patterns,
     Header(Box<str>),
+    Headers,
     Id,
     RequestId,
     LaneName,
@@ -78,6 +80,10 @@ impl fmt::Display for ConfigError {
                 "{pattern:?} is no pattern: an event's name, a name with .* at its end, or *"
             ),
             Problem::NoPattern => f.write_str("a registration must be for some event"),
+            Problem::Patterns => f.write_str("a registration may name at most 256 patterns"),
+            Problem::Headers => {
+                f.write_str("a registration may set at most 64 headers, of 16 KiB together")
+            }
             Problem::Header(name) => write!(
                 f,
                 "the header {name:?} is set by the delivery itself or belongs to the connection"

@@ -9,6 +9,11 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use crate::{Cause, error::Problem, outcome::Permanent, pattern::Pattern};
 
 const LONGEST_URL: usize = 2048;
+/// Whoever registers may be anybody: what one of them takes has an end.
+const MOST_PATTERNS: usize = 256;
+const MOST_HEADERS: usize = 64;
+/// Of all headers' names and values together.
+const LONGEST_HEADERS: usize = 16 * 1024;
 /// Of retries and time limits.
 pub(crate) const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 
@@ -139,7 +144,7 @@ impl Registration {
 
     /// Which events it is for, beside those that were said before: a name
     /// (`request.completed`), all under a name however deep (`agent.*`), or
-    /// all (`*`). However many of them match, an event is told once.
+    /// all (`*`). However many of them match, an event is told once. At most 256.
     pub fn events<E: Into<String>>(mut self, patterns: impl IntoIterator<Item = E>) -> Self {
         self.events.extend(patterns.into_iter().map(Into::into));
         self
@@ -172,7 +177,7 @@ impl Registration {
     }
 
     /// Sends these headers, too, with each attempt. Their values are shown
-    /// nowhere.
+    /// nowhere. At most 64, with names and values of 16 KiB together.
     pub fn headers<N: Into<String>, V: Into<String>>(
         mut self,
         headers: impl IntoIterator<Item = (N, V)>,
@@ -242,6 +247,9 @@ impl Registration {
 
     pub(crate) fn check(self, make_id: impl FnOnce() -> Arc<str>) -> Result<Target, Problem> {
         let (url, origin) = endpoint(&self.url)?;
+        if self.events.len() > MOST_PATTERNS {
+            return Err(Problem::Patterns);
+        }
         let mut patterns = self
             .events
             .iter()
@@ -388,6 +396,10 @@ fn headers(pairs: &[(String, String)]) -> Result<HeaderMap, Problem> {
         "transfer-encoding",
         "upgrade",
     ];
+    let lengths = pairs.iter().map(|(name, value)| name.len() + value.len());
+    if pairs.len() > MOST_HEADERS || lengths.sum::<usize>() > LONGEST_HEADERS {
+        return Err(Problem::Headers);
+    }
     let mut headers = HeaderMap::with_capacity(pairs.len());
     for (name, value) in pairs {
         let refused = || Problem::Header(name.as_str().into());
@@ -671,6 +683,25 @@ mod tests {
             ),
         ] {
             let error = ConfigError::from(checked(registration).err().expect(problem));
+            assert!(error.to_string().starts_with(problem), "{error}");
+        }
+        // A map of headers that is asked for more than it can hold panics.
+        let headers = |count: usize| of(url).headers((0..count).map(|at| (format!("x-{at}"), "")));
+        let long = |length: usize| of(url).headers([("x-a", "x".repeat(length - 3))]);
+        let patterns =
+            |count: usize| Registration::new(url).events((0..count).map(|at| format!("a.{at}")));
+        for (fits, too_much, problem) in [
+            (headers(64), headers(65), "a registration may set"),
+            (headers(0), headers(40_000), "a registration may set"),
+            (
+                long(16 * 1024),
+                long(16 * 1024 + 1),
+                "a registration may set",
+            ),
+            (patterns(256), patterns(257), "a registration may name"),
+        ] {
+            assert!(checked(fits).is_ok(), "{problem}");
+            let error = ConfigError::from(checked(too_much).err().expect(problem));
             assert!(error.to_string().starts_with(problem), "{error}");
         }
         let twice = checked(of(url).events(["a", "*", "a"])).ok().unwrap();

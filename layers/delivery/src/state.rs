@@ -624,12 +624,17 @@ impl State {
 
     // Attempts.
 
-    /// An attempt is over.
-    pub(crate) fn conclude(&mut self, id: DeliveryId, report: &Report, now: Now) {
+    /// An attempt is over. How its delivery stands now.
+    pub(crate) fn conclude(&mut self, id: DeliveryId, report: &Report, now: Now) -> Status {
         let Some(delivery) = self.deliveries.get_mut(&id) else {
-            return;
+            return Status::Failed;
         };
         let fate = delivery.fate(report);
+        let status = match fate {
+            Fate::Delivered => Status::Delivered,
+            Fate::Retry(_) => Status::Retrying,
+            Fate::Dead(_) | Fate::Dropped(_) => Status::Failed,
+        };
         delivery.record.attempts = delivery.record.attempts.saturating_add(1);
         let mut result = DeliveryResult::clone(&delivery.result);
         result.attempt = delivery.record.attempts;
@@ -651,6 +656,7 @@ impl State {
         if let (Some(cause), Some(home)) = (&report.disable, home) {
             self.disable(home.registration, cause, now);
         }
+        status
     }
 
     fn retry(&mut self, id: DeliveryId, cause: Cause, wait: Duration, now: Now) {

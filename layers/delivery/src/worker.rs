@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
-    Cause, DeliveryId, StartError, Status,
+    Cause, DeliveryId, StartError,
     config::LOOK_AGAIN,
     outcome::{Next, backoff, judge},
     state::{Job, Now, Report},
@@ -325,12 +325,6 @@ async fn attempt(mut flight: Flight, job: Job, permit: Option<Permit>) {
         }
         _ => (Duration::ZERO, None),
     };
-    let outcome = match judged.next {
-        Next::Delivered => Status::Delivered,
-        Next::Retry { .. } if job.record.attempts < job.target.max_retries => Status::Retrying,
-        Next::Retry { .. } | Next::Fail(_) => Status::Failed,
-    };
-    shared.metrics.attempted(outcome, took);
     let report = Report {
         next: judged.next,
         disable: judged.disable,
@@ -342,7 +336,8 @@ async fn attempt(mut flight: Flight, job: Job, permit: Option<Permit>) {
     };
     let now = shared.now();
     flight.landed = true;
-    shared.with(|state| state.conclude(flight.id, &report, now));
+    let outcome = shared.with(|state| state.conclude(flight.id, &report, now));
+    shared.metrics.attempted(outcome, took);
     shared.news.notify_one();
     shared.flush().await;
 }

@@ -5,6 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use buttress_core::testing::{advance, settle};
+use buttress_delivery::Selector;
 use common::*;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 
@@ -104,6 +105,22 @@ async fn deliveries_attempts_and_what_is_held() {
     assert_eq!(
         now["webhook_deliveries_total{name=shop,status=failed}"],
         1.0
+    );
+
+    // Taken back while its attempt is under way, which fails: its last.
+    receiver.push(status(500).after(millis(250)));
+    webhooks.emit(event("e")).await.unwrap();
+    advance(millis(100)).await;
+    assert_eq!(webhooks.status().in_flight, 1);
+    webhooks.unregister(Selector::all()).await;
+    advance(millis(200)).await;
+    settle().await;
+    let now = values(&snapshotter, &mut held);
+    assert_eq!(now["webhook_queue_depth{name=shop}"], 0.0);
+    assert_eq!(now["webhook_attempts_total{name=shop,outcome=failed}"], 1.0);
+    assert_eq!(
+        now["webhook_attempts_total{name=shop,outcome=retrying}"],
+        0.0
     );
 
     // What is gone with its owner is not held any more.
