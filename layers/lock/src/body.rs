@@ -89,8 +89,9 @@ impl<B: Body> CutBody<B> {
     pub(crate) fn new(body: B, lease: Option<Lease>) -> Self {
         let watch = lease.as_ref().filter(|_| !body.is_end_stream());
         let watch = watch.and_then(|lease| {
+            let lost = lease.lost()?;
             let refusal = lease.core().lost();
-            lease.lost().map(|lost| Watch { lost, refusal })
+            Some(Watch { lost, refusal })
         });
         Self {
             body: Some(LockedBody::new(body, lease)),

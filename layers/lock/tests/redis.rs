@@ -288,7 +288,7 @@ async fn a_lost_lock_cuts_where_that_is_asked_for() {
 #[tokio::test]
 async fn without_redis_requests_are_refused_at_once_or_pass() {
     let mut server = Server::start().await;
-    let config = Config::new(server.url()).timeout(Duration::from_millis(250));
+    let config = Config::new(server.url()).timeout(Duration::from_secs(1));
     let redis = Redis::from_config(config).unwrap();
     redis.connect().await.unwrap();
     let deny = process(&redis).wait(LONG).build().unwrap();
@@ -326,25 +326,27 @@ async fn without_redis_requests_are_refused_at_once_or_pass() {
 #[tokio::test]
 async fn a_lease_outlasts_a_short_outage() {
     let server = Server::start().await;
-    let config = Config::new(server.url()).timeout(Duration::from_millis(100));
+    let config = Config::new(server.url())
+        .timeout(Duration::from_millis(300))
+        .connect_timeout(Duration::from_secs(5));
     let redis = Redis::from_config(config).unwrap();
     redis.connect().await.unwrap();
-    let lease = Duration::from_secs(4);
+    let lease = Duration::from_secs(5);
     let layer = process(&redis).ttl(lease).build().unwrap();
     let held = layer.layer(service_fn(serve)).oneshot(order("1")).await;
     let held = held.unwrap();
     let fence = fence_of(&held).unwrap();
     // Across the first extension, after a third of it.
-    sleep(Duration::from_millis(1100)).await;
+    sleep(Duration::from_millis(1500)).await;
     server.pause();
-    sleep(Duration::from_millis(700)).await;
+    sleep(Duration::from_millis(800)).await;
     server.resume();
     let mut watch = redis.watch();
     while !redis.is_up() {
         timeout(LONG, watch.changed()).await.unwrap();
     }
     // Tried again in time: past the end that the lease had.
-    sleep(Duration::from_millis(2600)).await;
+    sleep(Duration::from_millis(3100)).await;
     assert!(fence.is_held());
     drop(held);
 }

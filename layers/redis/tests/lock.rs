@@ -366,10 +366,12 @@ async fn foreign_values_are_healed() {
 #[tokio::test]
 async fn a_server_that_is_gone_is_an_error_in_time() {
     let mut server = Server::start().await;
-    let config = Config::new(server.url()).timeout(Duration::from_millis(250));
+    let config = Config::new(server.url())
+        .timeout(Duration::from_millis(400))
+        .connect_timeout(Duration::from_secs(5));
     let redis = Redis::from_config(config).unwrap();
     redis.connect().await.unwrap();
-    let lease = Duration::from_secs(2);
+    let lease = Duration::from_secs(3);
     let lock = redis.lock("x").ttl(lease).take().await.unwrap();
     let until = lock.valid_until();
     server.pause();
@@ -422,7 +424,9 @@ async fn in_a_cluster_its_keys_are_of_one_slot() {
 #[tokio::test]
 async fn a_taking_that_timed_out_is_given_back() {
     let server = Server::start().await;
-    let config = Config::new(server.url()).timeout(Duration::from_millis(250));
+    let config = Config::new(server.url())
+        .timeout(Duration::from_millis(400))
+        .connect_timeout(Duration::from_secs(5));
     let redis = Redis::from_config(config).unwrap();
     redis.connect().await.unwrap();
     server.pause();
