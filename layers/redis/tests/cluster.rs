@@ -23,7 +23,7 @@ fn set(key: &Key) -> Cmd {
 }
 
 fn handle(cluster: &Cluster) -> Redis {
-    Redis::from_config(Config::new(cluster.url()).timeout(100 * MS)).unwrap()
+    Redis::from_config(Config::new(cluster.url()).timeout(250 * MS)).unwrap()
 }
 
 /// A key for each node.
@@ -136,7 +136,7 @@ async fn lives_without(redis: &Redis, keys: &[Key], victim: usize) {
         assert!(tried <= 6, "{error:?}");
     }
     assert!(redis.is_up(), "the others are there");
-    let mut failed = 0;
+    let mut failed = Vec::new();
     let mut waited = 0;
     while clock::now() - began < 1500 * MS {
         for (node, key) in keys.iter().enumerate() {
@@ -145,14 +145,17 @@ async fn lives_without(redis: &Redis, keys: &[Key], victim: usize) {
             if node == victim {
                 let error = result.unwrap_err();
                 waited += usize::from(error.kind() != ErrorKind::Gone);
-            } else if result.is_err() {
-                failed += 1;
+            } else {
+                failed.extend(result.err());
             }
-            assert!(clock::now() - one < 400 * MS);
+            assert!(clock::now() - one < 600 * MS);
         }
         sleep(2 * MS).await;
     }
-    assert_eq!(failed, 0, "what the others have is untouched");
+    assert!(
+        failed.is_empty(),
+        "what the others have is untouched: {failed:?}"
+    );
     assert_eq!(waited, 0, "it is not tried until it is back");
 }
 

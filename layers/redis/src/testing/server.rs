@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use redis::{Client, Cmd, FromRedisValue};
+use redis::{AsyncConnectionConfig, Client, Cmd, FromRedisValue};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::{
@@ -272,8 +272,13 @@ impl Server {
         }
         let failed = |cause| Error::caused("test", cause);
         let exchange = async {
+            // One time limit is enough: theirs is half a second.
+            let config = AsyncConnectionConfig::new()
+                .set_connection_timeout(None)
+                .set_response_timeout(None);
             let client = Client::open(self.url())?;
-            let mut connection = client.get_multiplexed_async_connection().await?;
+            let connected = client.get_multiplexed_async_connection_with_config(&config);
+            let mut connection = connected.await?;
             cmd.query_async(&mut connection).await
         };
         match timeout(PATIENCE, exchange).await {
