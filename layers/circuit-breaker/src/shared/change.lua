@@ -1,5 +1,5 @@
--- A breaker's record is a hash: v version, s state, u its end and t its
--- beginning by this server's clock in ms, w the longest it may last, o who
+-- A breaker's record is a hash: v version, s state, u its end and t when it
+-- happened by this server's clock in ms, w the longest it may last, o who
 -- wrote; and a vote for each node, n:<node>, which counts until its value.
 -- The index has all records of the fleet by version, and when it was begun
 -- as e:<us> at 0.
@@ -61,7 +61,7 @@ local function set(state, ends)
   end
   if before == 0 then redis.call('ZADD', idx, 0, string.format('e:%.0f', us)) end
   v = math.max(us, before + 1, v + 1, base + 1)
-  s, u, w, t, o = state, ends, math.max(0, ends - now), now, me
+  s, u, w, t, o = state, ends, math.max(0, ends - now), math.max(0, now - age), me
   local version = string.format('%.0f', v)
   redis.call('HSET', rec, 'v', version, 's', s, 'u', string.format('%.0f', u),
     'w', string.format('%.0f', w), 't', string.format('%.0f', t), 'o', o)
@@ -120,6 +120,7 @@ elseif op == 'claim' or op == 'seize' then
   local seize = op == 'seize' and (s == 'o' or s == 'p' or s ~= 'c' and fresh)
   if seize or mine or lapsed or s == 'o' and u - now <= AHEAD then
     local from = now
+    age = 0
     if s == 'o' and not seize and u > now then from = u end
     set('p', from + wait)
     verdict = 'took'

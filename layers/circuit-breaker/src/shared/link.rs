@@ -201,9 +201,11 @@ impl Link {
         self.inner.lock().read = true;
     }
 
-    /// Whether there is something that the fleet does not know.
+    /// Whether there is something that the fleet does not know, or that is
+    /// not known of it.
     pub(crate) fn is_pending(&self) -> bool {
-        self.inner.lock().is_pending()
+        let inner = self.inner.lock();
+        inner.is_pending() || inner.read
     }
 
     /// What is to be asked now. Until there is an answer, or word that there
@@ -420,7 +422,8 @@ impl Link {
         let new = {
             let mut inner = self.inner.lock();
             if inner.is_pending() {
-                // The answer to that will tell.
+                // The answer to that may be from before this.
+                inner.read = true;
                 return;
             }
             if !self.by_hand && view.state.is_override() {
@@ -431,8 +434,11 @@ impl Link {
             inner.know(seen, now);
             new
         };
-        follow(cell, &view, seen.standing, new, now);
-        if !new && matches!(seen.standing, Standing::Closed) {
+        // Probing by hand that is nobody else's business goes on.
+        let unfounded = self.by_hand && view.state == State::HalfOpen;
+        let closed = matches!(seen.standing, Standing::Closed);
+        follow(cell, &view, seen.standing, new || unfounded && !closed, now);
+        if !new && closed {
             cell.give_leave(view.generation);
         }
     }

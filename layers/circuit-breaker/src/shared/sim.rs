@@ -90,7 +90,7 @@ impl Server {
         }
     }
 
-    fn set(&mut self, state: State, until: u64, base: u64, now: u64, node: NodeId) {
+    fn set(&mut self, state: State, until: u64, base: u64, [now, at]: [u64; 2], node: NodeId) {
         let previous = self.top;
         if previous == 0 {
             self.epochs += 1;
@@ -106,7 +106,7 @@ impl Server {
         record.state = state;
         record.until = until;
         record.longest = until.saturating_sub(now);
-        record.since = now;
+        record.since = at;
         record.owner = Some(node);
         self.told.push(Told {
             version,
@@ -133,9 +133,10 @@ impl Server {
         }
         let millis = |span: Duration| u64::try_from(span.as_nanos().div_ceil(1_000_000)).unwrap();
         let age = u64::try_from(request.age.as_millis()).unwrap();
+        let at = now.saturating_sub(age);
         let record = &self.record;
         let (state, until) = (record.state, record.until);
-        let fresh = record.version == base || record.since <= now.saturating_sub(age);
+        let fresh = record.version == base || record.since <= at;
         let mine = state == State::HalfOpen && record.owner == Some(node);
         let lapsed = state == State::HalfOpen && until <= now;
         let open_or_lapsed = state == State::Open || lapsed;
@@ -149,16 +150,16 @@ impl Server {
                 let again = reopens && (mine || fresh && open_or_lapsed);
                 if again || state == State::Closed && fresh {
                     if self.quorum <= 1 || self.vote(now, wait, node) >= self.quorum {
-                        self.set(State::Open, now + wait, base, now, node);
+                        self.set(State::Open, now + wait, base, [now, at], node);
                         verdict = Verdict::Took;
                     } else {
                         if again {
-                            self.set(State::Open, now, base, now, node);
+                            self.set(State::Open, now, base, [now, at], node);
                         }
                         verdict = Verdict::Voted;
                     }
                 } else if extends && state == State::Open && now + wait > until {
-                    self.set(State::Open, now + wait, base, now, node);
+                    self.set(State::Open, now + wait, base, [now, at], node);
                     verdict = Verdict::Took;
                 }
             }
@@ -172,7 +173,13 @@ impl Server {
                     } else {
                         now
                     };
-                    self.set(State::HalfOpen, from + millis(lease), base, now, node);
+                    self.set(
+                        State::HalfOpen,
+                        from + millis(lease),
+                        base,
+                        [now, now],
+                        node,
+                    );
                     verdict = Verdict::Took;
                 }
             }
@@ -184,7 +191,7 @@ impl Server {
                     self.record.votes.remove(&node);
                 } else if state == State::Closed || mine || fresh && open_or_lapsed {
                     self.record.votes.clear();
-                    self.set(State::Closed, now, base, now, node);
+                    self.set(State::Closed, now, base, [now, at], node);
                     verdict = Verdict::Took;
                 }
             }
@@ -194,7 +201,7 @@ impl Server {
                     if to != State::Open {
                         self.record.votes.clear();
                     }
-                    self.set(to, now + millis(wait), base, now, node);
+                    self.set(to, now + millis(wait), base, [now, at], node);
                 }
             }
             Op::Hand { .. } => {}
@@ -635,5 +642,113 @@ proptest! {
         connected in any::<bool>(),
     ) {
         run(count, quorum, &steps, connected);
+    }
+}
+
+/// The script and its model, told the same: of spans so long or so short that
+/// a millisecond between the two makes no difference.
+#[tokio::test]
+async fn the_model_is_the_script() {
+    use super::script::{Answer, Scripts, read};
+
+    let server = buttress_redis::testing::Server::start().await;
+    let redis = server.redis();
+    let scripts = Scripts::new();
+    let keys = redis.keyspace("circuit-breaker");
+    let hour = Duration::from_secs(3600);
+    let random = buttress_core::random::SharedRandom::default();
+    for round in 0..40_u64 {
+        let quorum = 1 + round as usize % 3;
+        let index = keys.tag([round.to_string()]);
+        let record = index.clone().segment("x");
+        let mut model = Server {
+            record: BLANK,
+            top: 0,
+            epoch: 0,
+            epochs: 0,
+            quorum,
+            skew: 0,
+            told: Vec::new(),
+        };
+        // The versions are not the same, but which of them it is.
+        let (mut ours, mut theirs) = (0, 0);
+        let mut log = String::new();
+        for step in 0..40 {
+            let mut roll = random.next_u64();
+            let mut dice = |sides: u64| {
+                let rolled = roll % sides;
+                roll /= sides;
+                rolled
+            };
+            let span = [Duration::ZERO, hour][dice(2) as usize];
+            let op = match dice(9) {
+                0 => Op::Read,
+                1 => Op::Trip {
+                    wait: span,
+                    extend: false,
+                },
+                // Never the same twice.
+                2 => Op::Trip {
+                    wait: hour * (10 + step),
+                    extend: true,
+                },
+                3 => Op::Reopen { wait: span },
+                4 | 5 => Op::Claim {
+                    lease: span,
+                    by_hand: dice(4) == 0,
+                },
+                6 => Op::Close,
+                _ => Op::Hand {
+                    to: [
+                        State::Closed,
+                        State::Open,
+                        State::ForcedOpen,
+                        State::ForcedClosed,
+                        State::MetricsOnly,
+                    ][dice(5) as usize],
+                    wait: span,
+                },
+            };
+            let node = NodeId(dice(3));
+            let known = dice(2) == 0;
+            let mut request = Request {
+                op,
+                base: if known { ours } else { 0 },
+                age: [Duration::ZERO, 2 * hour][dice(2) as usize],
+                generation: 0,
+            };
+            let mut time = buttress_redis::Cmd::new();
+            time.arg("TIME");
+            let (secs, micros): (u64, u64) = redis.run("test", &time).await.unwrap();
+            let expected = model.ask(&request, secs * 1000 + micros / 1000, node);
+            request.base = if known { theirs } else { 0 };
+            let keys = [&record, &index];
+            let quorum = u32::try_from(quorum).unwrap();
+            let call = scripts.change(keys, &request, node, quorum, "channel");
+            let answer = redis.call::<Answer>("test", &call).await.unwrap();
+            let reply = read(answer).unwrap();
+            let _ = writeln!(log, "{node} {request:?}\n  {expected:?}\n  {reply:?}");
+            let near = |one: Duration, two: Duration| one.abs_diff(two) < Duration::from_secs(60);
+            let same = match (expected.seen.standing, reply.seen.standing) {
+                (Standing::Open(one), Standing::Open(two)) => near(one, two),
+                (
+                    Standing::Probing {
+                        left: one,
+                        ours: mine,
+                    },
+                    Standing::Probing {
+                        left: two,
+                        ours: its,
+                    },
+                ) => mine == its && near(one, two),
+                (one, two) => one == two,
+            };
+            let changed = (expected.seen.version != ours, reply.seen.version != theirs);
+            assert!(
+                same && expected.verdict == reply.verdict && changed.0 == changed.1,
+                "{log}"
+            );
+            (ours, theirs) = (expected.seen.version, reply.seen.version);
+        }
     }
 }
