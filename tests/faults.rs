@@ -143,6 +143,7 @@ impl Load {
     }
 
     /// Nobody has seen an error; and so long did it take at first, and later.
+    #[expect(clippy::print_stdout, reason = "figures, for who asks for them")]
     async fn end(mut self, fault: &str, failed: Instant) {
         self.correct().await;
         sleep(Duration::from_millis(300)).await;
