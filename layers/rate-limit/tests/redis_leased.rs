@@ -364,6 +364,12 @@ async fn a_quota_replaced_or_made_whole_is_heeded() {
         limit.check(&key).await.unwrap();
     }
     assert!(limit.check(&key).await.is_err());
+    // What is given back is to be had here at once.
+    handle.refund("all", &key, 3).await.unwrap();
+    for _ in 0..3 {
+        limit.check(&key).await.unwrap();
+    }
+    assert!(limit.check(&key).await.is_err());
     assert!(handle.reset("all", &key).await.unwrap());
     limit.check(&key).await.unwrap();
     handle.set_quota("all", Quota::per_second(1_000)).unwrap();
