@@ -6,7 +6,7 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 use buttress_core::{
     Head, Refusal, RefusalKind, clock,
     key::{self, Key},
-    testing::web,
+    testing::{ReadinessProbe, Step, web},
 };
 use buttress_rate_limit::{
     HeaderFormat, Limit, Quota, RateLimitBuilder, RateLimitInfo, RateLimitLayer,
@@ -483,6 +483,20 @@ async fn errors_where_it_is_no_http() {
 async fn readiness_goes_with_the_request() {
     let server = Server::start().await;
     let layer = layer(&server.redis(), Quota::per_hour(1000));
+    ReadinessProbe::new(
+        || request("a"),
+        |_: &Request<Body>| Step::<Response<Body>, Infallible>::ok(web::response(200, "")),
+    )
+    .check(&layer)
+    .await;
+    let numbers = RateLimitLayer::any()
+        .limit(Limit::any(Quota::per_hour(1000)))
+        .redis(&server.redis())
+        .build()
+        .unwrap();
+    ReadinessProbe::new(|| 1, |n: &u32| Step::<u32, Infallible>::ok(*n))
+        .check(&numbers)
+        .await;
     let mut service = layer.layer(ConcurrencyLimit::new(service_fn(ok), 1));
     for _ in 0..3 {
         service

@@ -82,8 +82,7 @@ impl Backed {
         if let Some(decision) = self.fleet.decide_now(asks, detail) {
             return Some(Outcome::Decided(decision));
         }
-        // The server has no say in what costs nothing or never fits; and who
-        // would ask it now would only hear that it is gone.
+        // Who would ask it now would only hear that it is gone.
         (!is_up).then(|| self.without(asks, detail, true))
     }
 

@@ -301,7 +301,10 @@ impl Lanes {
             match asked.answer(&lanes.ground, limit, &call).await {
                 Ok((now, mut states)) => {
                     let mut found = Vec::with_capacity(waiting.len());
-                    for (one, indices) in waiting.iter().zip(&plan.checks) {
+                    let mut rest = &plan.indices[..];
+                    for one in &waiting {
+                        let (indices, behind) = rest.split_at(one.check.len());
+                        rest = behind;
                         found.push(match indices[..] {
                             [index] => States::One([states[index]]),
                             _ => States::Several(indices.iter().map(|&i| states[i]).collect()),
@@ -514,8 +517,8 @@ struct Plan {
     /// The keys, no two alike: in which check and which of its charges each
     /// comes first.
     keys: Vec<(usize, usize)>,
-    /// Of each check the indices of its keys.
-    checks: Vec<Vec<usize>>,
+    /// Of each charge of each check the index of its key.
+    indices: Vec<usize>,
     /// How often each key is checked, where all checks are alike.
     alike: Option<Vec<u32>>,
 }
@@ -526,7 +529,7 @@ impl Plan {
         let mut plan = Self {
             count: 0,
             keys: Vec::with_capacity(waiting.len()),
-            checks: Vec::with_capacity(waiting.len()),
+            indices: Vec::with_capacity(waiting.len()),
             alike: Some(Vec::with_capacity(waiting.len())),
         };
         let mut indices: HashMap<(usize, KeyId), usize> = HashMap::with_capacity(waiting.len());
@@ -548,7 +551,6 @@ impl Plan {
             if !is_alike {
                 plan.alike = None;
             }
-            let mut of_check = Vec::with_capacity(one.check.len());
             for (which, charge) in one.check.iter().enumerate() {
                 let index = *indices.entry((charge.limit, charge.id)).or_insert_with(|| {
                     plan.keys.push((number, which));
@@ -560,9 +562,8 @@ impl Plan {
                 if let Some(counts) = &mut plan.alike {
                     counts[index] += 1;
                 }
-                of_check.push(index);
+                plan.indices.push(index);
             }
-            plan.checks.push(of_check);
             plan.count += 1;
         }
         plan
@@ -579,9 +580,12 @@ impl Plan {
                 cost: first.cost,
             });
         }
-        let checks = waiting.iter().zip(&self.checks).map(|(one, indices)| {
+        let mut indices = self.indices.iter().copied();
+        let checks = waiting.iter().map(|one| {
             let costs = one.check.iter().map(|charge| charge.cost);
-            indices.iter().copied().zip(costs).collect()
+            // In this order: the one that ends first is asked first.
+            let pairs = costs.zip(indices.by_ref());
+            pairs.map(|(cost, index)| (index, cost)).collect()
         });
         scripts.checks(&Mixed {
             keys: self

@@ -50,8 +50,8 @@
 //! as far as the time it sent the question tells, at most
 //! [`max_keys`](crate::Limit::max_keys) of them. What does not fit by that is
 //! refused without asking. That holds as long as nobody gives anything back:
-//! another process's [`FleetHandle::reset`] is noticed only when the request
-//! would have been let in without it. Where
+//! another process's [`FleetHandle::reset`], or a key that was deleted by hand,
+//! is noticed only when the request would have been let in without it. Where
 //! [`refund_if`](RateLimitBuilder::refund_if) is set, and for several limits in
 //! a cluster, nothing is refused so.
 
@@ -233,6 +233,17 @@ impl<V: View> RateLimitBuilder<V, Errors, InRedis> {
         self.fleet(|_| false).map(FleetLayer::new)
     }
 }
+
+/// What a server stack asks of a layer.
+const _: fn() = || {
+    fn fits<T: Clone + Send + Sync + 'static>() {}
+    fn sent<T: Send>() {}
+    fits::<FleetLayer>();
+    fits::<FleetLayer<buttress_core::Any<std::cell::Cell<u8>>, Errors>>();
+    fits::<FleetRateLimit<()>>();
+    sent::<ResponseFuture<(), (), (), ()>>();
+    sent::<ErrorFuture<(), buttress_core::Http, (), ()>>();
+};
 
 /// What a fleet's layer, its services and their futures have in common.
 pub(crate) struct FleetShared<V: View, M> {

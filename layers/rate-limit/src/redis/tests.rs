@@ -438,6 +438,79 @@ async fn dropped_checks_strand_nobody_and_charge_once_at_most() {
     assert!((49..=51).contains(&charged), "{charged} charged");
 }
 
+/// Several threads, and checks that are dropped at any point of their way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn in_a_crowd_each_check_is_charged_once_or_dropped() {
+    let it = Harness::new().await;
+    let gcra = Quota::per_second(1000).burst(1_000_000).check().unwrap();
+    let ask = it.ask(3, "a", 1, gcra);
+    it.strict
+        .decide(std::slice::from_ref(&ask), Detail::None)
+        .await
+        .unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..64_u64 {
+        let (strict, ask) = (Arc::clone(&it.strict), [ask.clone()]);
+        tasks.spawn(async move {
+            let mut dice = Dice(task + 1);
+            let (mut passed, mut dropped) = (0, 0);
+            for _ in 0..50 {
+                let mut check = Box::pin(strict.decide(&ask, Detail::None));
+                let mut patience = match dice.below(3) {
+                    0 => 1 + dice.below(4),
+                    _ => u64::MAX,
+                };
+                let done = std::future::poll_fn(|cx| {
+                    if let std::task::Poll::Ready(done) = check.as_mut().poll(cx) {
+                        return std::task::Poll::Ready(Some(done));
+                    }
+                    patience -= 1;
+                    if patience <= 4 {
+                        cx.waker().wake_by_ref();
+                    }
+                    if patience == 0 {
+                        return std::task::Poll::Ready(None);
+                    }
+                    std::task::Poll::Pending
+                });
+                match done.await {
+                    Some(decision) => {
+                        assert_eq!(decision.unwrap().verdict, Verdict::Pass);
+                        passed += 1;
+                    }
+                    None => dropped += 1,
+                }
+            }
+            (passed, dropped)
+        });
+    }
+    let all = async {
+        let mut sum = (1, 0);
+        while let Some(one) = tasks.join_next().await {
+            let (passed, dropped) = one.unwrap();
+            sum = (sum.0 + passed, sum.1 + dropped);
+        }
+        sum
+    };
+    let (passed, dropped) = tokio::time::timeout(Duration::from_secs(60), all)
+        .await
+        .unwrap();
+    assert!(passed > 1000 && dropped > 100, "{passed} and {dropped}");
+    // What was dropped may be under way yet.
+    for _ in 0..100 {
+        it.strict
+            .decide(std::slice::from_ref(&ask), Detail::None)
+            .await
+            .unwrap();
+    }
+    let (tat, now) = it.strict.peek(&ask).await.unwrap();
+    let charged = gcra.burst() - gcra.remaining(tat, now) - 100;
+    assert!(
+        (passed..=passed + dropped).contains(&charged),
+        "{charged} of {passed} to {dropped} more"
+    );
+}
+
 mod poll {
     use std::{
         future::Future,
