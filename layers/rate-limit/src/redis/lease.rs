@@ -22,13 +22,13 @@
 //! no more through than
 //!
 //! ```text
-//! burst + t × limit / period + N × ⌈1.25 k⌉
+//! burst + t × limit / period + N × 1.25 k
 //! ```
 //!
 //! for a token is in Redis, in a share, or spent: it moves, and only time makes
 //! more. The last term is what was in the shares when the span began; from an
 //! unused quota on, it is nothing. What a process holds that was killed, or
-//! whose answer from Redis was lost, nobody spends: `⌈1.25 k⌉` at most, and an
+//! whose answer from Redis was lost, nobody spends: `1.25 k` at most, and an
 //! answer, until time has brought it back.
 //!
 //! What waits in a process for the same answer counts with its share until it
@@ -60,6 +60,45 @@ use self::{share::MOST, store::Shares};
 
 /// How much of a quota a process takes ahead: see
 /// [`Mode::Leased`](super::Mode::Leased).
+///
+/// A share is of tokens that are charged in Redis already. It is asked for
+/// again in the background before it is used up; it grows under load, to
+/// [`share`](Self::share), and near the limit it shrinks to the one token that
+/// a request needs, for Redis gives ahead an eighth of what is left at most.
+/// What is not used up in a quarter of the time in which the whole burst comes
+/// back (at least 100 ms, at most a second) is given back, and all of it at the
+/// end: [`FleetHandle::give_back`](super::FleetHandle::give_back), or when the
+/// last of the layer is dropped in a tokio runtime.
+///
+/// # How exact it is
+///
+/// With N processes and a share of k, in any span of time `t` all together let
+/// through at most
+///
+/// ```text
+/// burst + t × limit / period + N × 1.25 k
+/// ```
+///
+/// The last term is what they held when the span began: from an unused quota
+/// on, there is nothing of it, and what passes is within the bound of
+/// [`Mode::Strict`](super::Mode::Strict). A process that is killed takes what
+/// it holds with it, at most `1.25 k` and what its requests wait for, until
+/// time has brought it back; an answer that is lost, what it granted.
+///
+/// Where all processes ask for more than there is, each waits after a refusal
+/// for as long as the next token takes, or for a 64th to a 16th of the time in
+/// which the whole burst comes back, at most 250 ms, before it asks again:
+/// simulated, they pass 99 % or more of what strict lets pass within ten
+/// periods, from one process to 50 of ten requests a period each.
+///
+/// Remaining and Reset are what Redis said last and what is in hand: what other
+/// processes took since is not in them.
+///
+/// While Redis is gone a share is spent, and then it goes as
+/// [`on_store_error`](crate::RateLimitBuilder::on_store_error) says; what was
+/// not spent after three times the time that it is kept is lost. At most
+/// 100 000 keys of a limit (or its [`max_keys`](crate::Limit::max_keys)) have a
+/// share at a time; others are charged in Redis, one request at a time.
 ///
 /// ```
 /// use buttress_rate_limit::redis::{Lease, Mode};

@@ -76,6 +76,8 @@ pub(crate) struct Share {
     granted: u32,
     low: u32,
     granted_at: u64,
+    /// Until when what is in hand may be spent.
+    lapses_at: u64,
     used_at: u64,
     /// When the key owes nothing, by our clock, as the server told it last: at
     /// the earliest, for it is reckoned from when it was asked.
@@ -102,6 +104,7 @@ impl Share {
             granted: 0,
             low: 0,
             granted_at: 0,
+            lapses_at: 0,
             used_at: now,
             tat: Tat::default(),
             trip: 0,
@@ -121,6 +124,11 @@ impl Share {
         self.asking
     }
 
+    /// How long the last answer was under way.
+    pub(crate) const fn trip(&self) -> u64 {
+        self.trip
+    }
+
     /// How long a share is kept that is not used up, in nanoseconds.
     pub(crate) fn keep(&self) -> u64 {
         (self.gcra.window() / 4).clamp(KEEP_LEAST, KEEP_MOST)
@@ -134,11 +142,6 @@ impl Share {
         hold / 2 + hold / 2 * chance / 256
     }
 
-    /// Until when what is in hand may be spent.
-    fn lapses_at(&self) -> u64 {
-        self.granted_at + LAPSE * self.keep()
-    }
-
     /// From when on nothing is lost by forgetting it.
     pub(crate) fn spent_at(&self) -> u64 {
         if self.asking || self.waiting > 0 {
@@ -149,7 +152,7 @@ impl Share {
         let idle = self.used_at + KEEP_MOST;
         let idle = idle.max(known.min(self.used_at + 10 * KEEP_MOST));
         if self.tokens > 0 {
-            idle.max(self.lapses_at())
+            idle.max(self.lapses_at)
         } else {
             idle
         }
@@ -157,7 +160,7 @@ impl Share {
 
     /// What may be taken by who did not wait.
     fn free(&self, now: u64) -> u32 {
-        if self.tokens > 0 && now >= self.lapses_at() {
+        if now >= self.lapses_at {
             return 0;
         }
         self.tokens - self.reserved
@@ -229,9 +232,10 @@ impl Share {
         if self.asking || (self.waiting == 0 && !self.is_low(now)) {
             return None;
         }
-        let free = self.free(now);
+        // What is reserved is for some of those who wait.
+        let held = if now < self.lapses_at { self.tokens } else { 0 };
         let burst = self.gcra.burst();
-        let need = self.waiting.saturating_sub(free).min(burst).min(MOST);
+        let need = self.waiting.saturating_sub(held).min(burst).min(MOST);
         if need > 0 && now < self.hold {
             return None;
         }
@@ -257,7 +261,7 @@ impl Share {
     /// The answer to what was asked at `sent`.
     pub(crate) fn answered(&mut self, sent: u64, now: u64, want: Want, grant: Grant) {
         self.asking = false;
-        if now >= self.lapses_at() {
+        if now >= self.lapses_at {
             self.tokens = 0;
             self.reserved = 0;
         }
@@ -284,6 +288,7 @@ impl Share {
         if grant.granted > 0 {
             // It was charged after that, so that it is no older.
             self.granted_at = sent;
+            self.lapses_at = sent + LAPSE * self.keep();
         }
     }
 
@@ -304,7 +309,7 @@ impl Share {
         if self.tokens == 0 || self.asking || (!all && !stale) {
             return 0;
         }
-        if now >= self.lapses_at() {
+        if now >= self.lapses_at {
             self.tokens = self.reserved.min(self.tokens);
             return 0;
         }
@@ -321,6 +326,11 @@ impl Share {
     /// The quota was replaced: what the server said of the old one is void.
     pub(crate) fn requote(&mut self, gcra: Gcra) {
         self.gcra = gcra;
+        self.doubt();
+    }
+
+    /// Forgets what the server said last.
+    pub(crate) fn doubt(&mut self) {
         self.tat = Tat::default();
         self.hold = 0;
     }
@@ -339,6 +349,7 @@ impl Share {
             if self.tokens == 0 {
                 // It was charged at least as long ago as the last grant.
                 self.granted_at = self.granted_at.max(now.saturating_sub(self.keep() / 2));
+                self.lapses_at = self.granted_at + LAPSE * self.keep();
             }
             self.tokens += cost;
         }

@@ -76,8 +76,9 @@ struct Demand {
 struct Node {
     share: Share,
     demand: Demand,
-    /// Their costs, first come first served.
-    waiting: Vec<u32>,
+    /// Their costs, first come first served; and whether the answer that is
+    /// awaited is to a question in which they are counted.
+    waiting: Vec<(u32, bool)>,
     /// Their sum, and that of those before them whose answer was shared out
     /// last.
     wanted: u64,
@@ -175,7 +176,13 @@ impl Fleet {
         let mut most = 0;
         for node in &self.nodes {
             let bound = u64::from(part) + node.wanted;
-            assert!(u64::from(node.share.tokens()) <= bound, "more than a share");
+            assert!(
+                u64::from(node.share.tokens()) <= bound,
+                "more than a share at {now}: {:?} wanted {} waiting {:?}",
+                node.share,
+                node.wanted,
+                node.waiting
+            );
             most += bound;
         }
         assert!(self.outstanding() <= most, "more than all shares");
@@ -193,6 +200,7 @@ impl Fleet {
 
     /// Decides on one request. Whether it waits.
     fn decide(&mut self, index: usize, now: u64, cost: u32, may_wait: bool) {
+        let is_counted = !self.nodes[index].share.is_asking();
         let node = &mut self.nodes[index];
         match node.share.offer(now, cost, true) {
             Take::Pass => {
@@ -205,7 +213,7 @@ impl Fleet {
             }
             Take::Ask if may_wait => {
                 node.share.wait(now, cost);
-                node.waiting.push(cost);
+                node.waiting.push((cost, is_counted));
                 node.wanted += u64::from(cost);
                 self.ask(index, now);
             }
@@ -257,12 +265,12 @@ impl Fleet {
                 }
                 let want = Want { least, need, more };
                 node.share.answered(sent, now, want, Grant { granted, tat });
-                // Whoever came while it was on its way may wait once more.
                 let waiting = std::mem::take(&mut node.waiting);
-                node.wanted = waiting.iter().map(|&cost| u64::from(cost)).sum();
-                for cost in waiting {
+                node.wanted = waiting.iter().map(|&(cost, _)| u64::from(cost)).sum();
+                for (cost, was_counted) in waiting {
                     self.nodes[index].share.waited(cost);
-                    self.decide(index, now, cost, true);
+                    // Whoever was counted has its answer.
+                    self.decide(index, now, cost, !was_counted);
                 }
                 self.ask(index, now);
             }
@@ -445,7 +453,7 @@ fn demand() -> impl Strategy<Value = Demand> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     /// `check` asserts it after each event, over every span that ends there.
     #[test]
@@ -469,6 +477,9 @@ proptest! {
         fleet.run(6 * SECOND);
         // All that could still be in hand has been spent or given back.
         fleet.run(20 * SECOND);
+        for node in fleet.nodes.iter().filter(|node| node.alive) {
+            prop_assert_eq!(node.share.tokens(), 0, "{:?} {:?}", node.share, node.waiting);
+        }
         prop_assert_eq!(fleet.outstanding(), 0);
     }
 }

@@ -123,6 +123,9 @@ struct Joined<'a> {
     shares: &'a Shares,
     asks: &'a [FleetAsk],
     keys: u8,
+    /// For which of them the answer was to a question in which it is counted:
+    /// what is not there by then is refused.
+    counted: u8,
 }
 
 impl Drop for Joined<'_> {
@@ -202,7 +205,7 @@ impl Shares {
         match held.share.offer(now, ask.cost, self.ground.is_sure()) {
             Take::Pass => {
                 let is_low = held.share.spend(now, ask.cost);
-                let tat = held.share.arrival(now);
+                let tat = told(&held.share, now, detail);
                 let asked = if is_low {
                     self.ahead(ask, held, now)
                 } else {
@@ -212,28 +215,22 @@ impl Shares {
                 if let Some(asked) = asked {
                     self.send(vec![asked]);
                 }
-                Some(decided(
-                    std::slice::from_ref(ask),
-                    Verdict::Pass,
-                    &[tat],
-                    now,
-                    detail,
-                ))
+                let asks = std::slice::from_ref(ask);
+                Some(decided(asks, Verdict::Pass, &[tat], now, detail))
             }
-            // Of a server that is gone nothing is known.
-            Take::Wait(_) if !self.ground.redis.is_up() => None,
+            Take::Wait(_) if !self.ground.redis.is_up() => {
+                // Of a server that is gone nothing is known, and less of the
+                // one that comes back.
+                held.share.doubt();
+                None
+            }
             Take::Wait(wait) => {
-                let tat = held.share.arrival(now);
+                let tat = told(&held.share, now, detail);
                 drop(guard);
                 let limit = ask.limit;
                 let verdict = Verdict::Wait { limit, wait };
-                Some(decided(
-                    std::slice::from_ref(ask),
-                    verdict,
-                    &[tat],
-                    now,
-                    detail,
-                ))
+                let asks = std::slice::from_ref(ask);
+                Some(decided(asks, verdict, &[tat], now, detail))
             }
             Take::Never | Take::Ask => None,
         }
@@ -277,6 +274,10 @@ impl Shares {
         let mut states = [Tat::default(); MAX_LIMITS];
         let mut verdict = Verdict::Pass;
         let mut lacks = false;
+        // Of the last try only: what could be paid then may be gone by now.
+        let counted = joined
+            .as_deref_mut()
+            .map_or(0, |joined| mem::take(&mut joined.counted));
         let sure = self.ground.is_sure();
         // In the order of the limits, as everyone does.
         for (index, ask) in asks.iter().enumerate() {
@@ -296,8 +297,11 @@ impl Shares {
                         joined.keys &= !(1 << index);
                         held.share.waited(ask.cost);
                     }
-                    states[index] = held.share.arrival(now);
-                    held.share.offer(now, ask.cost, sure)
+                    states[index] = told(&held.share, now, detail);
+                    match held.share.offer(now, ask.cost, sure) {
+                        Take::Ask if counted & (1 << index) != 0 => Take::Wait(held.share.trip()),
+                        take => take,
+                    }
                 }
             };
             takes[index] = take;
@@ -330,7 +334,7 @@ impl Shares {
             if held.share.spend(now, ask.cost) {
                 asked.extend(self.ahead(ask, held, now));
             }
-            states[index] = held.share.arrival(now);
+            states[index] = told(&held.share, now, detail);
         }
         drop(guards);
         if !asked.is_empty() {
@@ -380,6 +384,7 @@ impl Shares {
             joined.keys |= 1 << index;
             if !held.share.is_asking() {
                 asked.extend(self.ask(ask, held, now));
+                joined.counted |= 1 << index;
             }
             flights.extend(held.flight.clone());
         }
@@ -422,6 +427,7 @@ impl Shares {
             shares: self,
             asks,
             keys: 0,
+            counted: 0,
         };
         for _ in 0..ROUNDS {
             let now = clock::now().as_nanos();
@@ -482,6 +488,11 @@ impl Shares {
                     return;
                 };
                 if !this.give_back(false).await {
+                    drop(broom);
+                    // What came since it looked found it still sweeping.
+                    if this.has_any() {
+                        this.sweep_later();
+                    }
                     return;
                 }
             }
@@ -528,6 +539,18 @@ impl Shares {
             let _ = given.await;
         }
         left
+    }
+
+    /// Whether anything is in hand, or on its way.
+    fn has_any(&self) -> bool {
+        let mut any = false;
+        for map in &self.maps {
+            map.for_each(|cell| {
+                let share = cell.held.as_ref().map(|held| &held.share);
+                any |= share.is_some_and(|share| share.tokens() > 0 || share.is_asking());
+            });
+        }
+        any
     }
 
     pub(super) async fn give_back_all(&self) {
@@ -606,16 +629,10 @@ impl Shares {
 impl Drop for Shares {
     /// Nobody is left who could spend it.
     fn drop(&mut self) {
-        let mut left = false;
-        for map in self.maps.iter().filter(|_| !self.last) {
-            let has_any = |cell: &Cell| {
-                cell.held
-                    .as_ref()
-                    .is_some_and(|held| held.share.tokens() > 0)
-            };
-            map.for_each(|cell| left |= has_any(cell));
+        if self.last || !self.has_any() {
+            return;
         }
-        if let (true, Ok(runtime)) = (left, runtime::Handle::try_current()) {
+        if let Ok(runtime) = runtime::Handle::try_current() {
             let last = Self {
                 ground: Arc::clone(&self.ground),
                 maps: mem::take(&mut self.maps),
@@ -730,6 +747,15 @@ impl Drop for Crew {
             let _ = asked.flight.error.set(Unanswered(None));
             asked.flight.land();
         }
+    }
+}
+
+/// What a client is told by, where it is told.
+#[inline]
+fn told(share: &Share, now: u64, detail: Detail) -> Tat {
+    match detail {
+        Detail::None => Tat::default(),
+        Detail::Tightest | Detail::All => share.arrival(now),
     }
 }
 
