@@ -216,7 +216,8 @@ impl Config {
     }
 
     /// How long it may take to connect. No operation waits for it longer than
-    /// its own time limit. Default: 500 ms; 1 ms to a minute.
+    /// its own time limit. Default: 500 ms; 1 ms to a minute. In a cluster each
+    /// node has half of it, and all together have it twice.
     ///
     /// Where packets are dropped, so long is also the wait for the next attempt
     /// to connect: with much more than the default it takes longer than a

@@ -290,6 +290,19 @@ async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
     }
 }
 
+/// Asks any node, and another where that one is silent.
+async fn learn_soon(shared: &Shared, link: &mut Link) -> Result<(), Error> {
+    let mut result = Err(Error::new(ErrorKind::Timeout, "connect"));
+    for _ in 0..3 {
+        result = match timeout(shared.timeout, learn(shared, link)).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(cause)) => Err(Error::caused("connect", cause)),
+            Err(_) => result,
+        };
+    }
+    result
+}
+
 async fn learn(shared: &Shared, link: &mut Link) -> Result<(), RedisError> {
     let mut slots = Cmd::new();
     slots.arg("CLUSTER").arg("SLOTS");
@@ -339,10 +352,14 @@ async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>)
             shared.keeper.mend(number);
         }
     };
-    let made = timeout(shared.connect_timeout, async {
+    let is_cluster = shared.gates.is_cluster();
+    // A cluster's nodes have half of it each, and are asked one after another
+    // for the others: a silent one must not spoil it.
+    let limit = shared.connect_timeout * if is_cluster { 2 } else { 1 };
+    let made = timeout(limit, async {
         let mut link = shared.dialer.link(number, ended).await.map_err(failed)?;
-        if shared.gates.is_cluster() {
-            learn(shared, &mut link).await.map_err(failed)?;
+        if is_cluster {
+            learn_soon(shared, &mut link).await?;
         }
         Ok(link)
     });

@@ -157,8 +157,8 @@ fn cluster(servers: &Servers, limit: Duration) -> RedisResult<ClusterClient> {
         .min_retry_wait(5)
         .max_retry_wait(20)
         .tcp_settings(tcp)
-        .connection_timeout(limit)
-        .response_timeout(limit);
+        .connection_timeout(limit / 2)
+        .response_timeout(limit / 2);
     #[cfg(feature = "tls")]
     let builder = if let redis::ConnectionAddr::TcpTls { .. } = servers.all[0].addr() {
         use tokio_rustls::rustls::crypto::{CryptoProvider, ring};

@@ -7,6 +7,26 @@
 //! | [`Cluster`] | three of them, with slots that move |
 //! | [`Wire`] | what is between us and a server: slow, stuck or cut |
 //!
+//! ```
+//! use buttress_redis::{Cmd, testing::Server};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), buttress_redis::Error> {
+//! let mut server = Server::start().await;
+//! let redis = server.redis();
+//! let mut get = Cmd::new();
+//! get.arg("GET").arg("answer");
+//!
+//! server.cmd::<()>(&["SET", "answer", "42"]).await;
+//! assert_eq!(redis.run::<i64>("get", &get).await?, 42);
+//!
+//! server.restart().await;
+//! redis.connect().await?;
+//! assert_eq!(redis.run::<Option<i64>>("get", &get).await?, None);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Time must be the real one: a paused clock would run ahead of the server.
 
 mod cluster;
