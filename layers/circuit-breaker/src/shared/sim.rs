@@ -626,7 +626,10 @@ fn run(count: usize, quorum: usize, steps: &[u64], connected: bool) {
         fleet.recover(connected);
     }));
     if let Err(panic) = result {
-        println!("{}", fleet.log);
+        #[expect(clippy::print_stdout, reason = "shown where the test fails")]
+        {
+            println!("{}", fleet.log);
+        }
         resume_unwind(panic);
     }
 }
