@@ -65,16 +65,6 @@ async fn ask<T: buttress_redis::FromRedisValue>(redis: &Redis, words: &[&str]) -
     redis.run("test", &cmd).await.unwrap()
 }
 
-/// The same of a server that can write nothing now, which a handle would skip.
-async fn tell<T: buttress_redis::FromRedisValue>(server: &Server, words: &[&str]) -> T {
-    let mut cmd = Cmd::new();
-    for word in words {
-        cmd.arg(word);
-    }
-    let mut connection = server.redis().dedicated().await.unwrap();
-    cmd.query_async(&mut connection).await.unwrap()
-}
-
 /// How often scripts were called.
 async fn calls(redis: &Redis) -> u64 {
     let text: String = ask(redis, &["INFO", "commandstats"]).await;
@@ -687,10 +677,12 @@ async fn a_bucket_of_tokens() {
 #[tokio::test]
 async fn in_a_cluster_limits_of_several_slots_are_all_or_none() {
     let server = Server::with(["--cluster-enabled", "yes"]).await;
-    tell::<()>(&server, &["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).await;
+    server
+        .cmd::<()>(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"])
+        .await;
     let began = clock::now();
     loop {
-        let state: String = tell(&server, &["CLUSTER", "INFO"]).await;
+        let state: String = server.cmd(&["CLUSTER", "INFO"]).await;
         if state.contains("cluster_state:ok") {
             break;
         }
@@ -795,18 +787,18 @@ async fn a_server_that_cannot_is_as_one_that_is_gone() {
             &["REPLICAOF", "NO", "ONE"],
         ),
     ] {
-        tell::<()>(&server, breaks).await;
+        server.cmd::<()>(breaks).await;
         for _ in 0..4 {
             assert_eq!(send(&deny, "a").await.status(), 503, "{breaks:?}");
         }
         assert_eq!(send(&local, "a").await.status(), 200, "{breaks:?}");
-        tell::<()>(&server, mends).await;
+        server.cmd::<()>(mends).await;
         let began = clock::now();
         while send(&deny, "b").await.status() != 200 {
             assert!(clock::now() - began < Duration::from_secs(10), "{mends:?}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        tell::<()>(&server, &["FLUSHALL"]).await;
+        server.cmd::<()>(&["FLUSHALL"]).await;
         deny.handle()
             .reset("default", &key::header("x-key").key("b"))
             .await
