@@ -423,3 +423,23 @@ async fn keys_without_room_for_a_share_are_charged_in_redis() {
         }
     }
 }
+
+/// A token that was charged under one quota pays for none under a dearer one.
+#[tokio::test]
+async fn what_was_taken_ahead_is_worth_what_was_paid_for_it() {
+    let server = Server::start().await;
+    let layer = node(&server, Quota::per_second(1_000));
+    let handle = layer.handle();
+    let limit = handle.limit("all").unwrap();
+    let key = Key::global();
+    // So that the share has grown.
+    for _ in 0..300 {
+        limit.check(&key).await.unwrap();
+    }
+    handle.set_quota("all", Quota::per_hour(10)).unwrap();
+    let mut passed = 0;
+    for _ in 0..100 {
+        passed += u32::from(limit.check(&key).await.is_ok());
+    }
+    assert!((1..=10).contains(&passed), "{passed}");
+}

@@ -47,7 +47,9 @@ mod share;
 mod sim;
 mod store;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant as Deadline, timeout_at};
 
 use super::{
     ask::FleetAsk,
@@ -132,7 +134,11 @@ impl Lease {
     }
 }
 
+/// How much later than an operation's time a request's is over.
+const GRACE: Duration = Duration::from_millis(5);
+
 pub(crate) struct Leased {
+    ground: Arc<Ground>,
     shares: Arc<Shares>,
     /// For what has no share.
     strict: Strict,
@@ -143,7 +149,8 @@ impl Leased {
     pub(crate) fn new(ground: Arc<Ground>, lease: Lease) -> Self {
         Self {
             shares: Shares::new(Arc::clone(&ground), lease.share),
-            strict: Strict::new(ground),
+            strict: Strict::new(Arc::clone(&ground)),
+            ground,
         }
     }
 
@@ -158,11 +165,16 @@ impl Leased {
         asks: &[FleetAsk],
         detail: Detail,
     ) -> Result<Decision, Unanswered> {
+        // What the shares were waited for counts. Later than the call's own
+        // time limit, of which the gate has to hear.
+        let deadline = Deadline::now() + self.ground.redis.timeout() + GRACE;
         match self.shares.decide(asks, detail).await? {
             Some(decision) => Ok(decision),
             // There is no room for another share, or others were quicker time
             // and again.
-            None => self.strict.decide(asks, detail).await,
+            None => timeout_at(deadline, self.strict.decide(asks, detail))
+                .await
+                .unwrap_or(Err(Unanswered(None))),
         }
     }
 

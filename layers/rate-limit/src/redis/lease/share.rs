@@ -1,5 +1,7 @@
 //! One key's share: pure, `now` is an argument.
 
+use std::mem;
+
 use crate::gcra::{Gcra, Ruling, Tat};
 
 /// A share is asked for again when what is left of the last grant is this part
@@ -89,6 +91,9 @@ pub(crate) struct Share {
     /// How often in a row, more or less, the server had not enough.
     short: u8,
     asking: bool,
+    /// The key was made whole since it was asked for: what the answer says may
+    /// be of before.
+    void: bool,
 }
 
 impl Share {
@@ -111,6 +116,7 @@ impl Share {
             hold: 0,
             short: 0,
             asking: false,
+            void: false,
         }
     }
 
@@ -262,13 +268,21 @@ impl Share {
     /// The answer to what was asked at `sent`.
     pub(crate) fn answered(&mut self, sent: u64, now: u64, want: Want, grant: Grant) {
         self.asking = false;
+        if mem::take(&mut self.void) {
+            // What was charged after the reset all the same, time brings back.
+            return;
+        }
         if now >= self.lapses_at {
             self.tokens = 0;
             self.reserved = 0;
         }
         self.trip = now.saturating_sub(sent);
         self.tat = grant.tat;
-        if grant.granted < want.need {
+        // Of several keys each is given or none: this one may have had enough.
+        let for_another = grant.granted == 0
+            && want.least > 0
+            && self.gcra.pass(grant.tat, sent, want.least).is_some();
+        if grant.granted < want.need && !for_another {
             // Others take what comes back before us: to ask more often than
             // anything is left would only cost the server.
             let fresh = sent > self.hold + self.keep();
@@ -296,6 +310,7 @@ impl Share {
     /// There is no answer. What may have been charged is lost.
     pub(crate) fn failed(&mut self) {
         self.asking = false;
+        self.void = false;
     }
 
     /// A charge that was taken back is made once more.
@@ -324,10 +339,17 @@ impl Share {
         back
     }
 
-    /// The quota was replaced: what the server said of the old one is void.
-    pub(crate) fn requote(&mut self, gcra: Gcra) {
-        self.gcra = gcra;
-        self.doubt();
+    /// The quota is another one from now on: what the server said of the old one
+    /// is void. Whether that can be: a token is worth what was paid for it, to
+    /// be spent and to be given back, and what is in hand or on its way was
+    /// charged under the old one.
+    pub(crate) fn requote(&mut self, gcra: Gcra) -> bool {
+        let is_idle = self.tokens == 0 && self.waiting == 0 && !self.asking;
+        if is_idle {
+            self.gcra = gcra;
+            self.doubt();
+        }
+        is_idle
     }
 
     /// Forgets what the server said last.
@@ -340,7 +362,8 @@ impl Share {
     pub(crate) fn reset(&mut self) {
         self.tokens = 0;
         self.reserved = 0;
-        self.requote(self.gcra);
+        self.void = self.asking;
+        self.doubt();
     }
 
     /// Takes a charge back that was paid from here. Whether there is room.
@@ -512,5 +535,48 @@ mod tests {
         assert!(!share.refund(START, 1, 10));
         share.withdraw(3);
         assert_eq!(share.tokens(), 7);
+    }
+
+    #[test]
+    fn refused_for_another_key_s_sake_it_may_be_asked_for_again() {
+        let mut share = share();
+        share.wait(START, 1);
+        let want = share.ask(START, 100).unwrap();
+        // There is plenty of this key, and nothing of one that goes with it.
+        let tat = Tat::at(START + 10 * MS);
+        let grant = Grant { granted: 0, tat };
+        share.answered(START, START, want, grant);
+        share.waited(1);
+        assert_eq!(share.offer(START, 1, true), Take::Ask);
+        // This time it is the key's own refusal, by too little.
+        share.wait(START, 1);
+        let want = share.ask(START, 100).unwrap();
+        let tat = Tat::at(START + 1_000 * MS);
+        let grant = Grant { granted: 0, tat };
+        share.answered(START, START, want, grant);
+        share.waited(1);
+        assert!(matches!(share.offer(START + MS, 1, true), Take::Wait(_)));
+    }
+
+    #[test]
+    fn what_was_asked_for_before_a_reset_is_not_in_hand_after_it() {
+        let mut share = grown();
+        share.wait(START, 8);
+        let want = share.ask(START, 100).unwrap();
+        share.reset();
+        let granted = want.need + want.more;
+        let tat = Tat::at(START + 100 * MS);
+        share.answered(START, START, want, Grant { granted, tat });
+        assert_eq!(share.tokens(), 0);
+        share.waited(8);
+        assert_eq!(share.offer(START, 8, true), Take::Ask);
+        assert!(fill_for(&mut share, 8) >= 8);
+    }
+
+    fn fill_for(share: &mut Share, cost: u32) -> u32 {
+        share.wait(START, cost);
+        let granted = fill(share, START, 100);
+        share.waited(cost);
+        granted
     }
 }

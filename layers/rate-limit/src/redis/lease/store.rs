@@ -114,7 +114,7 @@ enum Tried {
     Decided(Decision),
     /// Redis is being asked for some of it.
     Waiting(Vec<Arc<Flight>>),
-    /// There is no room for its share.
+    /// There is no room for its share, or the key has one under another quota.
     NoRoom,
 }
 
@@ -288,8 +288,8 @@ impl Shares {
                 None if ask.cost == 0 => Take::Pass,
                 None => Take::Ask,
                 Some(held) => {
-                    if held.share.gcra != ask.gcra {
-                        held.share.requote(ask.gcra);
+                    if held.share.gcra != ask.gcra && !held.share.requote(ask.gcra) {
+                        return Tried::NoRoom;
                     }
                     if let Some(joined) = joined.as_deref_mut()
                         && joined.keys & (1 << index) != 0
