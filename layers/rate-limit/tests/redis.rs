@@ -673,9 +673,8 @@ async fn a_bucket_of_tokens() {
     assert!(TokenBucket::new(&server.redis(), "a", 0, 1).is_err());
 }
 
-/// In a cluster, of one node here, a script's keys must be of one slot.
-#[tokio::test]
-async fn in_a_cluster_limits_of_several_slots_are_all_or_none() {
+/// A cluster of one node.
+async fn cluster() -> Server {
     let server = Server::with(["--cluster-enabled", "yes"]).await;
     server
         .cmd::<()>(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"])
@@ -689,6 +688,13 @@ async fn in_a_cluster_limits_of_several_slots_are_all_or_none() {
         assert!(clock::now() - began < Duration::from_secs(20), "{state}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    server
+}
+
+/// In a cluster, of one node here, a script's keys must be of one slot.
+#[tokio::test]
+async fn in_a_cluster_limits_of_several_slots_are_all_or_none() {
+    let server = cluster().await;
     let config = Config::cluster([server.url(), server.url()])
         .timeout(Duration::from_secs(5))
         .connect_timeout(Duration::from_secs(5));
@@ -761,6 +767,65 @@ async fn in_a_cluster_limits_of_several_slots_are_all_or_none() {
     assert_eq!(passed, spent);
     // 30 users have 3 each; some are refused in the gap of another's giving back.
     assert!((30..=90).contains(&passed), "{passed}");
+}
+
+/// Before Redis went away 54 were charged, one more was taken back without it.
+#[tokio::test]
+async fn a_refund_that_redis_does_not_hear_of_leaves_what_is_owed() {
+    let mut server = Server::start().await;
+    let redis = hasty(&server, 100);
+    let layer = builder(Quota::per_hour(100))
+        .redis(&redis)
+        .share(10)
+        .build()
+        .unwrap();
+    for _ in 0..55 {
+        assert_eq!(send(&layer, "a").await.status(), 200);
+    }
+    server.kill();
+    let key = key::header("x-key").key("a");
+    layer.handle().refund("default", &key, 1).await.unwrap();
+    let mut passed = 0;
+    for _ in 0..100 {
+        passed += u32::from(send(&layer, "a").await.status() == 200);
+    }
+    // 46 of the 100 are left to ten.
+    assert_eq!(passed, 4);
+}
+
+/// Charges in three slots are given back all at once.
+#[tokio::test]
+async fn in_a_cluster_a_refund_takes_no_longer_than_one_operation() {
+    let server = cluster().await;
+    let config = Config::cluster([server.url(), server.url()])
+        .timeout(Duration::from_secs(2))
+        .connect_timeout(Duration::from_secs(5));
+    let redis = Redis::from_config(config).unwrap();
+    let limit = |name: &'static str| Limit::new(Quota::per_hour(10)).name(name);
+    let layer = RateLimitLayer::builder()
+        .limit(limit("user").key(key::header("x-key")))
+        .limit(limit("other").key(key::header("x-other")))
+        .limit(limit("all"))
+        .refund_if(|status, _| status.is_server_error())
+        .redis(&redis)
+        .build()
+        .unwrap();
+    let server = Arc::new(server);
+    let paused = Arc::clone(&server);
+    let service = layer.layer(service_fn(move |_: Request<Body>| {
+        paused.pause();
+        std::future::ready(Ok::<_, Infallible>(web::response(500, "")))
+    }));
+    let mut request = request("a");
+    let other = http::HeaderValue::from_static("b");
+    request.headers_mut().insert("x-other", other);
+    let began = clock::now();
+    let response = service.oneshot(request).await.unwrap();
+    let took = clock::now() - began;
+    server.resume();
+    assert_eq!(response.status(), 500);
+    assert!(took >= Duration::from_secs(2), "{took:?}");
+    assert!(took < Duration::from_millis(3900), "{took:?}");
 }
 
 /// It answers, but cannot: no memory, or no master any more.

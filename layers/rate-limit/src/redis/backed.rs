@@ -4,8 +4,9 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use buttress_core::{
@@ -32,6 +33,9 @@ use crate::{
 /// The most keys whose charges are remembered until the server is back: those
 /// after them are let through and not told.
 const MOST_OWED: usize = 16_384;
+
+/// How long after it could not be told the server is told again.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// How many of them go in one call.
 const AT_ONCE: usize = 64;
@@ -143,7 +147,9 @@ impl Backed {
         asks.iter()
             .map(|ask| {
                 self.owed.take_back(ask);
-                self.ground.tables[ask.limit].refund(&self.local(ask), now);
+                // At the price at which it was charged.
+                let local = if alone { self.local(ask) } else { ask.local() };
+                self.ground.tables[ask.limit].refund(&local, now);
                 (self.ground.known(ask, now), now.as_nanos())
             })
             .collect()
@@ -168,6 +174,9 @@ impl Backed {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return;
         };
+        if clock::now().as_nanos() < self.owed.again.load(Ordering::Relaxed) {
+            return;
+        }
         if !self.owed.any.swap(false, Ordering::AcqRel) {
             return;
         }
@@ -180,6 +189,9 @@ impl Backed {
 #[derive(Default)]
 struct Owed {
     any: AtomicBool,
+    /// The server is not told before that: one node of several may be gone for
+    /// long.
+    again: AtomicU64,
     keys: Mutex<HashMap<(usize, KeyId), Debt>>,
 }
 
@@ -213,6 +225,12 @@ impl Owed {
                 cost: 0,
                 first,
             });
+            let now = clock::now();
+            if debt.is_paid(now) {
+                // Time that was left over pays for nothing later.
+                debt.cost = 0;
+                debt.first = first;
+            }
             debt.gcra = ask.gcra;
             debt.cost = debt.cost.saturating_add(ask.cost);
         }
@@ -232,30 +250,36 @@ impl Owed {
         keys.retain(|_, debt| !debt.is_paid(now));
         let mut rest: Vec<_> = keys.into_iter().collect();
         let count = rest.len();
+        let mut untold = Vec::new();
         // Keys of one call are of one slot.
-        let at_once = if ground.redis.is_cluster() {
-            1
-        } else {
-            AT_ONCE
-        };
+        let is_cluster = ground.redis.is_cluster();
+        let at_once = if is_cluster { 1 } else { AT_ONCE };
         while !rest.is_empty() {
             let some: Vec<_> = rest.split_off(rest.len().saturating_sub(at_once));
             if self.tell(ground, &scripts, &some).await.is_err() {
-                rest.extend(some);
-                let mut keys = self.keys.lock();
-                for (id, debt) in rest {
-                    // What has come since is owed on top.
-                    keys.entry(id)
-                        .and_modify(|later| {
-                            later.cost = later.cost.saturating_add(debt.cost);
-                            later.first = later.first.min(debt.first);
-                        })
-                        .or_insert(debt);
+                untold.extend(some);
+                if !is_cluster {
+                    // Of several nodes another may well be there.
+                    untold.append(&mut rest);
                 }
-                drop(keys);
-                self.any.store(true, Ordering::Release);
-                return;
             }
+        }
+        if !untold.is_empty() {
+            let mut keys = self.keys.lock();
+            for (id, debt) in untold {
+                // What has come since is owed on top.
+                keys.entry(id)
+                    .and_modify(|later| {
+                        later.cost = later.cost.saturating_add(debt.cost);
+                        later.first = later.first.min(debt.first);
+                    })
+                    .or_insert(debt);
+            }
+            drop(keys);
+            let again = clock::now() + PAUSE;
+            self.again.store(again.as_nanos(), Ordering::Relaxed);
+            self.any.store(true, Ordering::Release);
+            return;
         }
         tracing::info!(
             keys = count,
@@ -313,5 +337,50 @@ impl Debt {
     fn is_paid(&self, now: Instant) -> bool {
         let charge = i64::try_from(self.gcra.charge(self.cost).micros).unwrap_or(i64::MAX);
         self.cost == 0 || self.ahead_of(now).saturating_add(charge) < 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use buttress_core::keyed::WhenFull;
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::{Quota, store::Table};
+
+    #[tokio::test(start_paused = true)]
+    async fn time_pays_for_what_was_before_it() {
+        let gcra = Quota::per_second(10).burst(5).check().unwrap();
+        let max_keys = NonZeroUsize::new(10).unwrap();
+        let table = Table::new("l".into(), gcra, max_keys, WhenFull::Evict);
+        let key = Key::from("a");
+        let id = table.id(&key);
+        let ask = FleetAsk {
+            limit: 0,
+            id,
+            key,
+            cost: 5,
+            gcra,
+        };
+        let owed = Owed::default();
+        owed.note(&ask, clock::now());
+        advance(Duration::from_millis(300)).await;
+        // Two of five are owed still: these come on top.
+        owed.note(&ask, clock::now() + Duration::from_millis(200));
+        advance(Duration::from_millis(600)).await;
+        let owes = |owed: &Owed| {
+            let keys = owed.keys.lock();
+            let debt = &keys[&(0, id)];
+            let charge = debt.gcra.charge(debt.cost).micros.cast_signed();
+            debt.ahead_of(clock::now()) + charge
+        };
+        assert_eq!(owes(&owed), 100_000);
+        advance(Duration::from_secs(10)).await;
+        assert!(owed.keys.lock()[&(0, id)].is_paid(clock::now()));
+        // Ten quiet seconds pay for nothing that comes after them.
+        owed.note(&ask, clock::now());
+        assert_eq!(owes(&owed), 500_000);
     }
 }

@@ -119,9 +119,14 @@ impl Ground {
         }
     }
 
+    /// Learns nothing that the server was asked before.
+    pub(crate) fn distrust(&self, id: KeyId) {
+        self.epoch(id).fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Forgets what was heard of a key, and what is about to be heard of it.
     pub(crate) fn forget(&self, limit: usize, id: KeyId) {
-        self.epoch(id).fetch_add(1, Ordering::AcqRel);
+        self.distrust(id);
         self.tables[limit].forget(id);
     }
 

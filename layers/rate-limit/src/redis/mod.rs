@@ -187,7 +187,9 @@ impl<V: View, M> RateLimitBuilder<V, M, InRedis> {
 
     /// How many processes there are, about: with [`OnStoreError::Local`] each
     /// takes that part of the quota for its own while Redis is gone. Default:
-    /// 1, the whole quota each. 0 is taken for 1.
+    /// 1, the whole quota each. 0 is taken for 1. Of a burst that is smaller
+    /// than their number each lets one request through in the time in which the
+    /// burst comes back.
     pub fn share(mut self, processes: u32) -> Self {
         self.kept.share = processes.max(1);
         self

@@ -1,10 +1,13 @@
 //! Strict: what passes was charged in Redis.
 
-use std::sync::Arc;
+use std::{pin::pin, sync::Arc};
 
 use buttress_core::clock;
 use buttress_redis::{Cmd, Slot, Value};
-use tokio::sync::oneshot;
+use tokio::{
+    sync::oneshot,
+    time::{Instant as Deadline, timeout_at},
+};
 
 use super::{
     ask::{self, FleetAsk},
@@ -95,6 +98,7 @@ impl Strict {
             .collect();
         let count = asks.len();
         let (tell, told) = oneshot::channel();
+        let deadline = Deadline::now() + self.ground.redis.timeout();
         // In a task of its own: who goes away in the middle of it would leave
         // some charged and others not.
         let (ground, lanes) = (Arc::clone(&self.ground), Arc::clone(&self.lanes));
@@ -139,13 +143,19 @@ impl Strict {
                     states: States::Several(states),
                 }),
             };
-            if !all {
-                // Before it is told, so that what is asked next finds it.
-                for asks in &passed {
+            let give_back = async {
+                for asks in passed.iter().filter(|_| !all) {
                     let _ = give_back(&ground, &lanes, asks).await;
                 }
-            }
+            };
+            let mut give_back = pin!(give_back);
+            // Before it is told, so that what is asked next finds it; but who
+            // asked has no more time than one operation may take.
+            let in_time = timeout_at(deadline, &mut give_back).await.is_ok();
             let _ = tell.send(answer);
+            if !in_time {
+                give_back.await;
+            }
         });
         told.await.unwrap_or(Err(Unanswered(None)))
     }
@@ -161,11 +171,22 @@ impl Strict {
                 None => parts.push((slot, vec![index])),
             }
         }
+        if parts.len() == 1 {
+            return give_back(&self.ground, &self.lanes, asks).await;
+        }
+        // All at once: one after the other could take a timeout each.
+        let under_way: Vec<_> = (parts.into_iter())
+            .map(|(_, indices)| {
+                let part: Vec<_> = indices.iter().map(|&index| asks[index].clone()).collect();
+                let (ground, lanes) = (Arc::clone(&self.ground), Arc::clone(&self.lanes));
+                let task = tokio::spawn(async move { give_back(&ground, &lanes, &part).await });
+                (indices, task)
+            })
+            .collect();
         let mut stands = vec![(Tat::default(), 0); asks.len()];
         let mut failed = None;
-        for (_, indices) in parts {
-            let part: Vec<_> = indices.iter().map(|&index| asks[index].clone()).collect();
-            match give_back(&self.ground, &self.lanes, &part).await {
+        for (indices, task) in under_way {
+            match task.await.unwrap_or(Err(Unanswered(None))) {
                 Ok(part) => {
                     for (index, stand) in indices.into_iter().zip(part) {
                         stands[index] = stand;
@@ -217,13 +238,24 @@ async fn give_back(
     let call = lanes.scripts().refund(&charges);
     // Before, so that no answer from before it is learnt after it; and after,
     // since answers that came in between know nothing of it.
-    forget(ground, asks);
+    distrust(ground, asks);
     let now = clock::now().as_nanos();
     let answer = ground.redis.call::<Value>("rate_limit_refund", &call).await;
-    forget(ground, asks);
+    if answer.is_err() {
+        // What was known is all there is to go by now.
+        distrust(ground, asks);
+    } else {
+        forget(ground, asks);
+    }
     let gcras = asks.iter().map(|ask| ask.gcra);
     let states = script::answer(&answer?, gcras, now).ok_or(Unanswered(None))?;
     Ok(states.into_iter().map(|state| (state, now)).collect())
+}
+
+fn distrust(ground: &Ground, asks: &[FleetAsk]) {
+    for ask in asks {
+        ground.distrust(ask.id);
+    }
 }
 
 fn forget(ground: &Ground, asks: &[FleetAsk]) {
