@@ -438,6 +438,78 @@ async fn dropped_checks_strand_nobody_and_charge_once_at_most() {
     assert!((49..=51).contains(&charged), "{charged} charged");
 }
 
+/// A replica whose clock is another one was promoted.
+#[tokio::test]
+async fn a_server_clock_that_steps_locks_nobody_out() {
+    let mut it = Harness::new().await;
+    let gcra = quotas()[0];
+    let ask = [it.ask(0, "a", 1, gcra)];
+    for _ in 0..3 {
+        it.strict.decide(&ask, Detail::None).await.unwrap();
+    }
+    // An hour back: no more is owed than a whole burst.
+    it.now -= 3_600_000_000;
+    it.advance(0);
+    let decision = it.strict.decide(&ask, Detail::All).await.unwrap();
+    let wait = 1_000_000_000;
+    assert_eq!(decision.verdict, Verdict::Wait { limit: 0, wait });
+    assert_eq!(decision.all[0].until_full, 3_000_000_000);
+    it.advance(1_000_000);
+    let decision = it.strict.decide(&ask, Detail::All).await.unwrap();
+    assert_eq!(decision.verdict, Verdict::Pass);
+    // An hour on: it is whole.
+    it.advance(3_600_000_000);
+    let decision = it.strict.decide(&ask, Detail::All).await.unwrap();
+    assert_eq!(decision.all[0].remaining, 2);
+}
+
+/// 1/s, 3 at once: what is owed since so many microseconds (or ahead of now).
+#[tokio::test]
+async fn what_is_owed_is_charged_from_when_it_was() {
+    let it = Harness::new().await;
+    let gcra = quotas()[0];
+    for (number, (before, first, cost, left)) in [
+        // Eleven in the ten seconds past: one is owed still.
+        (0, -10_000_000, 11, 2),
+        // Five in ten seconds: time has paid.
+        (0, -10_000_000, 5, 3),
+        // On top of what the server knows.
+        (2, -1_000_000, 1, 0),
+        // The server has forgotten what this process knew: two were owed.
+        (0, 2_000_000, 1, 0),
+        // Both know it.
+        (1, 1_000_000, 1, 1),
+        // No more than a whole burst.
+        (2, 0, 100, 0),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let ask = [it.ask(0, &number.to_string(), 1, gcra)];
+        for _ in 0..before {
+            it.strict.decide(&ask, Detail::None).await.unwrap();
+        }
+        let key = it.ground.key(&ask[0]);
+        let owing = [super::script::Owing {
+            key: &key,
+            first,
+            gcra,
+            cost,
+        }];
+        let call = it.strict.scripts().owed(&owing);
+        let answer = it
+            .ground
+            .redis
+            .call::<buttress_redis::Value>("owed", &call)
+            .await;
+        let (tat, now) = it.strict.peek(&ask[0]).await.unwrap();
+        assert_eq!(gcra.remaining(tat, now), left, "case {number}");
+        let told = super::script::answer(&answer.unwrap(), [gcra].into_iter(), 0).unwrap();
+        assert_eq!(gcra.remaining(told[0], 0), left, "case {number}");
+        assert!(gcra.until_full(tat, now) <= 3_000_000_000);
+    }
+}
+
 /// Several threads, and checks that are dropped at any point of their way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn in_a_crowd_each_check_is_charged_once_or_dropped() {
