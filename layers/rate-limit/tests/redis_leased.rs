@@ -403,3 +403,23 @@ async fn what_is_dropped_while_it_waits_takes_nothing_with_it() {
     // What was charged for those who went away is for those who came.
     assert_eq!(passed, 100);
 }
+
+#[tokio::test]
+async fn keys_without_room_for_a_share_are_charged_in_redis() {
+    let server = Server::start().await;
+    let layer = RateLimitLayer::builder()
+        .name("room")
+        .limit(Limit::new(Quota::new(50, DAYS)).name("all").max_keys(1))
+        .redis(&server.redis())
+        .mode(Mode::leased())
+        .build()
+        .unwrap();
+    let limit = layer.handle().limit("all").unwrap();
+    // One after the other, so that whoever has the room has it all the while.
+    let keys: Vec<_> = (0..5_u64).map(Key::from).collect();
+    for round in 0..60 {
+        for key in &keys {
+            assert_eq!(limit.check(key).await.is_ok(), round < 50, "{round}");
+        }
+    }
+}

@@ -254,7 +254,8 @@ impl Share {
         Some(Want {
             least,
             need,
-            more: self.size.saturating_sub(need),
+            // Who waits takes its own at once, one of them of the share.
+            more: self.size.saturating_sub(need.min(1)),
         })
     }
 
