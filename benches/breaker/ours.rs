@@ -6,12 +6,22 @@ use buttress_circuit_breaker::{
     CircuitBreakerLayer, Errors, ResultClassifier, Settings, State, Window,
 };
 use buttress_core::Any;
+use buttress_redis::Redis;
 use tower::{Layer, Service};
 
 use super::{Rule, bare};
 
 /// Longer than any run: what is open stays open.
 const LONG: Duration = Duration::from_secs(24 * 3600);
+
+fn settings(rule: Rule) -> Settings {
+    let rated = Settings::new().failure_rate(0.5);
+    match rule {
+        Rule::Consecutive => Settings::new().consecutive_failures(5),
+        Rule::Count => rated.window(Window::Calls(100)),
+        Rule::Time => rated.window(Window::Time(Duration::from_secs(10))),
+    }
+}
 
 /// A breaker that never closes again.
 #[derive(Clone, Debug)]
@@ -21,12 +31,7 @@ impl Ours {
     /// By that rule.
     #[must_use]
     pub fn new(rule: Rule) -> Self {
-        let rated = Settings::new().failure_rate(0.5);
-        Self::with(match rule {
-            Rule::Consecutive => Settings::new().consecutive_failures(5),
-            Rule::Count => rated.window(Window::Calls(100)),
-            Rule::Time => rated.window(Window::Time(Duration::from_secs(10))),
-        })
+        Self::with(settings(rule))
     }
 
     /// With a time window.
@@ -42,6 +47,20 @@ impl Ours {
     fn with(settings: Settings) -> Self {
         let layer = CircuitBreakerLayer::any()
             .settings(settings.reset_timeout(LONG))
+            .build()
+            .expect("sound settings");
+        Self(layer)
+    }
+
+    /// By that rule, and one of a fleet's. Whether its Redis is there makes no
+    /// difference to a call, and so it need not be.
+    ///
+    /// To be made in a runtime.
+    #[must_use]
+    pub fn shared(rule: Rule, redis: &Redis) -> Self {
+        let layer = CircuitBreakerLayer::any()
+            .settings(settings(rule).reset_timeout(LONG))
+            .redis(redis)
             .build()
             .expect("sound settings");
         Self(layer)

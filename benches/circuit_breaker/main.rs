@@ -1,7 +1,7 @@
 //! The circuit breaker beside failsafe and tower-resilience.
 //!
 //! `cargo bench -p buttress-benches -- breaker`; with a longer name only the
-//! sections whose name begins so: breaker-closed, breaker-refused,
+//! sections whose name begins so: breaker-closed, breaker-shared, breaker-refused,
 //! breaker-window, breaker-threads, breaker-tasks, breaker-counts.
 
 use std::env;
@@ -17,6 +17,7 @@ use buttress_benches::{
     measure::{Run, interleave, wall_time},
     table::{Row, Table, number},
 };
+use buttress_redis::Redis;
 use tokio::runtime::Handle;
 
 fn main() {
@@ -39,8 +40,9 @@ type Section = (&'static str, fn(&mut Table));
 
 #[expect(clippy::print_stdout, clippy::print_stderr, reason = "it is a program")]
 fn tell(only: &str) {
-    let sections: [Section; 6] = [
+    let sections: [Section; 7] = [
         ("breaker-closed", closed),
+        ("breaker-shared", shared),
         ("breaker-refused", refused),
         ("breaker-window", window),
         ("breaker-threads", threads),
@@ -145,6 +147,29 @@ fn closed(table: &mut Table) {
         instructions: None,
         goal: None,
     });
+}
+
+/// One of a fleet's beside one that is not: no call knows the difference.
+fn shared(table: &mut Table) {
+    let runtime = two_workers();
+    let _here = runtime.enter();
+    // The task in the background finds nobody, and tries on.
+    let redis = Redis::from_url("redis://127.0.0.1:1").expect("a sound URL");
+    for (rule, what) in OURS {
+        let mut all = [
+            runs::healthy(Ours::shared(rule, &redis).service()),
+            runs::healthy(Ours::new(rule).service()),
+        ];
+        let rounds = interleave(&mut all, 200);
+        table.push(Row {
+            what: format!("closed, {what}, shared over not"),
+            ours: nanos(rounds.cost(0)),
+            peer: nanos(rounds.cost(1)),
+            figure: rounds.median(|round| round[0] / round[1]),
+            instructions: None,
+            goal: Some(1.1),
+        });
+    }
 }
 
 fn refused(table: &mut Table) {

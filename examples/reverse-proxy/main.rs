@@ -140,6 +140,9 @@ async fn run() -> Result<ExitCode, End> {
     let close = Hook::new("admin port", async move || page.abort());
     shutdown.hook(close.priority(Priority::BACKGROUND));
 
+    let limits = Arc::clone(&proxy);
+    shutdown.hook(Hook::new("limits", async move || limits.give_back().await));
+
     let service = PeerAddrs(service_fn(move |request| {
         let answer = proxy.answer(request);
         async { Ok::<_, Infallible>(answer.await) }

@@ -10,7 +10,7 @@ use buttress::{
     key::{ClientIp, ExtractKeyExt, Global, SharedKey, cookie, header},
     rate_limit::{
         HeaderFormat, Limit, RateLimitBuilder, RateLimitLayer,
-        redis::{Mode, OnStoreError},
+        redis::{FleetHandle, Mode, OnStoreError},
     },
     redis::Redis,
     retry::{Memory, RetryLayer},
@@ -57,6 +57,8 @@ pub(crate) struct Proxy {
     routes: Vec<Route>,
     /// Those of all routes, in the order of the file.
     pub(crate) breakers: Vec<Breaker>,
+    /// The limits that are kept in Redis.
+    limiters: Vec<FleetHandle>,
     limits: Arc<Limits>,
     /// For the requests that have no route.
     unrouted: (Arc<str>, Arc<Meters>),
@@ -106,9 +108,10 @@ impl Proxy {
             redis,
             fleets: HashMap::new(),
         };
+        let mut limiters = Vec::new();
         let routes = settings.routes.iter();
         let mut routes: Vec<_> = routes
-            .map(|route| Route::new(route, &common, &mut breakers))
+            .map(|route| Route::new(route, &common, &mut breakers, &mut limiters))
             .collect();
         // A host's own routes go first, and then the longest prefix.
         routes.sort_by_key(|route| {
@@ -118,6 +121,7 @@ impl Proxy {
         Self {
             routes,
             breakers: breakers.made,
+            limiters,
             limits,
             unrouted: (Arc::from(""), Meters::new("")),
         }
@@ -207,6 +211,14 @@ impl Proxy {
         }
     }
 
+    /// Gives back what was taken of limits ahead and is not used up: for others
+    /// to use, who go on.
+    pub(crate) async fn give_back(&self) {
+        for limiter in &self.limiters {
+            limiter.give_back().await;
+        }
+    }
+
     /// Writes what is in flight into the gauges: read when someone looks, so
     /// that a request need not.
     pub(crate) fn gauge(&self) {
@@ -235,7 +247,12 @@ impl BodyGuard for Last {
 }
 
 impl Route {
-    fn new(route: &settings::Route, common: &Common, breakers: &mut Breakers) -> Self {
+    fn new(
+        route: &settings::Route,
+        common: &Common,
+        breakers: &mut Breakers,
+        limiters: &mut Vec<FleetHandle>,
+    ) -> Self {
         let name: Arc<str> = route.name.0.as_str().into();
         let balance = balance(route, breakers);
         let strip = if route.strip_prefix {
@@ -326,6 +343,7 @@ impl Route {
                     .on_store_error(on_store_error(rule.on_store_error))
                     .build()
                     .expect("checked in the settings");
+                limiters.push(limit.handle());
                 let service = ServiceBuilder::new().limit_rate(limit).service(verified);
                 Either::Left(Either::Left(service))
             }

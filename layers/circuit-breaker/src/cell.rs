@@ -118,8 +118,10 @@ struct Cold {
     /// When the wait of an open state is over. The word's own end may be later,
     /// while leave to probe is asked for.
     due: Instant,
-    /// Until when probing needs leave of a follower.
+    /// Until when probing needs leave of a follower, and at least for a while
+    /// from when it is first asked for; zero if it needs none.
     hold: Instant,
+    asked: bool,
 }
 
 pub(crate) struct Cell {
@@ -298,6 +300,7 @@ impl Cell {
                 follower: None,
                 due: Instant::from_nanos(0),
                 hold: Instant::from_nanos(0),
+                asked: false,
             })),
         }
     }

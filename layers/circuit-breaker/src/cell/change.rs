@@ -39,6 +39,7 @@ impl Cell {
             }
         }
         cold.due = until;
+        cold.asked = false;
         cold.hold = match &cold.follower {
             Some(follower) if next.state() == State::Open => until + follower.grace(),
             _ => Instant::from_nanos(0),
@@ -121,7 +122,7 @@ impl Cell {
         if word.generation() != generation {
             return None;
         }
-        if now < cold.hold {
+        if cold.needs_leave(now) {
             self.ask_for_leave(cold, word, now);
             return None;
         }

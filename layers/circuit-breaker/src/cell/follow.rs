@@ -35,6 +35,25 @@ pub(crate) trait Follower: Send + Sync + fmt::Debug {
     fn grace(&self) -> Duration;
 }
 
+impl Cold {
+    /// Whether a call that would probe has to wait. Who was idle when the wait
+    /// was over asks first, too: others may have been as idle.
+    pub(super) fn needs_leave(&mut self, now: Instant) -> bool {
+        let Some(follower) = &self.follower else {
+            return false;
+        };
+        if self.hold == Instant::from_nanos(0) {
+            return false;
+        }
+        let grace = follower.grace();
+        if !self.asked && !grace.is_zero() {
+            self.asked = true;
+            self.hold = self.hold.max(now + grace);
+        }
+        now < self.hold
+    }
+}
+
 impl Cell {
     /// Puts the call off that would have begun to probe.
     #[cold]
@@ -77,6 +96,7 @@ impl Cell {
         let until = until.unwrap_or(cold.due);
         cold.due = until;
         cold.hold = hold;
+        cold.asked = false;
         let before = self.until_locked(word);
         self.hot.until[place(word)].store(until.as_nanos(), Release);
         if until >= before {

@@ -74,11 +74,11 @@ const MOST: u32 = 10_000;
 /// # One prober
 ///
 /// Leave to probe is asked for in the background, ahead of the end of the
-/// wait. A call that comes before there is an answer is refused for 10 ms; one
-/// that comes a second after the end of the wait probes in any case. Leave
-/// lasts for a second, unless it is made use of, and then for as long as the
-/// probing does. It is a lease: two may probe where a process has been stopped
-/// for longer than that, or where Redis has been.
+/// wait, and again when a call comes that has none. That call is refused, for
+/// 10 ms; where a second has brought no answer, the next probes in any case.
+/// Leave lasts for a second, unless it is made use of, and then for as long as
+/// the probing does. It is a lease: two may probe where a process has been
+/// stopped for longer than that, or where Redis has been.
 ///
 /// # When Redis is gone
 ///

@@ -44,7 +44,7 @@ const LARGEST: u64 = 999_999_999_999_999;
 ///
 /// The same components are signed and demanded: a signature that leaves out one
 /// of them counts for nothing, one that covers more is as good. `keyid` is the
-/// secret's [name](Secret::with_id); where it and a secret both have one, they
+/// secret's [name](crate::Secret::with_id); where it and a secret both have one, they
 /// must be the same. Each secret gives a signature of its own: `webhook`,
 /// `webhook-2` and so on. Signatures under other labels are kept.
 ///
