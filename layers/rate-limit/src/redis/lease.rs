@@ -100,7 +100,9 @@ use self::{share::MOST, store::Shares};
 /// [`on_store_error`](crate::RateLimitBuilder::on_store_error) says; what was
 /// not spent after three times the time that it is kept is lost. At most
 /// 100 000 keys of a limit (or its [`max_keys`](crate::Limit::max_keys)) have a
-/// share at a time; others are charged in Redis, one request at a time.
+/// share at a time, and a key has one under one quota at a time, where a closure
+/// chooses among several or it was replaced; what finds none is charged in
+/// Redis, one request at a time.
 ///
 /// ```
 /// use buttress_rate_limit::redis::{Lease, Mode};
