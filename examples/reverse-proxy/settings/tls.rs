@@ -76,8 +76,14 @@ impl FromStr for Key {
     type Err = String;
 
     fn from_str(path: &str) -> Result<Self, String> {
-        let key = PrivateKeyDer::from_pem_slice(&read(path)?)
-            .map_err(|error| format!("expected a private key in PEM in {path}, but {error}"))?;
+        let key = PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| {
+            // Other errors repeat what they stumble over: it may be the key.
+            let what = match error {
+                pem::Error::NoItemsFound => "there is none",
+                _ => "it cannot be read",
+            };
+            format!("expected a private key in PEM in {path}, but {what}")
+        })?;
         Ok(Self {
             path: path.to_owned(),
             key: Arc::new(key),

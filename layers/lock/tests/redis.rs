@@ -351,6 +351,25 @@ async fn a_lease_outlasts_a_short_outage() {
     drop(held);
 }
 
+/// It was extended when a third of the new length had passed, and so lost.
+#[tokio::test]
+async fn a_lease_that_was_asked_for_before_a_longer_one_is_extended_in_time() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let lease = Duration::from_secs(1);
+    let layer = process(&redis).ttl(lease).wait(LONG).build().unwrap();
+    let service = layer.layer(service_fn(serve));
+    let first = service.clone().oneshot(order("1")).await.unwrap();
+    let mut next = task::spawn(service.oneshot(order("1")));
+    assert!(next.poll().is_pending());
+    layer.handle().set_ttl(24 * 60 * LONG).unwrap();
+    drop(first);
+    let held = timeout(LONG, next).await.unwrap().unwrap();
+    let fence = fence_of(&held).unwrap();
+    sleep(lease + Duration::from_millis(200)).await;
+    assert!(fence.is_held());
+}
+
 /// How many scripts the server has run.
 async fn scripts(redis: &Redis) -> u64 {
     let mut cmd = Cmd::new();

@@ -324,6 +324,12 @@ impl Gcra {
         self.minus(debt, spent_then).nanos_up()
     }
 
+    /// Whole nanoseconds between two requests at the limit's rate.
+    #[cfg(feature = "redis")]
+    pub(crate) const fn interval_nanos(&self) -> u64 {
+        self.interval.nanos
+    }
+
     /// Nanoseconds that the whole burst takes to come back, rounded up.
     #[inline]
     pub(crate) fn window(&self) -> u64 {

@@ -85,7 +85,7 @@ pub(crate) fn tls(
     let mut roots = RootCertStore::empty();
     if let Some(pem) = &certificates.roots {
         for certificate in CertificateDer::pem_slice_iter(pem) {
-            roots.add(certificate?)?;
+            roots.add(certificate.map_err(unreadable)?)?;
         }
         if roots.is_empty() {
             return Err("no certificate is in the PEM".into());
@@ -98,10 +98,18 @@ pub(crate) fn tls(
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots);
     let config = if let Some((chain, key)) = &certificates.own {
-        let chain = CertificateDer::pem_slice_iter(chain).collect::<Result<_, _>>()?;
-        config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key)?)?
+        let chain = CertificateDer::pem_slice_iter(chain).collect::<Result<_, _>>();
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(unreadable)?;
+        config.with_client_auth_cert(chain.map_err(unreadable)?, key)?
     } else {
         config.with_no_client_auth()
     };
     Ok(Arc::new(config).into())
+}
+
+/// What is wrong with a PEM is not told in its own words: they hold the line it
+/// is in, which is the whole key where it has lost its line breaks.
+#[cfg(feature = "tls")]
+fn unreadable(_: tokio_rustls::rustls::pki_types::pem::Error) -> &'static str {
+    "the PEM cannot be read, or holds no such thing"
 }

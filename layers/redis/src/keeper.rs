@@ -21,7 +21,7 @@ use std::{
 
 use buttress_core::{
     random::{SharedRandom, ThreadRandom},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 use futures_util::future::join_all;
 use redis::{Cmd, RedisError, Value};
@@ -50,6 +50,9 @@ pub(crate) struct Keeper {
     states: watch::Sender<u64>,
     /// Whether a task is there.
     kept: AtomicBool,
+    /// How many connections were tried, by all tasks: what fails on one of an
+    /// earlier task says nothing of those of the next.
+    tried: AtomicU64,
     random: SharedRandom,
 }
 
@@ -69,6 +72,7 @@ impl Default for Keeper {
             link: watch::Sender::default(),
             states: watch::Sender::default(),
             kept: AtomicBool::new(false),
+            tried: AtomicU64::new(0),
             random: SharedRandom::new(ThreadRandom),
         }
     }
@@ -168,24 +172,25 @@ impl Drop for Post {
         if let Some(shared) = self.0.upgrade() {
             let keeper = &shared.keeper;
             shared.metrics.connected(false);
-            // Nobody would open it again: who asks next finds out for himself.
-            shared.gates.open();
             // Who waits for us sees both, that there is nothing and nobody.
             keeper.link.send_modify(|standing| {
                 *standing = Standing::Awaited;
                 keeper.kept.store(false, Ordering::Release);
             });
+            // Nobody would open it again: who asks next finds out for himself.
+            // At last, or who fails on the connection of before could shut it
+            // once more, with nobody there.
+            shared.gates.open();
         }
     }
 }
 
 impl Post {
     async fn keep(&self) {
-        let mut number = 0;
         // Holds the handle only while it does something, so that it ends when
         // the last of the others is gone.
         while let Some(shared) = self.0.upgrade() {
-            number += 1;
+            let number = shared.keeper.tried.fetch_add(1, Ordering::Relaxed);
             // A server that takes connections and drops them is asked no more
             // often than one that takes none.
             let next = Instant::now() + shared.keeper.pause();
@@ -399,5 +404,58 @@ impl std::fmt::Display for Chain<'_> {
             cause = error.source();
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use std::{sync::mpsc, thread};
+
+    use super::*;
+    use crate::Redis;
+
+    /// The last failures of those who had the connection came between the two
+    /// halves of the task's end, and shut for ever what it had opened.
+    #[test]
+    fn a_task_that_ends_leaves_the_gate_open() {
+        let redis = Redis::from_url("redis://127.0.0.1:1").unwrap();
+        let shared = redis.shared();
+        shared.keeper.kept.store(true, Ordering::Release);
+        let post = Post(Arc::downgrade(shared));
+        // Has its end wait where it says that nobody is there.
+        let reading = shared.keeper.link.borrow();
+        let end = thread::spawn(move || drop(post));
+        let (_silent, pause) = mpsc::channel::<()>();
+        let _ = pause.recv_timeout(Duration::from_millis(200));
+        let gate = shared.gates.of(&Cmd::new());
+        let ticket = gate.pass().unwrap();
+        assert!((0..3).any(|_| gate.failed(ticket)), "shut");
+        drop(reading);
+        end.join().unwrap();
+        assert!(!shared.keeper.kept.load(Ordering::Acquire));
+        assert!(redis.is_up(), "nobody is there to open it");
+    }
+
+    /// Each task counted from one, so that a failure on a connection of the one
+    /// before took away that of the next.
+    #[cfg(feature = "testing")]
+    #[test]
+    fn no_two_connections_have_one_number() {
+        let runtime = || {
+            let mut builder = tokio::runtime::Builder::new_multi_thread();
+            builder.worker_threads(1).enable_all().build().unwrap()
+        };
+        let home = runtime();
+        let server = home.block_on(crate::testing::Server::start());
+        let redis = server.redis();
+        let numbers = [(); 2].map(|()| {
+            let other = runtime();
+            other.block_on(redis.connect()).unwrap();
+            let number = redis.shared().keeper.link().unwrap().number;
+            other.shutdown_timeout(Duration::from_secs(5));
+            number
+        });
+        assert_ne!(numbers[0], numbers[1]);
+        home.block_on(async { drop(server) });
     }
 }

@@ -17,7 +17,8 @@ const LONGEST: usize = 64;
 /// Segments are percent-encoded but for letters, digits, `-`, `_` and `.`, so
 /// that a `:` or a brace in what a client says separates nothing; an IPv6
 /// address reads `2001%3Adb8%3A%3A`. A segment of more than 64 bytes by then
-/// is `~` and the SHA-256 of what it was, in hexadecimal; an empty one is `%`.
+/// is `~` and the SHA-256 of what it was, in hexadecimal; an empty one is `%`,
+/// and a tag of none `%%`.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Keyspace(Arc<str>);
 
@@ -40,11 +41,16 @@ impl Keyspace {
         let mut text = String::with_capacity(self.0.len() + 48);
         text.push_str(&self.0);
         text.push('{');
+        let start = text.len();
         for (index, segment) in segments.into_iter().enumerate() {
             if index > 0 {
                 text.push(':');
             }
             encode(segment.as_ref(), &mut text);
+        }
+        if text.len() == start {
+            // As below, and not the same as one empty segment.
+            text.push_str("%%");
         }
         text.push('}');
         Key(text)

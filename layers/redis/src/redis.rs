@@ -270,6 +270,13 @@ impl Redis {
     }
 }
 
+#[cfg(all(test, not(buttress_loom)))]
+impl Redis {
+    pub(crate) const fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
 impl Shared {
     /// Tells everyone of an operation that failed on the connection of this
     /// number.

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use buttress_core::key::Key;
+use buttress_core::{clock, key::Key};
 use buttress_redis::{Lock, LockBuilder, LockError, Redis};
 use sha2::{Digest, Sha256};
 use tokio::{runtime::Handle, task::AbortHandle, time::sleep};
@@ -93,7 +93,8 @@ pub(crate) async fn take(
     let lock = Arc::new(lock);
     // It does not keep the lock, or it would be given back only once the task
     // has been seen to.
-    let renewal = tokio::spawn(renew(Arc::downgrade(&lock), Arc::clone(core)));
+    let left = lock.valid_until() - clock::now();
+    let renewal = tokio::spawn(renew(Arc::downgrade(&lock), Arc::clone(core), left));
     let held = Held {
         renewal: renewal.abort_handle(),
         lock: Some((lock, turn)),
@@ -102,9 +103,10 @@ pub(crate) async fn take(
     Ok((fence, held))
 }
 
-/// Extends the lease until it is given back or lost.
-async fn renew(lock: Weak<Lock>, core: Arc<Core>) {
-    let mut pause = core.ttl() / 3;
+/// Extends the lease until it is given back or lost. Its length is the lease's
+/// own: the layer's may have been changed since it was asked for.
+async fn renew(lock: Weak<Lock>, core: Arc<Core>, mut lease: Duration) {
+    let mut pause = lease / 3;
     loop {
         sleep(pause).await;
         let Some(lock) = lock.upgrade() else {
@@ -112,12 +114,18 @@ async fn renew(lock: Weak<Lock>, core: Arc<Core>) {
         };
         let ttl = core.ttl();
         pause = match lock.extend(ttl).await {
-            Ok(()) => ttl / 3,
+            Ok(()) => {
+                lease = ttl;
+                lease / 3
+            }
             Err(LockError::Lost) => return core.lock_lost("taken away"),
             Err(_) if !lock.is_held() => return core.lock_lost("not extended in time"),
             // It was tried, within the time limit of Redis; and again before
             // the lease is over.
-            Err(_) => ttl / AGAIN,
+            Err(_) => {
+                lease = lease.min(ttl);
+                lease / AGAIN
+            }
         };
     }
 }

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::ask::{self, FleetAsk};
 use crate::{
+    Gcra,
     gcra::Tat,
     store::{Decision, Detail, Table, Verdict},
 };
@@ -91,6 +92,22 @@ impl Ground {
     /// What was last heard of a key; no later than it is.
     pub(crate) fn known(&self, ask: &FleetAsk, now: clock::Instant) -> Tat {
         self.tables[ask.limit].known(ask.id, now)
+    }
+
+    /// What was last heard of a key, if by that a charge of `cost` is refused.
+    pub(crate) fn refused(
+        &self,
+        limit: usize,
+        id: KeyId,
+        gcra: &Gcra,
+        cost: u32,
+        now: clock::Instant,
+    ) -> Option<Tat> {
+        if self.gives_back {
+            return None;
+        }
+        let known = self.tables[limit].known(id, now);
+        (gcra.pass(known, now.as_nanos(), cost).is_none()).then_some(known)
     }
 
     pub(crate) fn since(&self, id: KeyId) -> Since {

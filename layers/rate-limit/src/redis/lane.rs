@@ -45,6 +45,10 @@ const WAYS: usize = 2;
 /// From so many on those that wait are halved, where the other way is free.
 const HALVED: usize = 16;
 
+/// A refusal from memory may be late by a trip, where so many of them take no
+/// longer than a token's time.
+const LATE: u64 = 32;
+
 /// Beyond its time a check that waits gives its lane this long to tell it so.
 const GRACE: Duration = Duration::from_millis(5);
 
@@ -104,6 +108,9 @@ struct Lane {
     number: u64,
     /// How many calls are under way.
     ways: usize,
+    /// The keys that these ask for and that hardly anybody may have: whoever
+    /// comes for one of them waits for the answer, which may be his, too.
+    scarce: Vec<(usize, KeyId)>,
     waiting: VecDeque<Waiting>,
 }
 
@@ -118,6 +125,7 @@ struct Baton {
     lanes: Arc<Lanes>,
     slot: Option<Slot>,
     number: u64,
+    scarce: Option<(usize, KeyId)>,
 }
 
 enum Turn {
@@ -167,13 +175,16 @@ impl Lanes {
     }
 
     fn enter(self: &Arc<Self>, slot: Option<Slot>, check: Check) -> Turn {
+        let scarce = self.scarce(&check);
         let mut busy = self.busy.lock();
         let busy = &mut *busy;
         match busy.lanes.entry(slot) {
             Entry::Occupied(mut lane) => {
                 let lane = lane.get_mut();
-                if lane.ways < WAYS && lane.waiting.is_empty() {
+                let is_asked = scarce.is_some_and(|key| lane.scarce.contains(&key));
+                if lane.ways < WAYS && lane.waiting.is_empty() && !is_asked {
                     lane.ways += 1;
+                    lane.scarce.extend(scarce);
                     let lanes = Arc::clone(self);
                     let number = lane.number;
                     return Turn::Now(
@@ -181,6 +192,7 @@ impl Lanes {
                             lanes,
                             slot,
                             number,
+                            scarce,
                         },
                         check,
                     );
@@ -199,6 +211,7 @@ impl Lanes {
                 lane.insert(Lane {
                     number,
                     ways: 1,
+                    scarce: scarce.into_iter().collect(),
                     waiting: VecDeque::new(),
                 });
                 let lanes = Arc::clone(self);
@@ -207,11 +220,26 @@ impl Lanes {
                         lanes,
                         slot,
                         number,
+                        scarce,
                     },
                     check,
                 )
             }
         }
+    }
+
+    /// The key of a check of one, where as far as this process knows not two of
+    /// its kind would pass.
+    fn scarce(&self, check: &Check) -> Option<(usize, KeyId)> {
+        let [charge] = &check[..] else {
+            return None;
+        };
+        let two = charge.cost.saturating_mul(2);
+        let now = clock::now();
+        let refused = self
+            .ground
+            .refused(charge.limit, charge.id, &charge.gcra, two, now);
+        refused.map(|_| (charge.limit, charge.id))
     }
 
     fn post(self: &Arc<Self>, slot: Option<Slot>, number: u64) -> Post {
@@ -284,6 +312,11 @@ impl Lanes {
                 post.leave();
                 return;
             };
+            // What the last answer told of their keys they are told, too.
+            lanes.refuse_known(&mut waiting);
+            if waiting.is_empty() {
+                continue;
+            }
             let plan = Plan::new(&waiting);
             let rest = waiting.split_off(plan.count);
             if !rest.is_empty() {
@@ -326,6 +359,29 @@ impl Lanes {
                 }
             }
         }
+    }
+
+    /// Answers those that are refused by what has been heard since they came.
+    fn refuse_known(&self, waiting: &mut Vec<Waiting>) {
+        let now = clock::now();
+        waiting.retain_mut(|one| {
+            let [charge] = &one.check[..] else {
+                return true;
+            };
+            let Some(known) =
+                self.ground
+                    .refused(charge.limit, charge.id, &charge.gcra, charge.cost, now)
+            else {
+                return true;
+            };
+            let (tell, _) = oneshot::channel();
+            let found = Found {
+                now: now.as_nanos(),
+                states: States::One([known]),
+            };
+            let _ = std::mem::replace(&mut one.tell, tell).send(Ok(found));
+            false
+        });
     }
 
     /// The next to be asked for; the lane ends where nobody waits.
@@ -398,11 +454,13 @@ impl Drop for Baton {
             lanes,
             slot,
             number,
+            scarce,
         } = self;
         {
             let mut busy = lanes.busy.lock();
             match busy.lanes.entry(*slot) {
                 Entry::Occupied(mut lane) if lane.get().number == *number => {
+                    lane.get_mut().scarce.retain(|key| Some(*key) != *scarce);
                     if lane.get().waiting.is_empty() {
                         lane.get_mut().ways -= 1;
                         if lane.get().ways == 0 {
@@ -503,8 +561,17 @@ impl Asked {
         Ok((now, states))
     }
 
+    /// Remembers how the keys stand. The server decided at some time of the trip:
+    /// at its begin, to be sure; or, where that makes no difference that anybody
+    /// could see, at its end, so that nobody asks just a little too early.
     fn learn(&self, ground: &Ground, states: &[Tat], now: Instant) {
-        for (&(limit, id, _, since), &tat) in self.keys.iter().zip(states) {
+        let trip = u64::try_from((clock::now() - now).as_nanos()).unwrap_or(u64::MAX);
+        for (&(limit, id, gcra, since), &tat) in self.keys.iter().zip(states) {
+            let is_short = trip.saturating_mul(LATE) <= gcra.interval_nanos();
+            let tat = match tat.is_after(now.as_nanos()) && is_short {
+                true => tat.moved(0, trip),
+                false => tat,
+            };
             ground.learn(limit, id, tat, now, since);
         }
     }

@@ -204,6 +204,35 @@ fn tls_is_a_feature_and_is_never_blind() {
     assert!(matches!(blind, Err(ConfigError::NotBuiltIn)));
 }
 
+/// A key that has lost its line breaks, as variables do to it, was shown whole.
+#[cfg(feature = "tls")]
+#[test]
+fn a_key_that_cannot_be_read_is_not_shown() {
+    let words = "opensesame opensesame";
+    for key in [
+        format!("-----BEGIN PRIVATE KEY----- {words} -----END PRIVATE KEY-----"),
+        format!("-----BEGIN PRIVATE KEY----- {words}"),
+        format!("-----BEGIN PRIVATE KEY-----\n{words}"),
+        words.to_owned(),
+    ] {
+        let certificates: [fn(Config, &str) -> Config; 3] = [
+            |config, key| config.client_certificate("", key),
+            |config, key| config.client_certificate(key, key),
+            |config, key| config.root_certificates(key),
+        ];
+        for with in certificates {
+            let config = with(Config::new("rediss://cache"), &key);
+            let error = Redis::from_config(config).unwrap_err();
+            let cause = Error::source(&error).expect("what is wrong");
+            for shown in [format!("{error:?}"), format!("{cause} {cause:?}")] {
+                // As text, or byte by byte.
+                assert!(!shown.contains("opens"), "{shown}");
+                assert!(!shown.contains("111, 112, 101"), "{shown}");
+            }
+        }
+    }
+}
+
 #[test]
 fn secrets_are_not_shown() {
     const SECRETS: [&str; 3] = ["opensesame", "alibaba", "cave"];
