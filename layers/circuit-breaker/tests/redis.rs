@@ -206,6 +206,53 @@ async fn what_is_done_by_hand_may_stay_at_home() {
     assert_eq!(one.state(), State::Open);
 }
 
+/// It stayed forced for ever.
+#[tokio::test]
+async fn an_override_of_the_fleet_ends_where_none_is_shared() {
+    let server = Server::start().await;
+    let one = node(&server, "shared", opens_for(ms(60_000))).await;
+    let member = Sharing::new(&server.redis()).by_hand(false);
+    let two = joined(node_of(member, "shared", opens_for(ms(60_000)))).await;
+    one.force_open();
+    within(SOON, "forced", || two.state() == State::ForcedOpen).await;
+    one.reset();
+    within(SOON, "closed", || two.state() == State::Closed).await;
+    // Its own stays.
+    two.force_closed();
+    trip(&one);
+    tokio::time::sleep(ms(100)).await;
+    assert_eq!(two.state(), State::ForcedClosed);
+}
+
+/// The first to be well again took the votes of all, and closed them.
+#[tokio::test]
+async fn a_vote_taken_back_is_one_vote() {
+    let server = Server::start().await;
+    let mut nodes = Vec::new();
+    for wait in [60_000, 200] {
+        let sharing = Sharing::new(&server.redis()).quorum(3);
+        nodes.push(joined(node_of(sharing, "shared", opens_for(ms(wait)))).await);
+    }
+    for node in &nodes {
+        trip(node);
+        within(SOON, "voted", || !node.fleet().unwrap().pending).await;
+    }
+    within(5 * SOON, "well again", || {
+        succeed(&nodes[1]);
+        nodes[1].state() == State::Closed && !nodes[1].fleet().unwrap().pending
+    })
+    .await;
+    tokio::time::sleep(ms(100)).await;
+    assert_eq!(nodes[0].state(), State::Open);
+    // Its vote counts yet.
+    let sharing = Sharing::new(&server.redis()).quorum(3);
+    nodes.push(joined(node_of(sharing, "shared", opens_for(ms(60_000)))).await);
+    trip(&nodes[1]);
+    trip(&nodes[2]);
+    let fleets = || nodes.iter().all(|node| !node.fleet().unwrap().closed);
+    within(SOON, "open for all", fleets).await;
+}
+
 #[tokio::test]
 async fn a_quorum_of_two_outvotes_one() {
     let server = Server::start().await;
@@ -398,6 +445,45 @@ fn a_runtime_may_come_and_go() {
         let other = node(&server, "shared", opens_for(ms(200))).await;
         within(SOON, "open", || other.state() == State::Open).await;
     });
+}
+
+/// The task of a second runtime kept nothing alive: it took the alarms of the
+/// first for its own.
+#[test]
+fn leave_is_renewed_in_another_runtime() {
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let home = runtime();
+    let server = home.block_on(Server::start());
+    let breaker = home.block_on(async {
+        let breaker = node(&server, "shared", opens_for(ms(700))).await;
+        trip(&breaker);
+        within(SOON, "told", || !breaker.fleet().unwrap().pending).await;
+        tokio::time::sleep(ms(50)).await;
+        breaker
+    });
+    drop(home);
+    let home = runtime();
+    let _permit = home.block_on(async {
+        let probe = loop {
+            match breaker.try_acquire() {
+                Ok(probe) => break probe,
+                Err(_) => tokio::time::sleep(ms(5)).await,
+            }
+        };
+        joined(breaker.clone()).await;
+        let version = || breaker.fleet().unwrap().version;
+        let first = version();
+        within(5 * SOON, "renewed", || version() > first).await;
+        let second = version();
+        within(5 * SOON, "renewed again", || version() > second).await;
+        probe
+    });
+    assert_eq!(breaker.state(), State::HalfOpen);
 }
 
 /// With the last handle the task ends, and its connections.

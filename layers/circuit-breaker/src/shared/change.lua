@@ -126,7 +126,8 @@ elseif op == 'claim' or op == 'seize' then
     verdict = 'took'
   end
 elseif op == 'close' then
-  if s == 'c' and v > 0 then
+  -- What is not written is closed; under a quorum others may be open alone.
+  if s == 'c' and (v > 0 or quorum > 1) then
     redis.call('HDEL', rec, 'n:' .. me)
     if v == base then verdict = 'took' end
   elseif s == 'c' or mine or fresh and (s == 'o' or lapsed) then

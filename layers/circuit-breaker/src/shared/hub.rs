@@ -51,7 +51,8 @@ pub(crate) struct Hub {
     up: AtomicBool,
     refused: AtomicU64,
     book: Mutex<Book>,
-    queue: Mutex<Vec<Arc<Link>>>,
+    /// Weak: where there is no task, it would keep what keeps it.
+    queue: Mutex<Vec<Weak<Link>>>,
 }
 
 #[derive(Default)]
@@ -220,7 +221,7 @@ impl Hub {
 impl Bell for Hub {
     fn ring(&self, link: &Arc<Link>) {
         if link.enqueue() {
-            self.queue.lock().push(Arc::clone(link));
+            self.queue.lock().push(Arc::downgrade(link));
         }
         self.ensure();
         self.bell.notify_one();
@@ -237,6 +238,11 @@ impl Bell for Hub {
             if links.is_empty() {
                 book.links.remove(key);
             }
+        }
+        drop(book);
+        if !self.is_heard() {
+            // Nobody takes them out, however many come and go.
+            self.queue.lock().retain(|link| link.strong_count() > 0);
         }
     }
 }
@@ -317,6 +323,8 @@ impl Task {
             self.queue = hub.all();
             for link in &self.queue {
                 link.enqueue();
+                // It was set with a task that is gone.
+                link.alarmed();
             }
         }
         loop {
@@ -393,7 +401,10 @@ impl Task {
 
     /// Who has something to ask.
     fn collect(&mut self, hub: &Hub) {
-        self.queue.append(&mut hub.queue.lock());
+        let mut rung = hub.queue.lock();
+        self.queue
+            .extend(rung.drain(..).filter_map(|link| link.upgrade()));
+        drop(rung);
         // No two questions of one at once.
         self.queue.sort_unstable_by_key(Arc::as_ptr);
         self.queue.dedup_by(|one, two| Arc::ptr_eq(one, two));
@@ -512,5 +523,32 @@ impl Task {
         if self.ask_all(hub, changed).await {
             self.known.pulled(epoch, version);
         }
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use super::*;
+    use crate::Sharing;
+
+    /// What was to be told had the hub, which had it.
+    #[test]
+    fn what_nobody_tells_keeps_nothing_alive() {
+        let redis = Redis::from_url("redis://127.0.0.1:1").unwrap();
+        let sharing = Sharing::new(&redis);
+        let hub = Arc::downgrade(&sharing.hub());
+        let breaker = |name: &str| {
+            let builder = Breaker::builder(name).redis(sharing.clone());
+            let breaker = builder.build().unwrap();
+            breaker.force_open();
+            breaker
+        };
+        let one = breaker("one");
+        drop(breaker("two"));
+        let waiting = hub.upgrade().unwrap().queue.lock().len();
+        assert_eq!(waiting, 1);
+        drop(sharing);
+        drop(one);
+        assert!(hub.upgrade().is_none());
     }
 }

@@ -426,7 +426,10 @@ impl Link {
                 inner.read = true;
                 return;
             }
-            if !self.by_hand && view.state.is_override() {
+            // One that was followed from where it is done for all is not this
+            // node's own, and ends with the fleet's.
+            let theirs = inner.seen.standing == Standing::Forced(view.state);
+            if !self.by_hand && view.state.is_override() && !theirs {
                 // When it ends, the record is read.
                 return;
             }

@@ -186,7 +186,7 @@ impl Server {
                 }
             }
             Op::Close => {
-                if state == State::Closed && record.version > 0 {
+                if state == State::Closed && (record.version > 0 || self.quorum > 1) {
                     if record.version == base {
                         verdict = Verdict::Took;
                     }

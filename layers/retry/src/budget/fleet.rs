@@ -52,23 +52,39 @@ const INTERVAL: Duration = Duration::from_millis(200);
 const FAILURES: u32 = 3;
 
 /// Who asks; what is offered and wanted, in thousandths of a retry; the
-/// minimum each second; what is saved up at most, in thousandths.
+/// minimum each second; what is saved up at most, in thousandths; the number of
+/// the look.
 ///
 /// The pool is in millionths: a microsecond of one retry a second. What is
 /// granted is half of what there is at most, that others are left some, but a
 /// whole retry where there is one.
+///
+/// A cluster may be asked a second time, and do both. So the score of a process
+/// is 256 times the milliseconds of its last look, plus the number of that look
+/// modulo 256: what comes again, or late, offers nothing and gets nothing.
 const SCRIPT: &str = "\
 local pool = redis.pcall('HMGET', KEYS[1], 'minimum', 'balance', 'at')
 if pool.err then return pool end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local joined = redis.pcall('ZADD', KEYS[2], now, ARGV[1])
-if type(joined) == 'table' then return joined end
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 3000000)
-redis.call('ZREMRANGEBYSCORE', KEYS[2], now + 1000000, '+inf')
+local offered, wanted = ARGV[2] * 1000, ARGV[3] * 1000
+local ms = math.floor(now / 1000)
+local look = ARGV[6] % 256
+local last = redis.pcall('ZSCORE', KEYS[2], ARGV[1])
+if type(last) == 'table' then return last end
+last = last and tonumber(last)
+local lately = last and last >= (ms - 3000) * 256 and last < (ms + 1000) * 256
+local ahead = lately and (look - last) % 256 or 1
+if ahead == 0 or ahead > 127 then
+  offered, wanted = 0, 0
+else
+  local joined = redis.pcall('ZADD', KEYS[2], ms * 256 + look, ARGV[1])
+  if type(joined) == 'table' then return joined end
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', (ms - 3000) * 256)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], (ms + 1000) * 256, '+inf')
 redis.call('PEXPIRE', KEYS[2], 60000)
 
-local offered, wanted = ARGV[2] * 1000, ARGV[3] * 1000
 local rate, saved = tonumber(ARGV[4]), ARGV[5] * 1000
 local whole = rate * 1000000
 local sound = true
@@ -188,6 +204,8 @@ struct Shared {
     keys: [Key; 2],
     /// What the others know it by.
     id: String,
+    /// How often it has looked at the pool.
+    looks: AtomicU64,
     name: Box<str>,
     random: SharedRandom,
 }
@@ -246,6 +264,7 @@ impl RetryBudget {
                 script: Script::new(SCRIPT),
                 keys: [key.clone(), key.segment("processes")],
                 id: format!("{:016x}", random.next_u64()),
+                looks: AtomicU64::new(0),
                 name: name.into(),
                 random,
             }),
@@ -392,7 +411,8 @@ impl Shared {
             .arg(offered)
             .arg(wanted)
             .arg(self.rule.min_per_second())
-            .arg(bound(self.rule.saved));
+            .arg(bound(self.rule.saved))
+            .arg(self.looks.fetch_add(1, Relaxed));
         let answer = self.redis.call::<(u64, bool, u64)>("retry_budget", &call);
         match answer.await {
             Ok((granted, full, processes)) => {

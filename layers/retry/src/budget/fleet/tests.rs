@@ -379,7 +379,7 @@ async fn the_script_is_the_model() {
         let keys = [key.clone(), key.segment("processes")];
         let mut model = Pool::default();
         let mut seen = VecDeque::new();
-        for _ in 0..25 {
+        for look in 0..25 {
             let much = [1, 1500, 200_000, 5_000_000_000][chance.below(4) as usize];
             let amount = chance.below(much);
             let (offered, wanted) = if chance.one_in(2) {
@@ -390,7 +390,7 @@ async fn the_script_is_the_model() {
             let id = ["a", "b"][chance.below(2) as usize];
             let call = script.on(&keys).arg(id);
             let call = call.arg(offered).arg(wanted);
-            let call = call.arg(rule.per_second).arg(rule.saved * 1000);
+            let call = call.arg(rule.per_second).arg(rule.saved * 1000).arg(look);
             let (granted, full, processes): (u64, bool, u64) =
                 redis.call("test", &call).await.unwrap();
             let mut get = Cmd::new();
@@ -405,4 +405,32 @@ async fn the_script_is_the_model() {
             assert!(processes > u64::from(both));
         }
     }
+}
+
+/// A cluster whose node is slow is asked again, and does both: what was offered
+/// once was in the pool twice.
+#[tokio::test]
+async fn what_is_asked_twice_is_done_once() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let script = Script::new(SCRIPT);
+    let key = redis.keyspace("test").tag(["pool"]);
+    let keys = [key.clone(), key.segment("processes")];
+    let look = async |id: &str, offered: u64, look: u64| {
+        let call = script.on(&keys).arg(id).arg(offered).arg(0);
+        let call = call.arg(0).arg(100_000).arg(look);
+        redis.call::<(u64, bool, u64)>("test", &call).await.unwrap();
+        let mut get = Cmd::new();
+        get.arg("HGET").arg(keys[0].as_str()).arg("balance");
+        redis.run::<u64>("test", &get).await.unwrap() / 1000
+    };
+    assert_eq!(look("a", 1000, 254).await, 1000);
+    assert_eq!(look("a", 1000, 254).await, 1000, "again");
+    assert_eq!(look("a", 1000, 255).await, 2000);
+    assert_eq!(look("a", 1000, 254).await, 2000, "late");
+    assert_eq!(look("a", 1000, 256).await, 3000);
+    assert_eq!(look("b", 1000, 256).await, 4000, "another's");
+    // Who was away for long may be at any number.
+    tokio::time::sleep(Duration::from_millis(3100)).await;
+    assert_eq!(look("a", 1000, 256 + 200).await, 5000);
 }

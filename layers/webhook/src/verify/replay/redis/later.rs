@@ -27,12 +27,14 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// The token, the lease, and how long what is done is kept. A full server
 /// refuses the write, and still tells what it knows. A TTL that somebody took
-/// away is set again: else the message would never be free.
+/// away is set again: else the message would never be free. A cluster may be
+/// asked a second time when the first answer was cut off: it is the same claim.
 const CLAIM: &str = "\
 local set = redis.pcall('SET', KEYS[1], 'p' .. ARGV[1], 'NX', 'PX', ARGV[2])
 if type(set) == 'table' and set.ok then return 1 end
 local held = redis.pcall('GET', KEYS[1])
 local done = held == 'c'
+if held == 'p' .. ARGV[1] then return 1 end
 if not done and not (type(held) == 'string' and #held == 17 and string.sub(held, 1, 1) == 'p') then
   if type(set) == 'table' and set.err then return set end
   return redis.error_reply('FOREIGN value under the key of a webhook')
@@ -157,6 +159,9 @@ impl Desk {
         // Without a runtime nobody could have asked.
         if let Ok(runtime) = runtime::Handle::try_current() {
             waiting.attended = true;
+            // Unlocked: a runtime that is ending drops the clerk at once, and
+            // that locks.
+            drop(waiting);
             let clerk = Clerk(Arc::downgrade(self));
             runtime.spawn(clerk.attend());
         }
@@ -209,4 +214,69 @@ impl Clerk {
 /// Rounded up: nothing is forgotten early.
 fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use buttress_redis::testing::Server;
+
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn release(token: u128) -> Work {
+        Work::Release {
+            token: ClaimToken::new(token),
+            until: clock::now() + MINUTE,
+        }
+    }
+
+    /// It locked a lock that it held: the thread never came back.
+    #[test]
+    fn what_waits_when_its_runtime_ends_is_told_by_the_next() {
+        let (send, over) = mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = || {
+                runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()
+                    .unwrap()
+            };
+            let home = runtime();
+            let server = home.block_on(Server::start());
+            let desk = Arc::new(Desk::new(server.redis()));
+            let other = runtime();
+            let ended = other.handle().clone();
+            drop(other);
+            {
+                let _ended = ended.enter();
+                desk.later(desk.key("one".into()), release(1));
+            }
+            home.block_on(async {
+                desk.later(desk.key("two".into()), release(2));
+                while !desk.waiting.lock().works.is_empty() {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            });
+            send.send(()).unwrap();
+        });
+        over.recv_timeout(Duration::from_secs(20)).unwrap();
+    }
+
+    /// It was told that somebody else is at it, and nobody was.
+    #[tokio::test]
+    async fn a_claim_that_is_asked_for_twice_is_one_claim() {
+        let server = Server::start().await;
+        let desk = Desk::new(server.redis());
+        let key = desk.key("one".into());
+        let claim = async |token| {
+            let call = desk.claim(&key, ClaimToken::new(token), MINUTE, MINUTE);
+            desk.redis.call::<u8>("webhook_claim", &call).await.unwrap()
+        };
+        assert_eq!(claim(1).await, NEW);
+        assert_eq!(claim(1).await, NEW);
+        assert_eq!(claim(2).await, IN_PROGRESS);
+    }
 }
