@@ -146,8 +146,8 @@ if tat - now > tonumber(ARGV[2]) then return 0 end
 redis.call('SET', KEYS[1], string.format('%.0f', tat), 'PX', math.ceil((tat - now) / 1000))
 return 1";
 
-/// That script by EVALSHA and nothing else.
-pub async fn bare(connection: MultiplexedConnection) -> Askers {
+/// That script by EVALSHA and nothing else, on the keys of so many clients.
+pub async fn bare(connection: MultiplexedConnection, clients: usize) -> Askers {
     let script = redis::Script::new(LEAST);
     let hash = script.get_hash().to_owned();
     let mut load = redis::cmd("SCRIPT");
@@ -166,7 +166,7 @@ pub async fn bare(connection: MultiplexedConnection) -> Askers {
                 check
                     .arg(hash)
                     .arg(1)
-                    .arg(client(task))
+                    .arg(client(task % clients))
                     .arg(1)
                     .arg(1_000_000_000);
                 let passed: i64 = check.query_async(&mut connection).await.expect("an answer");
@@ -181,8 +181,8 @@ fn client(task: usize) -> String {
     format!("client-000000-{task:09}")
 }
 
-/// A layer before a service that is always ready.
-pub fn layered<L, R>(layer: L) -> Askers
+/// A layer before a service that is always ready, asked by so many clients.
+pub fn layered<L, R>(layer: L, clients: usize) -> Askers
 where
     L: Layer<Bare>,
     L::Service: Service<Request<()>, Response = Response<R>> + Clone + Send + 'static,
@@ -191,7 +191,7 @@ where
 {
     let service = layer.layer(service_fn(answer as Answer));
     Box::new(move |task| {
-        let (service, client) = (service.clone(), client(task));
+        let (service, client) = (service.clone(), client(task % clients));
         Box::new(move || {
             let service = service.clone();
             let request = Request::builder().header("x-client", &*client);

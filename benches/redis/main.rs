@@ -64,12 +64,12 @@ fn wide() -> Limit {
         .key(key::header("x-client"))
 }
 
-fn ours(redis: &Redis, mode: Mode) -> Askers {
+fn ours(redis: &Redis, mode: Mode, clients: usize) -> Askers {
     let layer = RateLimitLayer::builder().limit(wide()).redis(redis);
-    layered(layer.mode(mode).build().expect("it is sound"))
+    layered(layer.mode(mode).build().expect("it is sound"), clients)
 }
 
-async fn peer(server: &Server) -> Askers {
+async fn peer(server: &Server, clients: usize) -> Askers {
     let client = redis_0_32::Client::open(server.url()).expect("a URL");
     let connection = client.get_multiplexed_async_connection().await;
     layered(
@@ -79,6 +79,7 @@ async fn peer(server: &Server) -> Askers {
             .capacity(u16::MAX)
             .emission_interval(Duration::from_millis(1))
             .build(),
+        clients,
     )
 }
 
@@ -109,17 +110,23 @@ fn per_second(rate: f64) -> String {
 
 async fn strict(table: &mut Table) {
     let (server, redis, account) = server().await;
-    let connection = ::redis::Client::open(server.url()).expect("a URL");
-    let connection = connection.get_multiplexed_async_connection().await;
-    let least = bare(connection.expect("the server is there")).await;
-    let peer = peer(&server).await;
-    let ours = ours(&redis, Mode::Strict);
-    for (tasks, goal, cpu_goal) in [(1, 0.9, None), (50, 1.3, Some(0.6)), (500, 1.8, None)] {
+    let client = ::redis::Client::open(server.url()).expect("a URL");
+    for (tasks, clients, goal, cpu_goal) in [
+        (1, 1, 0.9, None),
+        (50, 1, 1.3, Some(0.6)),
+        (50, 50, 1.3, Some(0.6)),
+        (500, 1, 1.8, None),
+        (500, 500, 1.8, None),
+    ] {
+        let connection = client.get_multiplexed_async_connection().await;
+        let least = bare(connection.expect("the server is there"), clients).await;
+        let peer = peer(&server, clients).await;
+        let ours = ours(&redis, Mode::Strict, clients);
         let rounds = rounds(&account, &[&least, &peer, &ours], tasks).await;
         let rate = |at: usize| middle(&rounds, |round| round[at].rate);
         for (at, name, goal) in [(0, "the least script", 1.0 / goal), (1, "the peer", 1.0)] {
             table.push(Row {
-                what: format!("strict, {tasks} tasks, {name} over it"),
+                what: format!("strict, {tasks} tasks, {clients} keys, {name} over it"),
                 ours: per_second(rate(2)),
                 peer: per_second(rate(at)),
                 figure: middle(&rounds, |round| round[at].rate / round[2].rate),
@@ -148,8 +155,8 @@ async fn strict(table: &mut Table) {
 
 async fn leased(table: &mut Table) {
     let (_server, redis, account) = server().await;
-    let strict = ours(&redis, Mode::Strict);
-    let leased = ours(&redis, Mode::Leased(Lease::default().share(100)));
+    let strict = ours(&redis, Mode::Strict, 1);
+    let leased = ours(&redis, Mode::Leased(Lease::default().share(100)), 1);
     for tasks in [1, 50] {
         let rounds = rounds(&account, &[&strict, &leased], tasks).await;
         let rate = |at: usize| middle(&rounds, |round| round[at].rate);
@@ -185,7 +192,7 @@ async fn denied(table: &mut Table) {
     let (_server, redis, account) = server().await;
     let limit = Limit::new(Quota::new(50, Duration::from_secs(1)).burst(1));
     let layer = RateLimitLayer::builder().limit(limit).redis(&redis);
-    let askers = layered(layer.build().expect("it is sound"));
+    let askers = layered(layer.build().expect("it is sound"), 1);
     let rounds = rounds(&account, &[&askers], 50).await;
     let per_token = |turn: &Turn| turn.commands * turn.rate / 50.0;
     table.push(Row {
