@@ -78,6 +78,8 @@ async fn peer(server: &Server, clients: usize) -> Askers {
             .key_resolver(ByClient)
             .capacity(u16::MAX)
             .emission_interval(Duration::from_millis(1))
+            // As its own example has it: without one it may wait for ever.
+            .timeout(Duration::from_millis(300))
             .build(),
         clients,
     )

@@ -224,6 +224,26 @@ async fn an_override_of_the_fleet_ends_where_none_is_shared() {
     assert_eq!(two.state(), State::ForcedClosed);
 }
 
+/// Two of one name in a process had two votes, and opened it for all.
+#[tokio::test]
+async fn a_process_has_one_vote() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let twin = || Sharing::new(&redis).quorum(2);
+    let one = joined(node_of(twin(), "shared", opens_for(ms(60_000)))).await;
+    let two = joined(node_of(twin(), "shared", opens_for(ms(60_000)))).await;
+    let other = Sharing::new(&server.redis()).quorum(2);
+    let other = joined(node_of(other, "shared", opens_for(ms(60_000)))).await;
+    for breaker in [&one, &two] {
+        trip(breaker);
+        within(SOON, "voted", || !breaker.fleet().unwrap().pending).await;
+    }
+    tokio::time::sleep(ms(100)).await;
+    assert_eq!(other.state(), State::Closed);
+    trip(&other);
+    within(SOON, "open for all", || !other.fleet().unwrap().closed).await;
+}
+
 /// The first to be well again took the votes of all, and closed them.
 #[tokio::test]
 async fn a_vote_taken_back_is_one_vote() {

@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use buttress_core::random::{Random, ThreadRandom};
 use redis::{Cmd, FromRedisValue, Value};
 use tokio::{sync::watch, time::timeout};
 
@@ -31,6 +32,7 @@ pub(crate) struct Shared {
     pub(crate) gates: Gates,
     pub(crate) dialer: Dialer,
     pub(crate) keeper: Keeper,
+    id: u64,
     pub(crate) prefix: Box<str>,
     pub(crate) timeout: Duration,
     pub(crate) connect_timeout: Duration,
@@ -57,6 +59,7 @@ impl Redis {
                 gates,
                 dialer,
                 keeper: Keeper::default(),
+                id: ThreadRandom.next_u64(),
                 prefix: config.key_prefix.into(),
                 timeout: config.timeout,
                 connect_timeout: config.connect_timeout,
@@ -94,6 +97,13 @@ impl Redis {
     #[must_use]
     pub fn is_cluster(&self) -> bool {
         self.shared.dialer.is_cluster()
+    }
+
+    /// A random number of this handle's and its clones': who a process is to a
+    /// fleet, as long as it lives.
+    #[must_use]
+    pub fn handle_id(&self) -> u64 {
+        self.shared.id
     }
 
     /// How long one operation takes at most.

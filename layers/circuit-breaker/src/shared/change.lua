@@ -1,12 +1,12 @@
 -- A breaker's record is a hash: v version, s state, u its end and t when it
 -- happened by this server's clock in ms, w the longest it may last, o who
--- wrote; and a vote for each node, n:<node>, which counts until its value.
+-- wrote; and a vote for each process, n:<process>, which counts until its value.
 -- The index has all records of the fleet by version, and when it was begun
 -- as e:<us> at 0.
 local rec, idx = KEYS[1], KEYS[2]
 local op, base, me = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local age, wait, quorum = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local channel, to = ARGV[7], ARGV[8]
+local channel, to, voter = ARGV[7], ARGV[8], ARGV[9]
 
 -- Kept for so long after its end; so many in the index; leave is given so
 -- much ahead of time.
@@ -73,9 +73,9 @@ local function set(state, ends)
     version, before, s, left(), o, rec))
 end
 
--- How many nodes vote for open, this one among them.
+-- How many processes vote for open, this one among them.
 local function vote()
-  redis.call('HSET', rec, 'n:' .. me, string.format('%.0f', now + wait))
+  redis.call('HSET', rec, 'n:' .. voter, string.format('%.0f', now + wait))
   local all, live = redis.call('HGETALL', rec), 0
   for i = 1, #all, 2 do
     if string.sub(all[i], 1, 2) == 'n:' then
@@ -128,7 +128,7 @@ elseif op == 'claim' or op == 'seize' then
 elseif op == 'close' then
   -- What is not written is closed; under a quorum others may be open alone.
   if s == 'c' and (v > 0 or quorum > 1) then
-    redis.call('HDEL', rec, 'n:' .. me)
+    redis.call('HDEL', rec, 'n:' .. voter)
     if v == base then verdict = 'took' end
   elseif s == 'c' or mine or fresh and (s == 'o' or lapsed) then
     forget_votes()

@@ -134,9 +134,11 @@ impl Sharing {
         self.change(|this| this.fleet = fleet.into())
     }
 
-    /// How many nodes must have opened a breaker, and be open yet, before it
-    /// opens for all. A node that opens it is open itself at once. Default 1;
-    /// 2 where a node whose network alone is bad must not open it for others.
+    /// How many processes must have opened a breaker, and be open yet, before it
+    /// opens for all. A process is a [`Redis`] handle: of several breakers of
+    /// one name on its clones any has the one vote. Who opens it is open himself
+    /// at once. Default 1; 2 where a process whose network alone is bad must not
+    /// open it for others.
     ///
     /// Under a quorum a probe that fails is a vote, too: the next node may
     /// try at once, and so many must fail for it to be open for all again.

@@ -22,7 +22,7 @@ use tokio::{runtime::Handle, sync::Notify, task::JoinSet, time::sleep};
 
 use super::{
     link::{Bell, Link},
-    record::{Message, Order, Reply, Request, Watermark},
+    record::{Message, NodeId, Order, Reply, Request, Watermark},
     script::{Answer, Scripts, read},
 };
 use crate::{Breaker, metrics::FleetMetrics};
@@ -189,9 +189,10 @@ impl Hub {
             _ => "circuit_breaker_change",
         };
         let keys = [link.key(), &self.index];
+        let (node, voter) = (link.id(), NodeId(self.redis.handle_id()));
         let call = self
             .scripts
-            .change(keys, request, link.id(), self.quorum, &self.channel);
+            .change(keys, request, node, voter, self.quorum, &self.channel);
         match self.redis.call::<Answer>(operation, &call).await {
             Ok(answer) => {
                 let reply = read(answer);

@@ -27,6 +27,7 @@ impl Scripts {
         [record, index]: [&Key; 2],
         request: &Request,
         node: NodeId,
+        voter: NodeId,
         quorum: u32,
         channel: &str,
     ) -> Call {
@@ -63,6 +64,7 @@ impl Scripts {
             .arg(quorum)
             .arg(channel)
             .arg(to)
+            .arg(voter.to_string())
     }
 
     pub(super) fn changes(&self, index: &Key, known: Watermark) -> Call {

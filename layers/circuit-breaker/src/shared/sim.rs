@@ -734,7 +734,7 @@ async fn the_model_is_the_script() {
             request.base = if known { theirs } else { 0 };
             let keys = [&record, &index];
             let quorum = u32::try_from(quorum).unwrap();
-            let call = scripts.change(keys, &request, node, quorum, "channel");
+            let call = scripts.change(keys, &request, node, node, quorum, "channel");
             let answer = redis.call::<Answer>("test", &call).await.unwrap();
             let reply = read(answer).unwrap();
             let _ = writeln!(log, "{node} {request:?}\n  {expected:?}\n  {reply:?}");
