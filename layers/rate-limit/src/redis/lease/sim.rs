@@ -12,6 +12,8 @@ use crate::{
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000 * MS;
+/// How long an operation may take.
+const LIMIT: u64 = 100 * MS;
 /// Not at the clock's zero, where all arrival times are.
 const START: u64 = 1_000 * SECOND;
 
@@ -78,7 +80,8 @@ struct Node {
     demand: Demand,
     /// Their costs, first come first served; and whether the answer that is
     /// awaited is to a question in which they are counted.
-    waiting: Vec<(u32, bool)>,
+    /// What each costs, whether it is counted in a question, and since when.
+    waiting: Vec<(u32, bool, u64)>,
     /// Their sum, and that of those before them whose answer was shared out
     /// last.
     wanted: u64,
@@ -199,7 +202,7 @@ impl Fleet {
     }
 
     /// Decides on one request. Whether it waits.
-    fn decide(&mut self, index: usize, now: u64, cost: u32, may_wait: bool) {
+    fn decide(&mut self, index: usize, now: u64, cost: u32, since: u64, may_wait: bool) {
         let is_counted = !self.nodes[index].share.is_asking();
         let node = &mut self.nodes[index];
         match node.share.offer(now, cost, true) {
@@ -213,7 +216,7 @@ impl Fleet {
             }
             Take::Ask if may_wait => {
                 node.share.wait(now, cost);
-                node.waiting.push((cost, is_counted));
+                node.waiting.push((cost, is_counted, since));
                 node.wanted += u64::from(cost);
                 self.ask(index, now);
             }
@@ -240,7 +243,7 @@ impl Fleet {
                     every, to, cost, ..
                 } = node.demand;
                 if node.alive {
-                    self.decide(index, now, cost, true);
+                    self.decide(index, now, cost, now, true);
                 }
                 // Like clockwork, some would ever come just after others.
                 let next = now + every / 2 + self.random.u64(0..=every);
@@ -266,11 +269,13 @@ impl Fleet {
                 let want = Want { least, need, more };
                 node.share.answered(sent, now, want, Grant { granted, tat });
                 let waiting = std::mem::take(&mut node.waiting);
-                node.wanted = waiting.iter().map(|&(cost, _)| u64::from(cost)).sum();
-                for (cost, was_counted) in waiting {
+                node.wanted = waiting.iter().map(|&(cost, ..)| u64::from(cost)).sum();
+                for (cost, was_counted, since) in waiting {
                     self.nodes[index].share.waited(cost);
-                    // Whoever was counted has its answer.
-                    self.decide(index, now, cost, !was_counted);
+                    // Whoever was counted has its answer; and nobody waits for
+                    // longer than an operation may take.
+                    let may_wait = !was_counted && now - since < LIMIT;
+                    self.decide(index, now, cost, since, may_wait);
                 }
                 self.ask(index, now);
             }
