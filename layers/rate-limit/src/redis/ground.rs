@@ -26,7 +26,8 @@ const EPOCHS: usize = 64;
 /// Redis, and the tables that hold what this process last heard of its keys.
 ///
 /// A table's arrival times are on this process's own clock, and never later
-/// than those in Redis were: what they refuse Redis would refuse.
+/// than those in Redis were, but for a trip where that is short: what they
+/// refuse Redis would refuse, or would have a trip before.
 pub(crate) struct Ground {
     pub(crate) redis: Redis,
     pub(crate) tables: Arc<[Table]>,
