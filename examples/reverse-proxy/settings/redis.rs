@@ -54,10 +54,12 @@ impl Redis {
     }
 
     fn open(&self) -> Result<redis::Redis, ConfigError> {
-        let urls = self.url.iter().flat_map(|urls| &urls.0);
-        let mut config = Config::cluster(urls.map(|url| url.0.expose()))
-            .key_prefix(&*self.key_prefix)
-            .timeout(self.timeout.0);
+        let urls = self.url.as_ref().map_or(&[][..], |urls| &urls.0);
+        let config = match urls {
+            [url] => Config::new(url.0.expose()),
+            urls => Config::cluster(urls.iter().map(|url| url.0.expose())),
+        };
+        let mut config = config.key_prefix(&*self.key_prefix).timeout(self.timeout.0);
         if let Some(database) = self.database {
             config = config.database(database);
         }
