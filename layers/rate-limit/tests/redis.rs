@@ -506,32 +506,6 @@ async fn readiness_goes_with_the_request() {
     service.call(request("a")).await.unwrap();
 }
 
-/// It was told with the next request only, which may never come.
-#[tokio::test]
-async fn who_is_idle_tells_what_was_let_through_all_the_same() {
-    let mut server = Server::start().await;
-    let redis = hasty(&server, 100);
-    let local = layer(&redis, Quota::per_hour(4));
-    assert_eq!(send(&local, "a").await.status(), 200);
-    server.kill();
-    for _ in 0..2 {
-        assert_eq!(send(&local, "a").await.status(), 200);
-    }
-    while redis.is_up() {
-        send(&local, "b").await;
-    }
-    server.restart().await;
-    let other = layer(&server.redis(), Quota::per_hour(4)).handle();
-    let key = key::header("x-key").key("a");
-    let began = clock::now();
-    let spent = async || 4 - other.usage("default", &key).await.unwrap().remaining;
-    // One was in the server that is gone with all that it knew.
-    while spent().await < 2 {
-        assert!(clock::now() - began < Duration::from_secs(5));
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
 #[tokio::test]
 async fn without_redis_each_way_is_as_it_was_set() {
     let mut server = Server::start().await;

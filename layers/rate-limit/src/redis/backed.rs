@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -15,11 +15,8 @@ use buttress_core::{
     keyed::KeyId,
     sync::Mutex,
 };
-use buttress_redis::{ErrorKind, Value, Watch};
-use tokio::{
-    runtime,
-    time::{sleep, timeout},
-};
+use buttress_redis::{ErrorKind, Value};
+use tokio::runtime;
 
 use super::{
     OnStoreError,
@@ -39,9 +36,6 @@ const MOST_OWED: usize = 16_384;
 
 /// How long after it could not be told the server is told again.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// Between two looks whether anybody is left.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// How many of them go in one call.
 const AT_ONCE: usize = 64;
@@ -129,7 +123,6 @@ impl Backed {
                 let first = known.nanos_up().max(now.as_nanos());
                 self.owed.note(ask, Instant::from_nanos(first));
             }
-            self.await_return();
         }
         decision
     }
@@ -175,23 +168,6 @@ impl Backed {
         self.fleet.reset(ask).await
     }
 
-    /// Sees to it that the server is told when it is back, though nobody should
-    /// ask for anything then.
-    fn await_return(&self) {
-        let Ok(runtime) = runtime::Handle::try_current() else {
-            return;
-        };
-        if self.owed.awaited.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let post = Post {
-            ground: Arc::downgrade(&self.ground),
-            owed: Arc::downgrade(&self.owed),
-        };
-        let watch = self.ground.redis.watch();
-        runtime.spawn(post.tell(watch));
-    }
-
     /// Tells the server what was let through while it was away.
     #[cold]
     fn write_back(&self) {
@@ -213,56 +189,10 @@ impl Backed {
 #[derive(Default)]
 struct Owed {
     any: AtomicBool,
-    /// Whether a task waits for the server's return.
-    awaited: AtomicBool,
     /// The server is not told before that: one node of several may be gone for
     /// long.
     again: AtomicU64,
     keys: Mutex<HashMap<(usize, KeyId), Debt>>,
-}
-
-/// The place of the task that waits for the server's return: given up whatever
-/// ends it.
-struct Post {
-    ground: Weak<Ground>,
-    owed: Weak<Owed>,
-}
-
-impl Post {
-    async fn tell(self, mut watch: Watch) {
-        loop {
-            while !watch.is_up() {
-                // Nobody may be left by then to whom it matters.
-                if self.owed.strong_count() == 0 {
-                    return;
-                }
-                let _ = timeout(LOOK, watch.changed()).await;
-            }
-            let (Some(ground), Some(owed)) = (self.ground.upgrade(), self.owed.upgrade()) else {
-                return;
-            };
-            if owed.any.swap(false, Ordering::AcqRel) {
-                owed.write_back(&ground).await;
-            } else {
-                owed.awaited.store(false, Ordering::Release);
-                // Who has come in between relied on this task.
-                let comes = owed.any.load(Ordering::Acquire);
-                if !comes || owed.awaited.swap(true, Ordering::AcqRel) {
-                    return;
-                }
-            }
-            drop((ground, owed));
-            sleep(PAUSE).await;
-        }
-    }
-}
-
-impl Drop for Post {
-    fn drop(&mut self) {
-        if let Some(owed) = self.owed.upgrade() {
-            owed.awaited.store(false, Ordering::Release);
-        }
-    }
 }
 
 struct Debt {
@@ -314,12 +244,6 @@ impl Owed {
     }
 
     async fn write_back(&self, ground: &Ground) {
-        // Without a connection the time limit would be over before anything was
-        // sent, and what may have been done is not told again.
-        if ground.redis.connect().await.is_err() {
-            self.tell_again();
-            return;
-        }
         let scripts = Scripts::default();
         let now = clock::now();
         let mut keys = std::mem::take(&mut *self.keys.lock());
@@ -352,19 +276,15 @@ impl Owed {
                     .or_insert(debt);
             }
             drop(keys);
-            self.tell_again();
+            let again = clock::now() + PAUSE;
+            self.again.store(again.as_nanos(), Ordering::Relaxed);
+            self.any.store(true, Ordering::Release);
             return;
         }
         tracing::info!(
             keys = count,
             "redis was told what was let through without it"
         );
-    }
-
-    fn tell_again(&self) {
-        let again = clock::now() + PAUSE;
-        self.again.store(again.as_nanos(), Ordering::Relaxed);
-        self.any.store(true, Ordering::Release);
     }
 
     async fn tell(
