@@ -107,6 +107,34 @@ async fn two_processes_share_one_quota_and_tell_it_alike() {
     assert_eq!(send(&other, "a").await.status(), 200);
 }
 
+/// Whoever came while the last token was asked for asked, too, and all asked a
+/// trip too early.
+#[tokio::test]
+async fn a_crowd_that_is_denied_costs_about_a_command_for_each_token() {
+    let server = Server::start().await;
+    let layer = layer(&server.redis(), Quota::per_second(5).burst(1));
+    assert_eq!(send(&layer, "a").await.status(), 200);
+    let before = calls(&server.redis()).await;
+    let began = clock::now();
+    let mut crowd = tokio::task::JoinSet::new();
+    for _ in 0..30 {
+        let layer = layer.clone();
+        crowd.spawn(async move {
+            let mut passed = 0;
+            while clock::now() - began < Duration::from_millis(1900) {
+                passed += u64::from(send(&layer, "a").await.status() == 200);
+                tokio::task::yield_now().await;
+            }
+            passed
+        });
+    }
+    let passed: u64 = crowd.join_all().await.into_iter().sum();
+    let asked = calls(&server.redis()).await - before;
+    // Nine tokens came back; a busy machine may be late for some.
+    assert!((5..=10).contains(&passed), "{passed}");
+    assert!(asked <= passed + 4, "{asked} for {passed}");
+}
+
 #[tokio::test]
 async fn a_denied_key_costs_redis_nothing_until_it_may_pass() {
     let server = Server::start().await;
