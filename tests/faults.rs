@@ -48,6 +48,8 @@ struct Load {
     began: Instant,
     redis: Redis,
     handle: FleetHandle,
+    /// Another process's.
+    other: FleetHandle,
     over: Arc<AtomicBool>,
     seen: Seen,
     tasks: JoinSet<()>,
@@ -55,16 +57,21 @@ struct Load {
 
 impl Load {
     async fn on(config: Config, mode: Mode) -> Self {
-        let redis = Redis::from_config(config.timeout(TIMEOUT)).unwrap();
+        let redis = Redis::from_config(config.clone().timeout(TIMEOUT)).unwrap();
         redis.connect().await.unwrap();
         // So slow to come back that each client's key stays in Redis.
         let quota = Quota::new(100, Duration::from_secs(1)).burst(1_000_000);
-        let limit = RateLimitLayer::builder()
-            .limit(Limit::new(quota).name("all").key(key::header("x-client")))
-            .redis(&redis)
-            .mode(mode)
-            .build()
-            .unwrap();
+        let limited = |redis: &Redis, mode| {
+            RateLimitLayer::builder()
+                .limit(Limit::new(quota).name("all").key(key::header("x-client")))
+                .redis(redis)
+                .mode(mode)
+                .build()
+                .unwrap()
+        };
+        let limit = limited(&redis, mode);
+        let other = Redis::from_config(config.timeout(TIMEOUT)).unwrap();
+        let other = limited(&other, Mode::Strict).handle();
         let breaker = CircuitBreakerLayer::builder()
             .name("upstream")
             .redis(Sharing::new(&redis))
@@ -101,6 +108,7 @@ impl Load {
             began: clock::now(),
             redis,
             handle,
+            other,
             over,
             seen,
             tasks,
@@ -123,15 +131,17 @@ impl Load {
         took.get(at).copied().unwrap_or_default()
     }
 
-    /// Until a charge is made in Redis again; whoever was charged is found so by
-    /// another handle.
+    /// Until a charge is made in Redis again, where another process finds it.
     async fn correct(&self) {
+        const COST: u32 = 1_000;
+
         let key = key::Key::from("witness");
+        let limit = self.handle.limit("all").unwrap();
         let charged = async {
             loop {
-                if self.redis.is_up()
-                    && self.handle.usage("all", &key).await.is_ok()
-                    && self.handle.reset("all", &key).await.is_ok()
+                let passes = limit.charge(&key, COST).await.is_ok();
+                if let (true, Ok(seen)) = (passes, self.other.usage("all", &key).await)
+                    && seen.limit - seen.remaining > COST / 2
                 {
                     return;
                 }
