@@ -18,6 +18,7 @@
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
+    mem,
     sync::Arc,
     time::Duration,
 };
@@ -364,24 +365,19 @@ impl Lanes {
     /// Answers those that are refused by what has been heard since they came.
     fn refuse_known(&self, waiting: &mut Vec<Waiting>) {
         let now = clock::now();
-        waiting.retain_mut(|one| {
-            let [charge] = &one.check[..] else {
-                return true;
+        for one in mem::take(waiting) {
+            let known = match &one.check[..] {
+                [it] => (self.ground).refused(it.limit, it.id, &it.gcra, it.cost, now),
+                _ => None,
             };
-            let Some(known) =
-                self.ground
-                    .refused(charge.limit, charge.id, &charge.gcra, charge.cost, now)
-            else {
-                return true;
+            let Some(known) = known else {
+                waiting.push(one);
+                continue;
             };
-            let (tell, _) = oneshot::channel();
-            let found = Found {
-                now: now.as_nanos(),
-                states: States::One([known]),
-            };
-            let _ = std::mem::replace(&mut one.tell, tell).send(Ok(found));
-            false
-        });
+            let states = States::One([known]);
+            let now = now.as_nanos();
+            let _ = one.tell.send(Ok(Found { now, states }));
+        }
     }
 
     /// The next to be asked for; the lane ends where nobody waits.
