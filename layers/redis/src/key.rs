@@ -56,6 +56,28 @@ impl Keyspace {
         Key(text)
     }
 
+    /// Keys that differ in the last segment of their tag alone, all else being
+    /// worked out once: its [`key`](Family::key) of `x` is `tag` with `x`
+    /// behind the segments of `tag`, and then `behind`.
+    #[must_use]
+    pub fn family<S: AsRef<[u8]>>(
+        &self,
+        tag: impl IntoIterator<Item = S>,
+        behind: impl AsRef<[u8]>,
+    ) -> Family {
+        let mut before = format!("{}{{", self.0);
+        for segment in tag {
+            encode(segment.as_ref(), &mut before);
+            before.push(':');
+        }
+        let mut after = String::from("}:");
+        encode(behind.as_ref(), &mut after);
+        Family {
+            before: before.into(),
+            after: after.into(),
+        }
+    }
+
     /// A name that is no key, for a pub/sub channel.
     #[must_use]
     pub fn channel(&self, name: impl AsRef<[u8]>) -> String {
@@ -68,6 +90,27 @@ impl Keyspace {
 impl fmt::Debug for Keyspace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Keyspace").field(&self.0).finish()
+    }
+}
+
+/// Keys that differ in one segment: see [`Keyspace::family`].
+#[derive(Clone, Debug)]
+pub struct Family {
+    before: Box<str>,
+    after: Box<str>,
+}
+
+impl Family {
+    /// The one that has this segment.
+    #[must_use]
+    pub fn key(&self, segment: impl AsRef<[u8]>) -> Key {
+        let segment = segment.as_ref();
+        let length = self.before.len() + segment.len() + self.after.len();
+        let mut text = String::with_capacity(length);
+        text.push_str(&self.before);
+        encode(segment, &mut text);
+        text.push_str(&self.after);
+        Key(text)
     }
 }
 
@@ -143,9 +186,17 @@ fn encode(segment: &[u8], out: &mut String) {
         out.push('%');
         return;
     }
+    // Most are all of such, and not long.
+    if segment.len() <= LONGEST
+        && segment.iter().copied().all(stays)
+        && let Ok(text) = str::from_utf8(segment)
+    {
+        out.push_str(text);
+        return;
+    }
     let start = out.len();
     for &byte in segment {
-        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.') {
+        if stays(byte) {
             out.push(char::from(byte));
         } else {
             out.push('%');
@@ -160,6 +211,11 @@ fn encode(segment: &[u8], out: &mut String) {
             return;
         }
     }
+}
+
+/// Whether it is written as it is.
+const fn stays(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
 }
 
 fn push_hex(byte: u8, out: &mut String) {

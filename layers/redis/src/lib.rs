@@ -20,7 +20,7 @@ mod value;
 
 pub use config::{Config, ConfigError};
 pub use error::{Error, ErrorKind};
-pub use key::{Key, Keyspace, Slot};
+pub use key::{Family, Key, Keyspace, Slot};
 pub use lock::{FencingToken, Lock, LockBuilder, LockError, Validity};
 pub use redis::{Dedicated, Redis, Watch};
 pub use script::{Call, Script};

@@ -40,7 +40,8 @@ impl Script {
         keys: impl IntoIterator<Item = &'k Key, IntoIter: ExactSizeIterator>,
     ) -> Call {
         let keys = keys.into_iter();
-        let mut cmd = Cmd::new();
+        // Room for keys of a usual length, and some arguments.
+        let mut cmd = Cmd::with_capacity(keys.len() + 8, keys.len() * 64 + 128);
         cmd.arg("EVALSHA").arg(&self.hash).arg(keys.len());
         for key in keys {
             cmd.arg(key.as_str());

@@ -37,12 +37,13 @@ local function write(key, u, r, now, den)
   call('PSETEX', key, format('%d', ms / 1000 + 1), value)
 end
 
+-- A number, or in MessagePack as many as there are keys, or twice that.
 local function answer(ahead, left, count)
   if left then
     for i = 1, count do ahead[count + i] = left[i] or 0 end
   elseif count == 1 then
     return ahead[1]
   end
-  return ahead
+  return cmsgpack.pack(ahead)
 end
 

@@ -43,7 +43,8 @@ impl Fleet {
     ) -> Result<Decision, Unanswered> {
         match self {
             Self::Strict(strict) => strict.decide(asks, detail).await,
-            Self::Leased(leased) => leased.decide(asks, detail).await,
+            // It seldom has to wait: all wait in what is no larger for it.
+            Self::Leased(leased) => Box::pin(leased.decide(asks, detail)).await,
         }
     }
 

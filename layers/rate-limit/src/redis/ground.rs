@@ -7,7 +7,7 @@ use std::sync::{
 };
 
 use buttress_core::{clock, key, keyed::KeyId};
-use buttress_redis::{Error, Key, Keyspace, Redis};
+use buttress_redis::{Error, Family, Key, Redis};
 use sha2::{Digest, Sha256};
 
 use super::ask::{self, FleetAsk};
@@ -31,9 +31,8 @@ const EPOCHS: usize = 64;
 pub(crate) struct Ground {
     pub(crate) redis: Redis,
     pub(crate) tables: Arc<[Table]>,
-    /// The layer's name, as a part of the keys.
-    name: Box<str>,
-    space: Keyspace,
+    /// For each table the keys that it has in Redis.
+    families: Box<[Family]>,
     /// Whether charges are given back by responses, so that what is refused
     /// now may pass at any time.
     gives_back: bool,
@@ -64,11 +63,12 @@ impl Ground {
     pub(crate) fn new(redis: Redis, tables: Arc<[Table]>, name: &str, gives_back: bool) -> Self {
         // Across slots others give back, too, what was not charged to all.
         let gives_back = gives_back || (redis.is_cluster() && tables.len() > 1);
+        let space = redis.keyspace(NAMESPACE);
+        let family = |table: &Table| space.family([name], &*table.name);
         Self {
-            space: redis.keyspace(NAMESPACE),
+            families: tables.iter().map(family).collect(),
             redis,
             tables,
-            name: name.into(),
             gives_back,
             epochs: [const { AtomicU64::new(0) }; EPOCHS],
         }
@@ -85,9 +85,7 @@ impl Ground {
         let digest = Sha256::digest(key.as_bytes());
         let mut text = [0; 22];
         base64_url(&digest[..16], &mut text);
-        self.space
-            .tag([self.name.as_bytes(), &text])
-            .segment(&*self.tables[limit].name)
+        self.families[limit].key(text)
     }
 
     /// What was last heard of a key; no later than it is.

@@ -18,8 +18,12 @@
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
+    future::{Future, poll_fn},
+    hash::{BuildHasherDefault, Hasher},
     mem,
+    pin::pin,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -45,6 +49,10 @@ const WAYS: usize = 2;
 
 /// From so many on those that wait are halved, where the other way is free.
 const HALVED: usize = 16;
+
+/// From so many on that wait, the next call goes before those of the last are
+/// told, who would share it if they were told first.
+const ENOUGH: usize = 64;
 
 /// A refusal from memory may be late by a trip, where so many of them take no
 /// longer than a token's time.
@@ -121,6 +129,12 @@ struct Waiting {
     tell: oneshot::Sender<Result<Found, Unanswered>>,
 }
 
+/// What was answered to some, who are told when it is dropped.
+struct Answered {
+    now: u64,
+    found: Vec<(oneshot::Sender<Result<Found, Unanswered>>, States)>,
+}
+
 /// The right to use a lane.
 struct Baton {
     lanes: Arc<Lanes>,
@@ -156,7 +170,9 @@ impl Lanes {
         let slot = (self.ground.redis.is_cluster()).then(|| check[0].key.slot());
         match self.enter(slot, check) {
             Turn::Now(baton, check) => {
-                let found = self.ask_one(&check).await;
+                // In a box of its own: those who wait, who are many, are a
+                // fifth of the size.
+                let found = Box::pin(self.ask_one(&check)).await;
                 drop(baton);
                 found
             }
@@ -306,10 +322,15 @@ impl Lanes {
     async fn drive(post: Post) {
         let lanes = Arc::clone(&post.lanes);
         let (slot, number) = (post.slot, post.number);
+        let mut answered: Option<Answered> = None;
         loop {
-            // Those that were told just now may have come again.
-            tokio::task::yield_now().await;
+            if lanes.len(slot, number) < ENOUGH {
+                drop(answered.take());
+                // Those that were told just now may have come again.
+                tokio::task::yield_now().await;
+            }
             let Some(mut waiting) = lanes.take(slot, number) else {
+                drop(answered);
                 post.leave();
                 return;
             };
@@ -332,26 +353,37 @@ impl Lanes {
                 .iter()
                 .map(|&(check, charge)| &waiting[check].check[charge]);
             let asked = Asked::new(&lanes.ground, charges);
-            match asked.answer(&lanes.ground, limit, &call).await {
+            let mut answer = pin!(asked.answer(&lanes.ground, limit, &call));
+            // Sent before those of the last call are told: the server is at this
+            // one while they go on.
+            let at_once = poll_fn(|cx| match answer.as_mut().poll(cx) {
+                Poll::Ready(answer) => Poll::Ready(Some(answer)),
+                Poll::Pending => Poll::Ready(None),
+            });
+            let at_once = at_once.await;
+            drop(answered.take());
+            let answer = match at_once {
+                Some(answer) => answer,
+                None => answer.await,
+            };
+            match answer {
                 Ok((now, mut states)) => {
                     let mut found = Vec::with_capacity(waiting.len());
                     let mut rest = &plan.indices[..];
-                    for one in &waiting {
+                    for one in waiting {
                         let (indices, behind) = rest.split_at(one.check.len());
                         rest = behind;
-                        found.push(match indices[..] {
+                        let before = match indices[..] {
                             [index] => States::One([states[index]]),
                             _ => States::Several(indices.iter().map(|&i| states[i]).collect()),
-                        });
+                        };
                         let charges = indices.iter().copied().zip(&one.check);
                         charge(charges, &mut states, now.as_nanos());
+                        found.push((one.tell, before));
                     }
                     asked.learn(&lanes.ground, &states, now);
                     let now = now.as_nanos();
-                    for (one, states) in waiting.into_iter().zip(found) {
-                        // Who is gone by now was charged all the same.
-                        let _ = one.tell.send(Ok(Found { now, states }));
-                    }
+                    answered = Some(Answered { now, found });
                 }
                 Err(error) => {
                     for one in waiting {
@@ -429,6 +461,14 @@ impl Lanes {
         Some(taken)
     }
 
+    /// How many wait.
+    fn len(&self, slot: Option<Slot>, number: u64) -> usize {
+        match self.busy.lock().lanes.get(&slot) {
+            Some(lane) if lane.number == number => lane.waiting.len(),
+            _ => 0,
+        }
+    }
+
     fn put_back(&self, slot: Option<Slot>, number: u64, rest: Vec<Waiting>) {
         let mut busy = self.busy.lock();
         // Where the lane was given up, dropping them tells them.
@@ -438,6 +478,16 @@ impl Lanes {
             for one in rest.into_iter().rev() {
                 lane.waiting.push_front(one);
             }
+        }
+    }
+}
+
+impl Drop for Answered {
+    fn drop(&mut self) {
+        let now = self.now;
+        for (tell, states) in self.found.drain(..) {
+            // Who is gone by now was charged all the same.
+            let _ = tell.send(Ok(Found { now, states }));
         }
     }
 }
@@ -513,6 +563,17 @@ fn charge<'a>(
     let ruling = |(index, charge): (usize, &Charge), states: &[Tat]| {
         charge.gcra.decide(states[index], now, charge.cost)
     };
+    let mut rest = charges.clone();
+    if let (Some(only), None) = (rest.next(), rest.next()) {
+        match ruling(only, states) {
+            Ruling::Pass { tat }
+            | Ruling::Wait {
+                heal: Some(tat), ..
+            } => states[only.0] = tat,
+            _ => {}
+        }
+        return;
+    }
     let passes = charges
         .clone()
         .all(|charge| matches!(ruling(charge, states), Ruling::Pass { .. }));
@@ -573,6 +634,32 @@ impl Asked {
     }
 }
 
+/// A [`KeyId`] is a hash already, under a secret: it and the limit are spread
+/// over what the table looks at.
+#[derive(Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("a limit and an id are numbers");
+    }
+
+    #[inline]
+    fn write_usize(&mut self, limit: usize) {
+        self.write_u64(limit as u64);
+    }
+
+    #[inline]
+    fn write_u64(&mut self, id: u64) {
+        // 2⁶⁴ by the golden ratio (Knuth's multiplicative hashing).
+        self.0 = (self.0.rotate_left(32) ^ id).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
 /// How checks become one call.
 struct Plan {
     /// How many there are in it.
@@ -595,7 +682,8 @@ impl Plan {
             indices: Vec::with_capacity(waiting.len()),
             alike: Some(Vec::with_capacity(waiting.len())),
         };
-        let mut indices: HashMap<(usize, KeyId), usize> = HashMap::with_capacity(waiting.len());
+        let mut indices: HashMap<(usize, KeyId), usize, BuildHasherDefault<Spread>> =
+            HashMap::with_capacity_and_hasher(waiting.len(), BuildHasherDefault::default());
         for (number, one) in waiting.iter().enumerate() {
             // A key has one quota in a call: whoever knows another one waits.
             let conflicts = one.check.iter().any(|charge| {

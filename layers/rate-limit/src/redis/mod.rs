@@ -69,6 +69,7 @@ mod handle;
 mod lane;
 mod layer;
 mod lease;
+mod pack;
 mod script;
 mod service;
 mod strict;

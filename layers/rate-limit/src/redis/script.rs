@@ -6,6 +6,7 @@
 
 use buttress_redis::{Call, Key, Script, Value};
 
+use super::pack::{Pack, unpack};
 use crate::{
     Gcra,
     gcra::{Span, Tat},
@@ -198,66 +199,39 @@ impl Scripts {
 /// which it was asked at `now`. `None` where that makes no sense.
 pub(crate) fn answer(
     value: &Value,
-    gcras: impl ExactSizeIterator<Item = Gcra>,
+    mut gcras: impl ExactSizeIterator<Item = Gcra>,
     now: u64,
 ) -> Option<Vec<Tat>> {
-    let ints = match value {
-        Value::Int(_) => std::slice::from_ref(value),
-        Value::Array(values) => values,
+    let count = gcras.len();
+    let (mut micros, mut rests) = match value {
+        Value::Int(micros) if count == 1 => {
+            let micros = u64::try_from(*micros).ok()?;
+            return Some(vec![ahead(gcras.next()?, now, micros, 0)]);
+        }
+        Value::BulkString(bytes) => {
+            let numbers = unpack(bytes)?;
+            (numbers.clone(), numbers)
+        }
         _ => return None,
     };
-    let count = gcras.len();
-    if ints.len() != count && ints.len() != 2 * count {
-        return None;
-    }
-    let int = |index: usize| match ints.get(index) {
-        None => Some(0),
-        Some(Value::Int(int)) => u64::try_from(*int).ok(),
-        Some(_) => None,
+    let has_rests = match micros.len() {
+        len if len == count => false,
+        len if len == 2 * count => true,
+        _ => return None,
     };
+    if has_rests {
+        for _ in 0..count {
+            rests.next()?;
+        }
+    }
     gcras
-        .enumerate()
-        .map(|(index, gcra)| {
-            let (micros, rest) = (int(index)?, int(count + index)?);
-            Some(gcra.ahead(now, Span { micros, rest }))
+        .map(|gcra| {
+            let rest = if has_rests { rests.next()? } else { 0 };
+            Some(ahead(gcra, now, micros.next()?, rest))
         })
         .collect()
 }
 
-/// A flat array of MessagePack.
-#[derive(Default)]
-struct Pack {
-    bytes: Vec<u8>,
-    len: u32,
-}
-
-impl Pack {
-    fn push(&mut self, number: u64) {
-        self.len += 1;
-        if self.bytes.is_empty() {
-            // Room for the head, which knows how many there are.
-            self.bytes.extend([0xdd, 0, 0, 0, 0]);
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "each is matched")]
-        match number {
-            0..=0x7f => self.bytes.push(number as u8),
-            0x80..=0xffff => {
-                self.bytes.push(0xcd);
-                self.bytes.extend((number as u16).to_be_bytes());
-            }
-            0x1_0000..=0xffff_ffff => {
-                self.bytes.push(0xce);
-                self.bytes.extend((number as u32).to_be_bytes());
-            }
-            _ => {
-                self.bytes.push(0xcf);
-                self.bytes.extend(number.to_be_bytes());
-            }
-        }
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.bytes[1..5].copy_from_slice(&self.len.to_be_bytes());
-        self.bytes
-    }
+fn ahead(gcra: Gcra, now: u64, micros: u64, rest: u64) -> Tat {
+    gcra.ahead(now, Span { micros, rest })
 }

@@ -57,7 +57,7 @@ impl Strict {
     ) -> Result<Decision, Unanswered> {
         let check: Check = asks.iter().map(|ask| self.charge(ask)).collect();
         let mut found = if check.len() > 1 && self.ground.redis.is_cluster() {
-            self.check_apart(asks, check).await?
+            Box::pin(self.check_apart(asks, check)).await?
         } else {
             self.lanes.check(check).await?
         };

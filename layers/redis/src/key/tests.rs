@@ -47,6 +47,19 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
+    fn a_family_has_the_keys_that_its_segments_have(
+        mut tag in vec(segment(), 0..3),
+        last in segment(),
+        behind in segment(),
+    ) {
+        let space = Keyspace::new(PREFIXES[0], NAMESPACES[0]);
+        let family = space.family(&tag, &behind);
+        let key = family.key(&last);
+        tag.push(last);
+        prop_assert_eq!(key, space.tag(tag).segment(behind));
+    }
+
+    #[test]
     fn no_two_inputs_give_one_key(inputs in vec(input(), 2..40)) {
         let mut seen: HashMap<String, Input> = HashMap::new();
         for input in inputs {
