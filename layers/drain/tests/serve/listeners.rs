@@ -77,7 +77,8 @@ impl Listener for FailingLater {
     }
 }
 
-async fn failing_later(errors: impl IntoIterator<Item = io::Error>) -> Rig {
+/// Lingers so many milliseconds, which is what the listener is asked again for.
+async fn failing_later(linger: u64, errors: impl IntoIterator<Item = io::Error>) -> Rig {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let listener = FailingLater(Failing {
@@ -85,8 +86,8 @@ async fn failing_later(errors: impl IntoIterator<Item = io::Error>) -> Rig {
         errors: errors.into_iter().collect(),
         asked: Arc::default(),
     });
-    let shutdown = shutdown();
-    let limits = limits().max_connections(1);
+    let shutdown = shutdown_of(200, 2000 + 4 * linger, 500);
+    let limits = limits().linger(ms(linger)).max_connections(1);
     let server = Server::new(&shutdown)
         .limits(limits.build().unwrap())
         .serve(listener, app());
@@ -142,7 +143,7 @@ async fn a_listener_that_fails_for_good_drains_in_time() {
 /// be over in a moment.
 #[tokio::test]
 async fn a_listener_that_fails_at_the_end_is_asked_again() {
-    let rig = failing_later((0..4).map(|_| exhausted())).await;
+    let rig = failing_later(2000, (0..4).map(|_| exhausted())).await;
     let mut first = Client::new(rig.addr).await;
     first.get("/").await;
     let mut second = Client::new(rig.addr).await;
@@ -156,7 +157,7 @@ async fn a_listener_that_fails_at_the_end_is_asked_again() {
 /// A descriptor comes back as a connection that was closed has lingered.
 #[tokio::test]
 async fn a_listener_that_fails_at_the_end_is_asked_for_as_long_as_others_linger() {
-    let rig = failing_later((0..7).map(|_| exhausted())).await;
+    let rig = failing_later(2000, (0..7).map(|_| exhausted())).await;
     let mut first = Client::new(rig.addr).await;
     first.get("/").await;
     let mut second = Client::new(rig.addr).await;
@@ -169,7 +170,7 @@ async fn a_listener_that_fails_at_the_end_is_asked_for_as_long_as_others_linger(
 /// But not until the cut, which would be the listener's failure.
 #[tokio::test]
 async fn a_listener_that_fails_to_the_end_is_closed() {
-    let rig = failing_later((0..10_000).map(|_| exhausted())).await;
+    let rig = failing_later(100, (0..10_000).map(|_| exhausted())).await;
     let begun = rig.trigger();
     let report = rig.ended().await;
     assert_eq!(report.exit_code(), 0, "{report}");
