@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::{
-    script,
+    GRACE, script,
     share::{Grant, Share, Take, Want},
 };
 use crate::{
@@ -422,7 +422,8 @@ impl Shares {
         asks: &[FleetAsk],
         detail: Detail,
     ) -> Result<Option<Decision>, Unanswered> {
-        let deadline = Deadline::now() + self.ground.redis.timeout();
+        // Who asks for us tells us first, where he is out of time.
+        let deadline = Deadline::now() + self.ground.redis.timeout() + GRACE;
         let mut joined = Joined {
             shares: self,
             asks,
@@ -444,7 +445,11 @@ impl Shares {
                     .await
                     .map_err(|_| Unanswered(None))?;
                 if let Some(error) = flight.error.get() {
-                    return Err(error.clone());
+                    // What was not in the question nobody has charged.
+                    return Err(match joined.counted {
+                        0 => Unanswered(None),
+                        _ => error.clone(),
+                    });
                 }
             }
         }
