@@ -8,7 +8,10 @@ use buttress_rate_limit::{
     Limit, Quota, RateLimitLayer,
     redis::{FleetHandle, FleetLayer, Lease, Mode, OnStoreError},
 };
-use buttress_redis::{Cmd, Redis, testing::Server};
+use buttress_redis::{
+    Cmd, Config, Redis,
+    testing::{Server, Wire},
+};
 use tokio::{task::JoinSet, time::sleep};
 
 const SHARE: u32 = 50;
@@ -478,6 +481,65 @@ async fn what_was_taken_ahead_is_worth_what_was_paid_for_it() {
         passed += u32::from(limit.check(&key).await.is_ok());
     }
     assert!((1..=10).contains(&passed), "{passed}");
+}
+
+/// A share was asked for again and again for those who wait, each time for one
+/// of them, until their time was over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_costs_the_whole_burst_waits_for_no_share() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let config = Config::new(wire.url()).timeout(Duration::from_millis(500));
+    let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
+    // There is another burst in a millisecond.
+    let quota = Quota::new(10_000, Duration::from_secs(1)).burst(10);
+    let limit = node_on(&redis, quota, OnStoreError::Deny).handle();
+    let limit = limit.limit("all").unwrap();
+    limit.charge(&Key::global(), 10).await.unwrap();
+    wire.delay(Duration::from_millis(200));
+    let mut all = JoinSet::new();
+    for _ in 0..30 {
+        let limit = limit.clone();
+        all.spawn(async move { limit.charge(&Key::global(), 10).await });
+        sleep(Duration::from_millis(2)).await;
+    }
+    let mut passed = 0;
+    while let Some(decided) = all.join_next().await {
+        match decided.unwrap() {
+            Ok(()) => passed += 1,
+            Err(refusal) => assert!(refusal.retry_after().is_some(), "not decided: {refusal:?}"),
+        }
+    }
+    assert!(passed >= 1, "{passed}");
+    let own = server.redis();
+    assert!(calls(&own).await <= 12, "{}", calls(&own).await);
+}
+
+/// A share in hand is no reason to refuse what the quota has room for.
+#[tokio::test]
+async fn what_costs_more_than_a_share_has_what_is_in_hand() {
+    let server = Server::start().await;
+    let layer = node(&server, Quota::new(1_000, DAYS));
+    let limit = layer.handle().limit("all").unwrap();
+    let key = Key::global();
+    for _ in 0..200 {
+        limit.check(&key).await.unwrap();
+    }
+    let refusal = limit.charge(&key, 801).await.unwrap_err();
+    assert!(refusal.retry_after().is_some());
+    limit.charge(&key, 750).await.unwrap();
+    let redis = server.redis();
+    let before = calls(&redis).await;
+    for _ in 0..100 {
+        limit.charge(&key, 51).await.unwrap_err();
+    }
+    // Told once, it is known.
+    assert!(calls(&redis).await - before <= 4);
+    for _ in 0..50 {
+        limit.check(&key).await.unwrap();
+    }
+    limit.check(&key).await.unwrap_err();
 }
 
 /// As many as a fleet is large.

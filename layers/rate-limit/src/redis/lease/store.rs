@@ -180,7 +180,8 @@ impl Shares {
         self.maps[ask.limit].lock(ask.id)
     }
 
-    fn most(&self) -> u32 {
+    #[inline]
+    pub(super) fn most(&self) -> u32 {
         self.most.load(Ordering::Relaxed)
     }
 
@@ -575,6 +576,27 @@ impl Shares {
             self.give_some_back(some).await;
         }
         left
+    }
+
+    /// Gives back what is in hand of these keys, as far as nobody waits for it.
+    pub(super) async fn give_back_of(&self, asks: &[FleetAsk]) {
+        let now = clock::now().as_nanos();
+        let mut back = Vec::with_capacity(asks.len());
+        for ask in asks {
+            let mut guard = self.lock(ask);
+            let Some(held) = guard.get_mut().and_then(Cell::held) else {
+                continue;
+            };
+            let tokens = held.share.give_back(now, true);
+            if tokens > 0 {
+                let key = held.key.clone();
+                back.push((ask.limit, ask.id, key, held.share.gcra, tokens));
+            }
+        }
+        let is_cluster = self.ground.redis.is_cluster();
+        for some in back.chunks(if is_cluster { 1 } else { AT_ONCE }) {
+            self.give_some_back(some).await;
+        }
     }
 
     /// Gives back tokens of keys of one slot.
