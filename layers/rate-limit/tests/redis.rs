@@ -961,6 +961,52 @@ async fn an_idle_process_that_leases_tells_what_it_let_through_alone() {
     an_idle_process_tells(Mode::leased()).await;
 }
 
+#[tokio::test]
+async fn a_limiter_that_is_gone_is_told_for_all_the_same() {
+    let mut server = Server::start().await;
+    let quota = Quota::per_hour(1_000);
+    server.kill();
+    {
+        let one = layer(&hasty(&server, 100), quota);
+        for _ in 0..10 {
+            assert_eq!(send(&one, "a").await.status(), 200);
+        }
+    }
+    server.restart().await;
+    told(&layer(&server.redis(), quota), "a", 10..=10).await;
+}
+
+/// Who was to tell is gone with its runtime.
+#[tokio::test]
+async fn what_is_owed_outlives_the_runtime_in_which_it_was_let_through() {
+    let mut server = Server::start().await;
+    let redis = hasty(&server, 100);
+    let quota = Quota::per_hour(1_000);
+    let one = layer(&redis, quota);
+    server.kill();
+    let there = one.clone();
+    let thread = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            for _ in 0..10 {
+                assert_eq!(send(&there, "a").await.status(), 200);
+            }
+        });
+    });
+    let thread = tokio::task::spawn_blocking(move || thread.join().unwrap());
+    thread.await.unwrap();
+    server.restart().await;
+    let began = clock::now();
+    // Whichever request finds that it is back.
+    redis.connect().await.unwrap();
+    assert_eq!(send(&one, "b").await.status(), 200);
+    told(&layer(&server.redis(), quota), "a", 10..=10).await;
+    assert!(clock::now() - began < Duration::from_secs(4));
+}
+
 /// A connection that is never made looked like an answer that never came.
 #[tokio::test]
 async fn what_was_never_sent_is_charged_in_the_end() {
