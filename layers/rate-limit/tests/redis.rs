@@ -1055,7 +1055,8 @@ fn load(layer: &FleetLayer) -> (tokio::sync::watch::Sender<bool>, tokio::task::J
 /// to it, once.
 async fn each_is_charged_once(mode: Mode) {
     let mut server = Server::start().await;
-    let redis = hasty(&server, 1000);
+    // Long: what runs into it may have been charged or not.
+    let redis = hasty(&server, 5000);
     let quota = Quota::new(1_000_000, Duration::from_secs(100 * 24 * 60 * 60));
     let with = |redis: &Redis| builder(quota).redis(redis).mode(mode.clone());
     let one = with(&redis).build().unwrap();
