@@ -12,7 +12,10 @@ use buttress_rate_limit::{
     HeaderFormat, Limit, Quota, RateLimitBuilder, RateLimitInfo, RateLimitLayer,
     redis::{FleetLayer, Mode, OnStoreError, TokenBucket},
 };
-use buttress_redis::{Cmd, Config, Redis, testing::Server};
+use buttress_redis::{
+    Cmd, Config, Redis,
+    testing::{Server, Wire},
+};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
@@ -903,4 +906,216 @@ async fn a_server_that_cannot_is_as_one_that_is_gone() {
 fn strict_is_the_default() {
     assert_eq!(Mode::default(), Mode::Strict);
     assert_eq!(OnStoreError::default(), OnStoreError::Local);
+}
+
+/// How much of a burst another process sees used of a key: told within a second
+/// of `since`, that is, and what a busy machine adds.
+async fn told(other: &FleetLayer, key: &str, used: std::ops::RangeInclusive<u32>) {
+    let key = key::header("x-key").key(key);
+    let began = clock::now();
+    loop {
+        let seen = other.handle().usage("default", &key).await.unwrap();
+        let seen = seen.limit - seen.remaining;
+        if used.contains(&seen) {
+            break;
+        }
+        let took = clock::now() - began;
+        assert!(took < Duration::from_secs(3), "{seen} of {used:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // And no more of it is told later.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let seen = other.handle().usage("default", &key).await.unwrap();
+    let seen = seen.limit - seen.remaining;
+    assert!(used.contains(&seen), "{seen} of {used:?}");
+}
+
+/// Nobody sends a request after the server is back.
+async fn an_idle_process_tells(mode: Mode) {
+    let mut server = Server::start().await;
+    let redis = hasty(&server, 100);
+    let quota = Quota::per_hour(1_000);
+    let with = |redis: &Redis| builder(quota).redis(redis).mode(mode.clone());
+    let one = with(&redis).build().unwrap();
+    assert_eq!(send(&one, "a").await.status(), 200);
+    server.kill();
+    let mut passed = 0;
+    for _ in 0..20 {
+        passed += u32::from(send(&one, "b").await.status() == 200);
+    }
+    assert_eq!(passed, 20);
+    assert_eq!(send(&one, "c").await.status(), 200);
+    server.restart().await;
+    let other = with(&server.redis()).build().unwrap();
+    told(&other, "b", 20..=20).await;
+    told(&other, "c", 1..=1).await;
+}
+
+#[tokio::test]
+async fn an_idle_process_tells_what_it_let_through_alone() {
+    an_idle_process_tells(Mode::Strict).await;
+}
+
+#[tokio::test]
+async fn an_idle_process_that_leases_tells_what_it_let_through_alone() {
+    an_idle_process_tells(Mode::leased()).await;
+}
+
+#[tokio::test]
+async fn a_limiter_that_is_gone_is_told_for_all_the_same() {
+    let mut server = Server::start().await;
+    let quota = Quota::per_hour(1_000);
+    server.kill();
+    {
+        let one = layer(&hasty(&server, 100), quota);
+        for _ in 0..10 {
+            assert_eq!(send(&one, "a").await.status(), 200);
+        }
+    }
+    server.restart().await;
+    told(&layer(&server.redis(), quota), "a", 10..=10).await;
+}
+
+/// Who was to tell is gone with its runtime.
+#[tokio::test]
+async fn what_is_owed_outlives_the_runtime_in_which_it_was_let_through() {
+    let mut server = Server::start().await;
+    let redis = hasty(&server, 100);
+    let quota = Quota::per_hour(1_000);
+    let one = layer(&redis, quota);
+    server.kill();
+    let there = one.clone();
+    let thread = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            for _ in 0..10 {
+                assert_eq!(send(&there, "a").await.status(), 200);
+            }
+        });
+    });
+    let thread = tokio::task::spawn_blocking(move || thread.join().unwrap());
+    thread.await.unwrap();
+    server.restart().await;
+    let began = clock::now();
+    // Whichever request finds that it is back.
+    redis.connect().await.unwrap();
+    assert_eq!(send(&one, "b").await.status(), 200);
+    told(&layer(&server.redis(), quota), "a", 10..=10).await;
+    assert!(clock::now() - began < Duration::from_secs(4));
+}
+
+/// A connection that is never made looked like an answer that never came.
+#[tokio::test]
+async fn what_was_never_sent_is_charged_in_the_end() {
+    for mode in [Mode::Strict, Mode::leased()] {
+        let server = Server::start().await;
+        let wire = Wire::to(&server).await;
+        wire.stall();
+        let config = Config::new(wire.url()).timeout(Duration::from_millis(100));
+        let redis = Redis::from_config(config).unwrap();
+        let with = |redis: &Redis| {
+            builder(Quota::per_hour(1_000))
+                .redis(redis)
+                .mode(mode.clone())
+        };
+        let one = with(&redis).build().unwrap();
+        for _ in 0..10 {
+            assert_eq!(send(&one, "a").await.status(), 200);
+        }
+        assert!(!redis.is_up());
+        wire.flow();
+        let other = with(&server.redis()).build().unwrap();
+        told(&other, "a", 10..=10).await;
+    }
+}
+
+/// Requests of four clients of one key without a pause, until it is said to be
+/// over. How many passed.
+fn load(layer: &FleetLayer) -> (tokio::sync::watch::Sender<bool>, tokio::task::JoinSet<u32>) {
+    let (over, is_over) = tokio::sync::watch::channel(false);
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let (layer, is_over) = (layer.clone(), is_over.clone());
+        tasks.spawn(async move {
+            let mut passed = 0;
+            while !*is_over.borrow() {
+                passed += u32::from(send(&layer, "a").await.status() == 200);
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            passed
+        });
+    }
+    (over, tasks)
+}
+
+/// Under load over the server's return: each request is charged there, or told
+/// to it, once.
+async fn each_is_charged_once(mode: Mode) {
+    let mut server = Server::start().await;
+    // Long: what runs into it may have been charged or not.
+    let redis = hasty(&server, 5000);
+    let quota = Quota::new(1_000_000, Duration::from_secs(100 * 24 * 60 * 60));
+    let with = |redis: &Redis| builder(quota).redis(redis).mode(mode.clone());
+    let one = with(&redis).build().unwrap();
+    redis.connect().await.unwrap();
+    server.kill();
+    let (over, tasks) = load(&one);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    server.restart().await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    over.send(true).unwrap();
+    let passed: u32 = tasks.join_all().await.into_iter().sum();
+    // What it holds ahead is not used.
+    one.handle().give_back().await;
+    let other = with(&server.redis()).build().unwrap();
+    told(&other, "a", passed..=passed).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_load_each_is_charged_once() {
+    each_is_charged_once(Mode::Strict).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_load_that_leases_each_is_charged_once() {
+    each_is_charged_once(Mode::leased()).await;
+}
+
+/// What was sent before the network stood still may be lost or come late, and is
+/// nobody's; all else is charged once.
+async fn stalled(mode: Mode, share: u32) {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let config = Config::new(wire.url()).timeout(Duration::from_millis(100));
+    let redis = Redis::from_config(config).unwrap();
+    let quota = Quota::new(1_000_000, Duration::from_secs(100 * 24 * 60 * 60));
+    let with = |redis: &Redis| builder(quota).redis(redis).mode(mode.clone());
+    let one = with(&redis).build().unwrap();
+    redis.connect().await.unwrap();
+    let (over, tasks) = load(&one);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    wire.stall();
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    wire.flow();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    over.send(true).unwrap();
+    let passed: u32 = tasks.join_all().await.into_iter().sum();
+    one.handle().give_back().await;
+    let other = with(&server.redis()).build().unwrap();
+    // Three calls of four requests shut the gate; and a share may have been
+    // granted to nobody.
+    told(&other, "a", passed - 12..=passed + share + 12).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stalled_it_tells_what_was_not_sent() {
+    stalled(Mode::Strict, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stalled_while_it_leases_it_tells_what_was_not_sent() {
+    stalled(Mode::leased(), 100).await;
 }

@@ -8,7 +8,10 @@ use buttress_rate_limit::{
     Limit, Quota, RateLimitLayer,
     redis::{FleetHandle, FleetLayer, Lease, Mode, OnStoreError},
 };
-use buttress_redis::{Cmd, Redis, testing::Server};
+use buttress_redis::{
+    Cmd, Config, Redis,
+    testing::{Server, Wire},
+};
 use tokio::{task::JoinSet, time::sleep};
 
 const SHARE: u32 = 50;
@@ -424,6 +427,42 @@ async fn keys_without_room_for_a_share_are_charged_in_redis() {
     }
 }
 
+/// What has no share was asked for each time that it was refused.
+#[tokio::test]
+async fn a_denied_key_without_a_share_costs_nothing_until_it_may_pass() {
+    let server = Server::start().await;
+    let redis = server.redis();
+    let layer = RateLimitLayer::builder()
+        .name("room")
+        .limit(Limit::new(Quota::new(50, DAYS)).name("all").max_keys(1))
+        .redis(&redis)
+        .mode(Mode::leased())
+        .build()
+        .unwrap();
+    let limit = layer.handle().limit("all").unwrap();
+    let (has, has_none) = (Key::from(0_u64), Key::from(1_u64));
+    // Denied, it is remembered for as long as anything is.
+    while limit.check(&has).await.is_ok() {}
+    limit.charge(&has_none, 45).await.unwrap();
+    let refusal = limit.charge(&has_none, 6).await.unwrap_err();
+    let wait = refusal.retry_after().unwrap();
+    let before = calls(&redis).await;
+    for _ in 0..1_000 {
+        let again = limit.charge(&has_none, 6).await.unwrap_err();
+        assert!(again.retry_after().unwrap() <= wait);
+    }
+    assert_eq!(calls(&redis).await - before, 0);
+    // What costs less passes, and is denied when it is its turn.
+    for _ in 0..5 {
+        limit.check(&has_none).await.unwrap();
+    }
+    let before = calls(&redis).await;
+    for _ in 0..1_000 {
+        assert!(limit.check(&has_none).await.is_err());
+    }
+    assert!(calls(&redis).await - before <= 1);
+}
+
 /// A token that was charged under one quota pays for none under a dearer one.
 #[tokio::test]
 async fn what_was_taken_ahead_is_worth_what_was_paid_for_it() {
@@ -442,4 +481,204 @@ async fn what_was_taken_ahead_is_worth_what_was_paid_for_it() {
         passed += u32::from(limit.check(&key).await.is_ok());
     }
     assert!((1..=10).contains(&passed), "{passed}");
+}
+
+/// A share was asked for again and again for those who wait, each time for one
+/// of them, until their time was over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_costs_the_whole_burst_waits_for_no_share() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let config = Config::new(wire.url()).timeout(Duration::from_secs(2));
+    let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
+    // There is another burst in a millisecond.
+    let quota = Quota::new(10_000, Duration::from_secs(1)).burst(10);
+    let limit = node_on(&redis, quota, OnStoreError::Deny).handle();
+    let limit = limit.limit("all").unwrap();
+    limit.charge(&Key::global(), 10).await.unwrap();
+    wire.delay(Duration::from_millis(700));
+    let mut all = JoinSet::new();
+    for _ in 0..30 {
+        let limit = limit.clone();
+        all.spawn(async move { limit.charge(&Key::global(), 10).await });
+        sleep(Duration::from_millis(2)).await;
+    }
+    let mut passed = 0;
+    while let Some(decided) = all.join_next().await {
+        match decided.unwrap() {
+            Ok(()) => passed += 1,
+            Err(refusal) => assert!(refusal.retry_after().is_some(), "not decided: {refusal:?}"),
+        }
+    }
+    assert!(passed >= 1, "{passed}");
+    let own = server.redis();
+    assert!(calls(&own).await <= 12, "{}", calls(&own).await);
+}
+
+/// A share in hand is no reason to refuse what the quota has room for.
+#[tokio::test]
+async fn what_costs_more_than_a_share_has_what_is_in_hand() {
+    let server = Server::start().await;
+    let layer = node(&server, Quota::new(1_000, DAYS));
+    let limit = layer.handle().limit("all").unwrap();
+    let key = Key::global();
+    for _ in 0..200 {
+        limit.check(&key).await.unwrap();
+    }
+    let refusal = limit.charge(&key, 801).await.unwrap_err();
+    assert!(refusal.retry_after().is_some());
+    limit.charge(&key, 750).await.unwrap();
+    let redis = server.redis();
+    let before = calls(&redis).await;
+    for _ in 0..100 {
+        limit.charge(&key, 51).await.unwrap_err();
+    }
+    // Told once, it is known.
+    assert!(calls(&redis).await - before <= 4);
+    for _ in 0..50 {
+        limit.check(&key).await.unwrap();
+    }
+    limit.check(&key).await.unwrap_err();
+}
+
+/// As many as a fleet is large.
+const NODES: u32 = 50;
+/// What each of them takes ahead, and what it holds at most: a quarter more.
+const PART: u32 = 20;
+const PART_HELD: u64 = 25;
+
+fn fleet(server: &Server, quota: Quota) -> Vec<FleetLayer> {
+    (0..NODES)
+        .map(|_| {
+            RateLimitLayer::builder()
+                .name("fleet")
+                .limit(Limit::new(quota).name("all"))
+                .redis(&server.redis())
+                .mode(Mode::Leased(Lease::default().share(PART)))
+                .on_store_error(OnStoreError::Deny)
+                .build()
+                .unwrap()
+        })
+        .collect()
+}
+
+/// Fifty nodes want many times the quota, rest for so long that some of what
+/// they hold is given back, and want it again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_nodes_pass_no_more_than_the_bound_in_any_span() {
+    const RATE: u32 = 2_000;
+    const TASKS: u64 = 2;
+
+    let server = Server::start().await;
+    let nodes = fleet(&server, Quota::per_second(RATE).burst(RATE));
+    let start = clock::now();
+    let mut all = JoinSet::new();
+    for node in &nodes {
+        for _ in 0..TASKS {
+            let limit = node.handle().limit("all").unwrap();
+            all.spawn(async move {
+                // When each passed, and how long that was not known at most.
+                let (mut passed, mut longest) = (Vec::new(), Duration::ZERO);
+                while clock::now() - start < Duration::from_millis(2_300) {
+                    let began = clock::now();
+                    if (800..1_300).contains(&(began - start).as_millis()) {
+                        sleep(Duration::from_millis(10)).await;
+                        continue;
+                    }
+                    if limit.check(&Key::global()).await.is_ok() {
+                        let now = clock::now();
+                        longest = longest.max(now - began);
+                        passed.push(now - start);
+                        tokio::task::yield_now().await;
+                    } else {
+                        sleep(Duration::from_millis(2)).await;
+                    }
+                }
+                (passed, longest)
+            });
+        }
+    }
+    let (mut passed, mut longest) = (Vec::new(), Duration::ZERO);
+    for (some, took) in all.join_all().await {
+        passed.extend(some);
+        longest = longest.max(took);
+    }
+    passed.sort_unstable();
+    let rate = f64::from(RATE);
+    let bound = rate + (u64::from(NODES) * (PART_HELD + TASKS)) as f64;
+    // How far the fleet was behind the quota's time when each span began.
+    let mut least = f64::MAX;
+    for (before, at) in passed.iter().enumerate() {
+        let refilled = rate * at.as_secs_f64();
+        least = least.min(before as f64 - refilled);
+        let over = before as f64 + 1.0 - refilled - least;
+        let bound = bound + rate * longest.as_secs_f64();
+        assert!(over <= bound, "{over} of {bound} at {at:?}");
+    }
+    let took = clock::now() - start;
+    let count = passed.len() as f64;
+    // The shares were empty at first, so that strict's bound is theirs.
+    let strict = rate * (1.0 + took.as_secs_f64());
+    assert!(count <= strict, "{count} of {strict}");
+    // A busy machine may not get round to all of it: a tenth is lost at rest.
+    let wanted = rate * (1.0 + 2.3 - 0.5) * 0.5;
+    assert!(count >= wanted, "{count} of {wanted}");
+}
+
+/// No token comes back by time: what Redis has charged is spent or in a share.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fifty_nodes_hold_is_within_the_bound_when_half_are_killed() {
+    const QUOTA: u32 = 40_000;
+
+    let server = Server::start().await;
+    let mut nodes = fleet(&server, Quota::new(QUOTA, DAYS));
+    let spend = |nodes: &[FleetLayer], each: u64| {
+        let mut all = JoinSet::new();
+        for node in nodes {
+            let limit = node.handle().limit("all").unwrap();
+            all.spawn(async move {
+                let mut passed = 0;
+                while passed < each && limit.check(&Key::global()).await.is_ok() {
+                    passed += 1;
+                }
+                passed
+            });
+        }
+        async { all.join_all().await.into_iter().sum::<u64>() }
+    };
+    // With their runtime those who are killed are gone at once.
+    let doomed = nodes.split_off(nodes.len() / 2);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (lost, kept) = tokio::join!(
+        async {
+            let spent = runtime.spawn(spend(&doomed, 250));
+            spent.await.unwrap()
+        },
+        spend(&nodes, 250)
+    );
+    assert_eq!(lost + kept, 250 * u64::from(NODES));
+    runtime.shutdown_background();
+    let watcher = RateLimitLayer::builder()
+        .name("fleet")
+        .limit(Limit::new(Quota::new(QUOTA, DAYS)).name("all"))
+        .redis(&server.redis())
+        .build()
+        .unwrap();
+    let seen = watcher.handle().usage("all", &Key::global()).await.unwrap();
+    let held = u64::from(QUOTA - seen.remaining) - lost - kept;
+    assert!(held > 0, "they take nothing ahead");
+    assert!(held <= u64::from(NODES) * PART_HELD, "{held} held");
+    // Outside of any runtime nobody gives back.
+    std::thread::spawn(move || drop(doomed)).join().unwrap();
+    // What all the others can have is all but that.
+    let rest = spend(&nodes, u64::from(QUOTA)).await;
+    let total = lost + kept + rest;
+    assert!(total <= u64::from(QUOTA), "{total}");
+    let stranded = u64::from(QUOTA) - total;
+    assert!(stranded <= u64::from(NODES / 2) * PART_HELD, "{stranded}");
 }

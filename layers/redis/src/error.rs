@@ -13,6 +13,8 @@ use redis::{ParsingError, RedisError, ServerErrorKind};
 pub struct Error {
     kind: ErrorKind,
     operation: &'static str,
+    /// Whether the server may have been sent it.
+    sent: bool,
     cause: Option<RedisError>,
 }
 
@@ -21,21 +23,24 @@ pub struct Error {
 #[non_exhaustive]
 pub enum ErrorKind {
     /// It was not tried: the server is known to be gone. Takes nanoseconds.
+    /// Never done.
     Gone,
-    /// No answer within the time limit. The server may have done it all the
-    /// same, or do it yet.
+    /// It was sent, and there was no answer within the time limit. The server
+    /// may have done it all the same, or do it yet.
     Timeout,
-    /// The connection could not be made, or was lost. The server may have done
-    /// it all the same.
+    /// There was no connection within the time limit, and it was never sent; or
+    /// the connection was lost under it, and the server may have done it all the
+    /// same: [`Error::may_be_done`] tells which.
     Connection,
     /// The server answers, and cannot do it now: it is loading, out of memory,
-    /// read-only, without a master.
+    /// read-only, without a master. Not done.
     Unable,
-    /// The server does not let us in, or not do this.
+    /// The server does not let us in, or not do this. Not done.
     Denied,
-    /// The server refuses the command: a fault of ours or a foreign value.
+    /// The server refuses the command: a fault of ours or a foreign value. Not
+    /// done, unless it was a script that failed halfway.
     Refused,
-    /// The answer is not what it should be.
+    /// The answer is not what it should be. Whatever it was, it is done.
     Answer,
 }
 
@@ -70,7 +75,16 @@ impl Error {
         Self {
             kind,
             operation,
+            sent: kind != ErrorKind::Gone,
             cause: None,
+        }
+    }
+
+    /// The time was over before there was a connection.
+    pub(crate) fn unsent(operation: &'static str) -> Self {
+        Self {
+            sent: false,
+            ..Self::new(ErrorKind::Connection, operation)
         }
     }
 
@@ -78,6 +92,8 @@ impl Error {
         Self {
             kind: kind_of(&cause),
             operation,
+            // No node was found to send it to.
+            sent: cause.kind() != redis::ErrorKind::ClusterConnectionNotFound,
             cause: Some(cause),
         }
     }
@@ -87,6 +103,7 @@ impl Error {
         Self {
             kind: ErrorKind::Answer,
             operation,
+            sent: true,
             cause: Some(cause.into()),
         }
     }
@@ -95,6 +112,16 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    /// Whether the server may have done it all the same, or may do it yet.
+    /// Where not, trying it again does it once.
+    #[must_use]
+    pub fn may_be_done(&self) -> bool {
+        match self.kind {
+            ErrorKind::Timeout | ErrorKind::Connection | ErrorKind::Answer => self.sent,
+            ErrorKind::Gone | ErrorKind::Unable | ErrorKind::Denied | ErrorKind::Refused => false,
+        }
     }
 
     /// What failed, as it is named in metrics.

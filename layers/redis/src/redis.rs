@@ -225,14 +225,18 @@ impl Redis {
             shared.metrics.failed(&error);
             return Err(error);
         };
-        let mut number = 0;
+        let mut number = None;
         let answer = timeout(limit, async {
             let mut link = self.link(operation).await?;
-            number = link.number;
+            number = Some(link.number);
             work(&mut link).await
         })
-        .await
-        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Timeout, operation)));
+        .await;
+        let answer = answer.unwrap_or_else(|_| match number {
+            Some(_) => Err(Error::new(ErrorKind::Timeout, operation)),
+            None => Err(Error::unsent(operation)),
+        });
+        let number = number.unwrap_or(0);
         shared.metrics.ended(operation, timer);
         match &answer {
             Ok(_) => gate.answered(ticket),

@@ -410,6 +410,31 @@ async fn a_user_who_may_not_write_is_denied() {
     );
 }
 
+/// Nobody can tell what became of a question by how long it took: only by
+/// whether there was anything to send it on.
+#[tokio::test]
+async fn what_was_never_sent_is_known_not_to_be_done() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let redis = handle(wire.url());
+    wire.stall();
+    let error = redis.run::<()>("test", &set("k")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Connection);
+    assert!(!error.may_be_done());
+    wire.flow();
+    redis.connect().await.unwrap();
+    wire.stall();
+    let error = redis.run::<()>("test", &set("k")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    assert!(error.may_be_done());
+    while redis.is_up() {
+        let _ = redis.run::<()>("test", &set("k")).await;
+    }
+    let error = redis.run::<()>("test", &set("k")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone);
+    assert!(!error.may_be_done());
+}
+
 #[tokio::test]
 async fn a_network_that_is_too_slow_is_left_alone() {
     let server = Server::start().await;

@@ -2,9 +2,10 @@
 
 use std::{
     collections::HashMap,
+    mem,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -15,8 +16,8 @@ use buttress_core::{
     keyed::KeyId,
     sync::Mutex,
 };
-use buttress_redis::{ErrorKind, Value};
-use tokio::runtime;
+use buttress_redis::{Cmd, ErrorKind, Value};
+use tokio::{runtime, time::timeout};
 
 use super::{
     OnStoreError,
@@ -36,6 +37,13 @@ const MOST_OWED: usize = 16_384;
 
 /// How long after it could not be told the server is told again.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// How often it is looked whether time has paid for what is owed to a server
+/// that is gone.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// For how long somebody waits for the server whose limiter is gone.
+const ORPHANED: Duration = Duration::from_secs(60);
 
 /// How many of them go in one call.
 const AT_ONCE: usize = 64;
@@ -80,8 +88,8 @@ impl Backed {
     /// Decides here and now, where the server need not be asked or cannot be.
     pub(crate) fn decide_now(&self, asks: &[FleetAsk], detail: Detail) -> Option<Outcome> {
         let is_up = self.ground.redis.is_up();
-        if is_up && self.owed.any.load(Ordering::Relaxed) {
-            self.write_back();
+        if is_up && self.owed.untended.load(Ordering::Relaxed) {
+            self.tend();
         }
         if let Some(decision) = self.fleet.decide_now(asks, detail) {
             return Some(Outcome::Decided(decision));
@@ -96,7 +104,8 @@ impl Backed {
             Ok(decision) => Outcome::Decided(decision),
             Err(Unanswered(error)) => {
                 // A server that was stopped does what it was sent when it goes
-                // on: what it may have charged yet is not charged twice.
+                // on: what it may have charged yet is not charged twice. What
+                // was never sent, or went down with its connection, is owed.
                 let kind = error.as_ref().map(buttress_redis::Error::kind);
                 self.without(asks, detail, kind != Some(ErrorKind::Timeout))
             }
@@ -122,6 +131,9 @@ impl Backed {
             for (ask, known) in asks.iter().zip(known) {
                 let first = known.nanos_up().max(now.as_nanos());
                 self.owed.note(ask, Instant::from_nanos(first));
+            }
+            if self.owed.untended.load(Ordering::Relaxed) {
+                self.tend();
             }
         }
         decision
@@ -164,35 +176,36 @@ impl Backed {
     }
 
     pub(crate) async fn reset(&self, ask: &FleetAsk) -> Result<bool, Unanswered> {
-        self.owed.keys.lock().remove(&(ask.limit, ask.id));
+        self.owed.forget(ask);
         self.fleet.reset(ask).await
     }
 
-    /// Tells the server what was let through while it was away.
+    /// Sees to it that the server is told what was let through without it, as
+    /// soon as it is there, whether anybody asks for anything then or not.
     #[cold]
-    fn write_back(&self) {
+    fn tend(&self) {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return;
         };
-        if clock::now().as_nanos() < self.owed.again.load(Ordering::Relaxed) {
-            return;
+        if let Some(teller) = Teller::begin(&self.ground, &self.owed) {
+            runtime.spawn(teller.stay());
         }
-        if !self.owed.any.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        let (ground, owed) = (Arc::clone(&self.ground), Arc::clone(&self.owed));
-        runtime.spawn(async move { owed.write_back(&ground).await });
     }
 }
 
 /// What this process has let through alone.
 #[derive(Default)]
 struct Owed {
-    any: AtomicBool,
-    /// The server is not told before that: one node of several may be gone for
-    /// long.
-    again: AtomicU64,
-    keys: Mutex<HashMap<(usize, KeyId), Debt>>,
+    /// Whether something is owed, and nobody is there to tell it.
+    untended: AtomicBool,
+    book: Mutex<Book>,
+}
+
+#[derive(Default)]
+struct Book {
+    debts: HashMap<(usize, KeyId), Debt>,
+    /// Whether somebody is there to tell them.
+    is_kept: bool,
 }
 
 struct Debt {
@@ -209,98 +222,150 @@ impl Owed {
         if ask.cost == 0 {
             return;
         }
-        {
-            let mut keys = self.keys.lock();
-            if keys.len() >= MOST_OWED && !keys.contains_key(&(ask.limit, ask.id)) {
-                // What has been paid by time alone makes room.
-                let now = clock::now();
-                keys.retain(|_, debt| !debt.is_paid(now));
-                if keys.len() >= MOST_OWED {
-                    return;
-                }
+        let now = clock::now();
+        let mut book = self.book.lock();
+        let debts = &mut book.debts;
+        if debts.len() >= MOST_OWED && !debts.contains_key(&(ask.limit, ask.id)) {
+            // What has been paid by time alone makes room.
+            debts.retain(|_, debt| !debt.is_paid(now));
+            if debts.len() >= MOST_OWED {
+                return;
             }
-            let debt = keys.entry((ask.limit, ask.id)).or_insert_with(|| Debt {
-                key: ask.key.clone(),
-                gcra: ask.gcra,
-                cost: 0,
-                first,
-            });
-            let now = clock::now();
-            if debt.is_paid(now) {
-                // Time that was left over pays for nothing later.
-                debt.cost = 0;
-                debt.first = first;
-            }
-            debt.gcra = ask.gcra;
-            debt.cost = debt.cost.saturating_add(ask.cost);
         }
-        self.any.store(true, Ordering::Release);
+        let debt = debts.entry((ask.limit, ask.id)).or_insert_with(|| Debt {
+            key: ask.key.clone(),
+            gcra: ask.gcra,
+            cost: 0,
+            first,
+        });
+        if debt.is_paid(now) {
+            // Time that was left over pays for nothing later.
+            debt.cost = 0;
+            debt.first = first;
+        }
+        debt.gcra = ask.gcra;
+        debt.cost = debt.cost.saturating_add(ask.cost);
+        if !book.is_kept {
+            self.untended.store(true, Ordering::Relaxed);
+        }
     }
 
     fn take_back(&self, ask: &FleetAsk) {
-        if let Some(debt) = self.keys.lock().get_mut(&(ask.limit, ask.id)) {
+        if let Some(debt) = self.book.lock().debts.get_mut(&(ask.limit, ask.id)) {
             debt.cost = debt.cost.saturating_sub(ask.cost);
         }
     }
 
-    async fn write_back(&self, ground: &Ground) {
-        let scripts = Scripts::default();
-        let now = clock::now();
-        let mut keys = std::mem::take(&mut *self.keys.lock());
-        keys.retain(|_, debt| !debt.is_paid(now));
-        let mut rest: Vec<_> = keys.into_iter().collect();
-        let count = rest.len();
-        let mut untold = Vec::new();
-        // Keys of one call are of one slot.
-        let is_cluster = ground.redis.is_cluster();
-        let at_once = if is_cluster { 1 } else { AT_ONCE };
-        while !rest.is_empty() {
-            let some: Vec<_> = rest.split_off(rest.len().saturating_sub(at_once));
-            if self.tell(ground, &scripts, &some).await.is_err() {
-                untold.extend(some);
-                if !is_cluster {
-                    // Of several nodes another may well be there.
-                    untold.append(&mut rest);
-                }
-            }
+    fn forget(&self, ask: &FleetAsk) {
+        self.book.lock().debts.remove(&(ask.limit, ask.id));
+    }
+}
+
+/// Who tells the server, in a task: one at a time, as long as anything is owed.
+struct Teller {
+    ground: Arc<Ground>,
+    owed: Arc<Owed>,
+    scripts: Scripts,
+    is_done: bool,
+}
+
+impl Teller {
+    /// Where something is owed and nobody is there to tell it.
+    fn begin(ground: &Arc<Ground>, owed: &Arc<Owed>) -> Option<Self> {
+        let mut book = owed.book.lock();
+        owed.untended.store(false, Ordering::Relaxed);
+        if book.debts.is_empty() || mem::replace(&mut book.is_kept, true) {
+            return None;
         }
-        if !untold.is_empty() {
-            let mut keys = self.keys.lock();
-            for (id, debt) in untold {
-                // What has come since is owed on top.
-                keys.entry(id)
-                    .and_modify(|later| {
-                        later.cost = later.cost.saturating_add(debt.cost);
-                        later.first = later.first.min(debt.first);
-                    })
-                    .or_insert(debt);
-            }
-            drop(keys);
-            let again = clock::now() + PAUSE;
-            self.again.store(again.as_nanos(), Ordering::Relaxed);
-            self.any.store(true, Ordering::Release);
-            return;
-        }
-        tracing::info!(
-            keys = count,
-            "redis was told what was let through without it"
-        );
+        Some(Self {
+            ground: Arc::clone(ground),
+            owed: Arc::clone(owed),
+            scripts: Scripts::default(),
+            is_done: false,
+        })
     }
 
-    async fn tell(
-        &self,
-        ground: &Ground,
-        scripts: &Scripts,
-        some: &[((usize, KeyId), Debt)],
-    ) -> Result<(), Unanswered> {
+    async fn stay(mut self) {
+        let mut watch = self.ground.redis.watch();
+        let mut orphaned = None;
+        loop {
+            let told = if watch.is_up() {
+                self.tell_all().await
+            } else {
+                0
+            };
+            let now = clock::now();
+            let is_over = if Arc::strong_count(&self.owed) == 1 {
+                now - *orphaned.get_or_insert(now) >= ORPHANED
+            } else {
+                false
+            };
+            if self.ends(is_over) {
+                if told > 0 {
+                    tracing::info!(
+                        keys = told,
+                        "redis was told what was let through without it"
+                    );
+                }
+                return;
+            }
+            // One node of several may be gone for long, and the rest be up.
+            let pause = if watch.is_up() { PAUSE } else { LOOK };
+            let _ = timeout(pause, watch.changed()).await;
+        }
+    }
+
+    /// Whether there is nothing left to tell: then whoever comes next begins
+    /// anew.
+    fn ends(&mut self, is_over: bool) -> bool {
+        let now = clock::now();
+        let mut book = self.owed.book.lock();
+        book.debts.retain(|_, debt| !debt.is_paid(now));
+        if is_over || book.debts.is_empty() {
+            book.is_kept = false;
+            self.is_done = true;
+        }
+        self.is_done
+    }
+
+    /// Tells what is owed now, as far as the server hears it. Of how many keys.
+    async fn tell_all(&self) -> usize {
+        let ids: Vec<_> = self.owed.book.lock().debts.keys().copied().collect();
+        // Keys of one call are of one slot.
+        let is_cluster = self.ground.redis.is_cluster();
+        let at_once = if is_cluster { 1 } else { AT_ONCE };
+        let mut count = 0;
+        for ids in ids.chunks(at_once) {
+            match self.tell(ids).await {
+                Ok(told) => count += told,
+                // Of several nodes another may well be there.
+                Err(Unanswered(_)) if is_cluster => {}
+                Err(Unanswered(_)) => break,
+            }
+        }
+        count
+    }
+
+    /// Tells some of them. What is known not to be told is owed as before.
+    async fn tell(&self, ids: &[(usize, KeyId)]) -> Result<usize, Unanswered> {
+        self.listens(ids).await?;
+        let some: Vec<_> = {
+            let now = clock::now();
+            let debts = &mut self.owed.book.lock().debts;
+            let taken = ids.iter().filter_map(|id| debts.remove_entry(id));
+            taken.filter(|(_, debt)| !debt.is_paid(now)).collect()
+        };
+        if some.is_empty() {
+            return Ok(0);
+        }
         let now = clock::now();
         let keys: Vec<_> = some
             .iter()
-            .map(|((limit, _), debt)| ground.key_of(*limit, &debt.key))
+            .map(|((limit, _), debt)| self.ground.key_of(*limit, &debt.key))
             .collect();
         let owing: Vec<_> = keys
             .iter()
-            .zip(some)
+            .zip(&some)
             .map(|(key, (_, debt))| Owing {
                 key,
                 first: debt.ahead_of(now),
@@ -308,20 +373,74 @@ impl Owed {
                 cost: debt.cost,
             })
             .collect();
-        let call = scripts.owed(&owing);
-        let since: Vec<_> = some.iter().map(|((_, id), _)| ground.since(*id)).collect();
-        let value = ground.redis.call::<Value>("rate_limit_owed", &call).await;
-        let value = match value {
-            // It may have been done: told again, it would be owed twice.
-            Err(error) if error.kind() == ErrorKind::Timeout => return Ok(()),
-            value => value?,
+        let call = self.scripts.owed(&owing);
+        let since: Vec<_> = (some.iter())
+            .map(|((_, id), _)| self.ground.since(*id))
+            .collect();
+        let redis = &self.ground.redis;
+        let value = match redis.call::<Value>("rate_limit_owed", &call).await {
+            Ok(value) => value,
+            // It may be done, or be done yet: told again, it would be charged
+            // twice. What went down with its connection more likely was not.
+            Err(error) if error.may_be_done() && error.kind() != ErrorKind::Connection => {
+                return Ok(some.len());
+            }
+            Err(error) => {
+                self.take_again(some);
+                return Err(error.into());
+            }
         };
         let gcras = some.iter().map(|(_, debt)| debt.gcra);
-        let states = script::answer(&value, gcras, now.as_nanos()).ok_or(Unanswered(None))?;
-        for ((((limit, id), _), tat), since) in some.iter().zip(states).zip(since) {
-            ground.learn(*limit, *id, tat, now, since);
+        if let Some(states) = script::answer(&value, gcras, now.as_nanos()) {
+            for ((((limit, id), _), tat), since) in some.iter().zip(states).zip(since) {
+                self.ground.learn(*limit, *id, tat, now, since);
+            }
         }
+        Ok(some.len())
+    }
+
+    /// Whether the server that has these keys answers, now: of one that stands
+    /// still nobody would know whether it was told.
+    async fn listens(&self, ids: &[(usize, KeyId)]) -> Result<(), Unanswered> {
+        let key = ids.iter().find_map(|id| {
+            let book = self.owed.book.lock();
+            let debt = book.debts.get(id)?;
+            Some(self.ground.key_of(id.0, &debt.key))
+        });
+        let Some(key) = key else { return Ok(()) };
+        let mut cmd = Cmd::new();
+        cmd.arg("MGET").arg(key.as_str());
+        let redis = &self.ground.redis;
+        let _: Value = redis.run("rate_limit_owed", &cmd).await?;
         Ok(())
+    }
+
+    /// These were not told.
+    fn take_again(&self, some: Vec<((usize, KeyId), Debt)>) {
+        let debts = &mut self.owed.book.lock().debts;
+        for (id, debt) in some {
+            // What has come since is owed on top.
+            debts
+                .entry(id)
+                .and_modify(|later| {
+                    later.cost = later.cost.saturating_add(debt.cost);
+                    later.first = later.first.min(debt.first);
+                })
+                .or_insert(debt);
+        }
+    }
+}
+
+impl Drop for Teller {
+    /// Its runtime may be gone before the server is back.
+    fn drop(&mut self) {
+        if self.is_done {
+            return;
+        }
+        let mut book = self.owed.book.lock();
+        book.is_kept = false;
+        let is_owing = !book.debts.is_empty();
+        self.owed.untended.store(is_owing, Ordering::Relaxed);
     }
 }
 
@@ -371,14 +490,14 @@ mod tests {
         owed.note(&ask, clock::now() + Duration::from_millis(200));
         advance(Duration::from_millis(600)).await;
         let owes = |owed: &Owed| {
-            let keys = owed.keys.lock();
-            let debt = &keys[&(0, id)];
+            let book = owed.book.lock();
+            let debt = &book.debts[&(0, id)];
             let charge = debt.gcra.charge(debt.cost).micros.cast_signed();
             debt.ahead_of(clock::now()) + charge
         };
         assert_eq!(owes(&owed), 100_000);
         advance(Duration::from_secs(10)).await;
-        assert!(owed.keys.lock()[&(0, id)].is_paid(clock::now()));
+        assert!(owed.book.lock().debts[&(0, id)].is_paid(clock::now()));
         // Ten quiet seconds pay for nothing that comes after them.
         owed.note(&ask, clock::now());
         assert_eq!(owes(&owed), 500_000);

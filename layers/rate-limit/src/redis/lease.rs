@@ -34,6 +34,11 @@
 //! What waits in a process for the same answer counts with its share until it
 //! is told.
 //!
+//! A request that costs more than a share holds, or the whole burst, is charged
+//! in Redis, as in strict mode, and shares its trip with others of its kind. The
+//! bound is the same: it takes nothing ahead. Where it lacks what this process
+//! holds of the key, that is given back first, and asked once more.
+//!
 //! A share that is not used up within a quarter of the time in which the whole
 //! burst comes back, at least 100 ms and at most a second, is given back. Where
 //! Redis cannot be reached it lapses after three times as long.
@@ -49,6 +54,7 @@ mod store;
 
 use std::{sync::Arc, time::Duration};
 
+use buttress_core::clock;
 use tokio::time::{Instant as Deadline, timeout_at};
 
 use super::{
@@ -56,7 +62,7 @@ use super::{
     ground::{Ground, Stand, Unanswered},
     strict::Strict,
 };
-use crate::store::{Decision, Detail};
+use crate::store::{Decision, Detail, Verdict};
 
 use self::{share::MOST, store::Shares};
 
@@ -86,6 +92,11 @@ use self::{share::MOST, store::Shares};
 /// [`Mode::Strict`](super::Mode::Strict). A process that is killed takes what
 /// it holds with it, at most `1.25 k` and what its requests wait for, until
 /// time has brought it back; an answer that is lost, what it granted.
+///
+/// A request that costs more than a share, or the whole burst, is charged in
+/// Redis as in strict mode: the bound is the same. It passes only where Redis
+/// has all of it, or would have with what its own process gives back: what
+/// others hold it does without, at most until they give it back.
 ///
 /// Where all processes ask for more than there is, each waits after a refusal
 /// for as long as the next token takes, or for a 64th to a 16th of the time in
@@ -158,8 +169,52 @@ impl Leased {
 
     /// Charges the shares, where they can pay, and refuses what the server is
     /// known to refuse.
+    #[inline]
     pub(crate) fn decide_now(&self, asks: &[FleetAsk], detail: Detail) -> Option<Decision> {
+        if self.is_big(asks) {
+            let refusal = self.strict.decide_now(asks, detail)?;
+            // What is in hand may be what it lacks.
+            return (!self.has_the_rest(asks)).then_some(refusal);
+        }
         self.shares.decide_now(asks, detail)
+    }
+
+    /// Whether no share would help it: it is more than one holds, or all that
+    /// there ever is.
+    #[inline]
+    fn is_big(&self, asks: &[FleetAsk]) -> bool {
+        let most = self.shares.most();
+        (asks.iter()).any(|ask| ask.cost > 0 && ask.cost >= ask.gcra.burst().min(most + 1))
+    }
+
+    /// Whether it would pass, as far as this process knows, if that gave back
+    /// what it holds; and holds anything.
+    #[cold]
+    fn has_the_rest(&self, asks: &[FleetAsk]) -> bool {
+        let at = clock::now();
+        let now = at.as_nanos();
+        let mut any = false;
+        let all = asks.iter().all(|ask| {
+            let in_hand = self.shares.in_hand(ask);
+            any |= in_hand > 0;
+            let tat = self.ground.known(ask, at);
+            let tat = ask.gcra.refund(tat, now, in_hand);
+            ask.gcra.pass(tat, now, ask.cost).is_some()
+        });
+        all && any
+    }
+
+    /// Decides in Redis, where what is in hand counts, too.
+    async fn decide_big(&self, asks: &[FleetAsk], detail: Detail) -> Result<Decision, Unanswered> {
+        // What is known to be refused is here for what is in hand.
+        if self.strict.decide_now(asks, Detail::None).is_none() {
+            let decision = self.strict.decide(asks, detail).await?;
+            if !matches!(decision.verdict, Verdict::Wait { .. }) || !self.has_the_rest(asks) {
+                return Ok(decision);
+            }
+        }
+        self.shares.give_back_of(asks).await;
+        self.strict.decide(asks, detail).await
     }
 
     pub(crate) async fn decide(
@@ -170,6 +225,11 @@ impl Leased {
         // What the shares were waited for counts. Later than the call's own
         // time limit, of which the gate has to hear.
         let deadline = Deadline::now() + self.ground.redis.timeout() + GRACE;
+        if self.is_big(asks) {
+            return timeout_at(deadline, self.decide_big(asks, detail))
+                .await
+                .unwrap_or(Err(Unanswered(None)));
+        }
         match self.shares.decide(asks, detail).await? {
             Some(decision) => Ok(decision),
             // There is no room for another share, or others were quicker time

@@ -127,7 +127,12 @@ impl Mode {
 pub enum OnStoreError {
     /// The same limits in this process alone, from what it knew of their keys;
     /// [`share`](RateLimitBuilder::share) says how much of the quota. What it
-    /// lets through is charged in Redis when that is back. The default.
+    /// lets through is charged in Redis within a second of its return, whether
+    /// requests come then or not, as long as time has not paid it, the tokio
+    /// runtime runs, and for a minute after the last of the layer is dropped. Of
+    /// a request whose question was sent and not answered in time nobody knows
+    /// whether it was charged: it is not charged again. One whose connection was
+    /// lost is. The default.
     #[default]
     Local,
     /// It passes, uncharged, and without headers.

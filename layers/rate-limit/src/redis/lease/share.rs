@@ -307,10 +307,14 @@ impl Share {
         }
     }
 
-    /// There is no answer. What may have been charged is lost.
+    /// There is no answer. What may have been charged is lost: the next that is
+    /// lost has nothing for the share.
     pub(crate) fn failed(&mut self) {
         self.asking = false;
         self.void = false;
+        self.size = 1;
+        self.granted = 0;
+        self.low = 0;
     }
 
     /// A charge that was taken back is made once more.

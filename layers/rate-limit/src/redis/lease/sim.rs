@@ -60,6 +60,10 @@ enum Event {
     Asked(usize, u64, [u32; 3]),
     /// The answer is back.
     Answered(usize, u64, [u32; 3], u32, Tat),
+    /// A request that no share would help is at the server.
+    Charged(usize, u32, bool),
+    /// It has its answer.
+    Decided(usize, u32, bool, bool),
     /// Shares are given back where they are due.
     Tick,
     /// What was given back is at the server.
@@ -85,6 +89,8 @@ struct Node {
     /// Their sum, and that of those before them whose answer was shared out
     /// last.
     wanted: u64,
+    /// What those cost together that wait for an answer of their own.
+    big: u64,
     alive: bool,
     passed: u64,
     refused: u64,
@@ -120,6 +126,7 @@ impl Fleet {
                     demand,
                     waiting: Vec::new(),
                     wanted: 0,
+                    big: 0,
                     alive: true,
                     passed: 0,
                     refused: 0,
@@ -186,7 +193,7 @@ impl Fleet {
                 node.wanted,
                 node.waiting
             );
-            most += bound;
+            most += bound + node.big;
         }
         assert!(self.outstanding() <= most, "more than all shares");
     }
@@ -203,6 +210,12 @@ impl Fleet {
 
     /// Decides on one request. Whether it waits.
     fn decide(&mut self, index: usize, now: u64, cost: u32, since: u64, may_wait: bool) {
+        if cost >= self.server.gcra.burst().min(self.most + 1) {
+            self.nodes[index].big += u64::from(cost);
+            let at = now + self.latency();
+            self.schedule(at, Event::Charged(index, cost, true));
+            return;
+        }
         let is_counted = !self.nodes[index].share.is_asking();
         let node = &mut self.nodes[index];
         match node.share.offer(now, cost, true) {
@@ -278,6 +291,47 @@ impl Fleet {
                     self.decide(index, now, cost, since, may_wait);
                 }
                 self.ask(index, now);
+            }
+            Event::Charged(index, cost, is_first) => {
+                let passes = match self.server.gcra.decide(self.server.tat, now, cost) {
+                    Ruling::Pass { tat } => {
+                        self.server.tat = tat;
+                        self.on_its_way += u64::from(cost);
+                        true
+                    }
+                    Ruling::Wait { .. } | Ruling::Never => false,
+                };
+                let at = now + self.latency();
+                self.schedule(at, Event::Decided(index, cost, passes, is_first));
+            }
+            Event::Decided(index, cost, passes, is_first) => {
+                if passes {
+                    self.on_its_way -= u64::from(cost);
+                }
+                let node = &mut self.nodes[index];
+                node.big -= u64::from(cost);
+                if !node.alive {
+                    return;
+                }
+                if passes {
+                    node.passed += u64::from(cost);
+                    self.passed += u64::from(cost);
+                    return;
+                }
+                let back = match is_first {
+                    true => node.share.give_back(now, true),
+                    false => 0,
+                };
+                if back == 0 {
+                    node.refused += 1;
+                    return;
+                }
+                // What is in hand may be what it lacks.
+                node.big += u64::from(cost);
+                self.on_its_way += u64::from(back);
+                let at = now + self.latency();
+                self.schedule(at, Event::Returned(back));
+                self.schedule(at, Event::Charged(index, cost, false));
             }
             Event::Tick => {
                 let mut all = 0;
@@ -446,15 +500,42 @@ fn the_killed_strand_a_share_at_most() {
     assert!(passed >= 100_000 * 98 / 100, "{passed}");
 }
 
+/// Nine nodes' requests cost 1, and the tenth's the whole burst: it passes where
+/// there is one, and the shares stay what they are.
+#[test]
+fn who_wants_all_of_it_has_it_when_the_others_rest() {
+    let gcra = quota(1000, Duration::from_secs(1));
+    let mut demands = full_demand(gcra, 10, 3);
+    for demand in &mut demands {
+        demand.to = SECOND;
+    }
+    demands[9] = Demand {
+        every: 50 * MS,
+        from: 0,
+        to: 4 * SECOND,
+        cost: 1000,
+    };
+    let mut fleet = Fleet::new(gcra, 100, 2 * MS, &demands, 13);
+    fleet.run(SECOND);
+    let before = fleet.nodes[9].passed;
+    fleet.run(5 * SECOND);
+    let after = fleet.nodes[9].passed - before;
+    // Once a second, the first when the others' shares are back.
+    assert!((2_000..=3_000).contains(&after), "{after}");
+    let others: u64 = fleet.nodes[..9].iter().map(|node| node.passed).sum();
+    assert!((900..=2_000).contains(&others), "{others}");
+}
+
 fn demand() -> impl Strategy<Value = Demand> {
-    (500_u64..40_000, 0_u64..2000, 100_u64..4000, 1_u32..=8).prop_map(
-        |(every, from, length, cost)| Demand {
+    let cost = prop_oneof![4 => 1_u32..=8, 1 => 9_u32..=600];
+    (500_u64..40_000, 0_u64..2000, 100_u64..4000, cost).prop_map(|(every, from, length, cost)| {
+        Demand {
             every: every * 1000,
             from: from * MS,
             to: (from + length) * MS,
             cost,
-        },
-    )
+        }
+    })
 }
 
 proptest! {

@@ -23,18 +23,18 @@ use tokio::{
 };
 
 use super::{
-    script,
+    GRACE, script,
     share::{Grant, Share, Take, Want},
 };
 use crate::{
     Gcra,
-    gcra::Tat,
+    gcra::{Ruling, Tat},
     redis::{
         ask::{self, FleetAsk},
         ground::{Ground, Stand, Unanswered},
-        script::Scripts,
+        script::{Scripts, answer},
     },
-    store::{Changes, Decision, Detail, MAX_LIMITS, Verdict},
+    store::{Ask, Changes, Decision, Detail, MAX_LIMITS, Verdict},
 };
 
 /// The most keys that have a share at a time, of each limit: what finds no room
@@ -59,6 +59,7 @@ struct Cell {
 struct Held {
     share: Share,
     key: Key,
+    keyed: KeyId,
     /// What is being asked.
     flight: Option<Arc<Flight>>,
 }
@@ -179,7 +180,8 @@ impl Shares {
         self.maps[ask.limit].lock(ask.id)
     }
 
-    fn most(&self) -> u32 {
+    #[inline]
+    pub(super) fn most(&self) -> u32 {
         self.most.load(Ordering::Relaxed)
     }
 
@@ -198,10 +200,13 @@ impl Shares {
     /// As most are decided: one limit, whose share can pay.
     fn decide_one_now(&self, ask: &FleetAsk, detail: Detail, now: u64) -> Option<Decision> {
         let mut guard = self.lock(ask);
-        let held = guard.get_mut()?.held()?;
-        if held.share.gcra != ask.gcra {
-            return None;
-        }
+        let held = match guard.get_mut().and_then(Cell::held) {
+            Some(held) if held.share.gcra == ask.gcra => held,
+            _ => {
+                drop(guard);
+                return self.refuse_now(ask, detail, now);
+            }
+        };
         match held.share.offer(now, ask.cost, self.ground.is_sure()) {
             Take::Pass => {
                 let is_low = held.share.spend(now, ask.cost);
@@ -233,6 +238,32 @@ impl Shares {
                 Some(decided(asks, verdict, &[tat], now, detail))
             }
             Take::Never | Take::Ask => None,
+        }
+    }
+
+    /// Refuses what no share can pay and the server is known to refuse.
+    #[cold]
+    fn refuse_now(&self, ask: &FleetAsk, detail: Detail, now: u64) -> Option<Decision> {
+        let (wait, tat) = self.refused(ask, now)?;
+        let limit = ask.limit;
+        let verdict = Verdict::Wait { limit, wait };
+        let asks = std::slice::from_ref(ask);
+        Some(decided(asks, verdict, &[tat], now, detail))
+    }
+
+    /// For how long the server refuses this, by when the key owes nothing as it
+    /// was last heard.
+    fn refused(&self, ask: &FleetAsk, now: u64) -> Option<(u64, Tat)> {
+        let ground = &self.ground;
+        // Of a server that is gone nothing is known.
+        if !ground.redis.is_up() {
+            return None;
+        }
+        let at = Instant::from_nanos(now);
+        let known = ground.refused(ask.limit, ask.id, &ask.gcra, ask.cost, at)?;
+        match ask.gcra.decide(known, now, ask.cost) {
+            Ruling::Wait { wait, .. } => Some((wait, known)),
+            Ruling::Pass { .. } | Ruling::Never => None,
         }
     }
 
@@ -283,14 +314,28 @@ impl Shares {
         for (index, ask) in asks.iter().enumerate() {
             let guard = guards[index].insert(self.lock(ask));
             let limit = ask.limit;
-            let take = match guard.get_mut().and_then(Cell::held) {
+            let mut held = guard.get_mut().and_then(Cell::held);
+            let is_its = held
+                .as_deref_mut()
+                .is_none_or(|held| held.share.gcra == ask.gcra || held.share.requote(ask.gcra));
+            let take = match held {
                 None if ask.cost > ask.gcra.burst() => Take::Never,
                 None if ask.cost == 0 => Take::Pass,
-                None => Take::Ask,
-                Some(held) => {
-                    if held.share.gcra != ask.gcra && !held.share.requote(ask.gcra) {
-                        return Tried::NoRoom;
+                None => match self.refused(ask, now) {
+                    Some((wait, tat)) => {
+                        states[index] = tat;
+                        Take::Wait(wait)
                     }
+                    None => Take::Ask,
+                },
+                Some(_) if !is_its => match self.refused(ask, now) {
+                    Some((wait, tat)) => {
+                        states[index] = tat;
+                        Take::Wait(wait)
+                    }
+                    None => return Tried::NoRoom,
+                },
+                Some(held) => {
                     if let Some(joined) = joined.as_deref_mut()
                         && joined.keys & (1 << index) != 0
                     {
@@ -366,6 +411,7 @@ impl Shares {
                     held: Some(Box::new(Held {
                         share: Share::new(ask.gcra, now),
                         key: ask.key.clone(),
+                        keyed: ask.id,
                         flight: None,
                     })),
                 };
@@ -422,7 +468,8 @@ impl Shares {
         asks: &[FleetAsk],
         detail: Detail,
     ) -> Result<Option<Decision>, Unanswered> {
-        let deadline = Deadline::now() + self.ground.redis.timeout();
+        // Who asks for us tells us first, where he is out of time.
+        let deadline = Deadline::now() + self.ground.redis.timeout() + GRACE;
         let mut joined = Joined {
             shares: self,
             asks,
@@ -444,7 +491,11 @@ impl Shares {
                     .await
                     .map_err(|_| Unanswered(None))?;
                 if let Some(error) = flight.error.get() {
-                    return Err(error.clone());
+                    // What was not in the question nobody has charged.
+                    return Err(match joined.counted {
+                        0 => Unanswered(None),
+                        _ => error.clone(),
+                    });
                 }
             }
         }
@@ -510,7 +561,7 @@ impl Shares {
                 for held in cells.filter_map(Cell::held) {
                     let tokens = held.share.give_back(now, all);
                     if tokens > 0 {
-                        back.push((limit, held.key.clone(), held.share.gcra, tokens));
+                        back.push((limit, held.keyed, held.key.clone(), held.share.gcra, tokens));
                     }
                     left |= held.share.tokens() > 0 || held.share.is_asking();
                 }
@@ -522,23 +573,67 @@ impl Shares {
             AT_ONCE
         };
         for some in back.chunks(at_once) {
-            let keys: Vec<_> = (some.iter())
-                .map(|(limit, key, ..)| self.ground.key_of(*limit, key))
-                .collect();
-            let charges: Vec<_> = keys
-                .iter()
-                .zip(some)
-                .map(|(key, (_, _, gcra, tokens))| (key, *gcra, *tokens))
-                .collect();
-            let call = self.scripts.refund(&charges);
-            // What cannot be given back comes back by itself.
-            let given = self
-                .ground
-                .redis
-                .call::<Value>("rate_limit_give_back", &call);
-            let _ = given.await;
+            self.give_some_back(some).await;
         }
         left
+    }
+
+    /// Gives back what is in hand of these keys, as far as nobody waits for it.
+    pub(super) async fn give_back_of(&self, asks: &[FleetAsk]) {
+        let now = clock::now().as_nanos();
+        let mut back = Vec::with_capacity(asks.len());
+        for ask in asks {
+            let mut guard = self.lock(ask);
+            let Some(held) = guard.get_mut().and_then(Cell::held) else {
+                continue;
+            };
+            let tokens = held.share.give_back(now, true);
+            if tokens > 0 {
+                let key = held.key.clone();
+                back.push((ask.limit, ask.id, key, held.share.gcra, tokens));
+            }
+        }
+        let is_cluster = self.ground.redis.is_cluster();
+        for some in back.chunks(if is_cluster { 1 } else { AT_ONCE }) {
+            self.give_some_back(some).await;
+        }
+    }
+
+    /// Gives back tokens of keys of one slot.
+    async fn give_some_back(&self, some: &[(usize, KeyId, Key, Gcra, u32)]) {
+        let ground = &self.ground;
+        let keys: Vec<_> = (some.iter())
+            .map(|(limit, _, key, ..)| ground.key_of(*limit, key))
+            .collect();
+        let charges: Vec<_> = (keys.iter().zip(some))
+            .map(|(key, (.., gcra, tokens))| (key, *gcra, *tokens))
+            .collect();
+        let call = self.scripts.refund(&charges);
+        // No answer is learnt that may be of before it.
+        let distrust = || some.iter().for_each(|(_, id, ..)| ground.distrust(*id));
+        distrust();
+        let now = clock::now();
+        let given = ground.redis.call::<Value>("rate_limit_give_back", &call);
+        let given = given.await;
+        distrust();
+        let gcras = some.iter().map(|(.., gcra, _)| *gcra);
+        let states = given.ok();
+        let states = states.and_then(|value| answer(&value, gcras, now.as_nanos()));
+        for (index, (limit, id, _, gcra, tokens)) in some.iter().enumerate() {
+            match &states {
+                Some(states) => ground.learn(*limit, *id, states[index], now, ground.since(*id)),
+                // What cannot be given back comes back by itself; it may be.
+                None => ground.tables[*limit].refund(
+                    &Ask {
+                        limit: *limit,
+                        id: *id,
+                        cost: *tokens,
+                        quota: Some(*gcra),
+                    },
+                    now,
+                ),
+            }
+        }
     }
 
     /// Whether anything is in hand, or on its way.
