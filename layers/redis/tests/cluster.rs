@@ -5,7 +5,7 @@ use std::time::Duration;
 use buttress_core::clock;
 use buttress_redis::{
     Cmd, Config, ErrorKind, Key, Notice, Redis, Script,
-    testing::{Cluster, Server},
+    testing::{Cluster, Server, Wire},
 };
 use tokio::time::{sleep, timeout};
 
@@ -261,4 +261,54 @@ async fn messages_are_heard_from_any_node() {
     let _: i64 = cluster.nodes()[2].cmd(&["PUBLISH", "news", "two"]).await;
     assert_eq!(news.next().await, Notice::Message(b"two".to_vec()));
     cluster.nodes()[0].resume();
+}
+
+/// A wire in front of this node that all take for the node itself.
+async fn wire_to(cluster: &Cluster, node: usize) -> Wire {
+    let wire = Wire::to(&cluster.nodes()[node]).await;
+    let port = wire.port().to_string();
+    let words = ["CONFIG", "SET", "cluster-announce-port", &port];
+    cluster.nodes()[node].cmd::<()>(&words).await;
+    let began = clock::now();
+    for node in cluster.nodes() {
+        loop {
+            let nodes: String = node.cmd(&["CLUSTER", "NODES"]).await;
+            if nodes.contains(&format!(":{port}@")) {
+                break;
+            }
+            assert!(clock::now() - began < SOON, "it is not told");
+            sleep(5 * MS).await;
+        }
+    }
+    wire
+}
+
+/// A charge whose answer was lost may have been made: it is not made again.
+#[tokio::test]
+async fn what_was_sent_is_not_sent_again() {
+    let cluster = Cluster::start().await;
+    let wire = wire_to(&cluster, 1).await;
+    let config = Config::cluster([cluster.nodes()[0].url()]).timeout(Duration::from_secs(1));
+    let redis = Redis::from_config(config).unwrap();
+    let keys = keys(&cluster, &redis).await;
+    let script = Script::new("return redis.call('INCR', KEYS[1])");
+    let (mut asked, mut passed) = (0, 0);
+    for round in 0..10 {
+        recovered(&redis, &keys[1]).await;
+        if round % 2 == 0 {
+            wire.cut_after(0);
+        } else {
+            // Without a word, and with nothing under way.
+            wire.cut();
+        }
+        let count = keys[1].clone().segment("n");
+        for _ in 0..3 {
+            asked += 1;
+            passed += i64::from(redis.call::<i64>("test", &script.on([&count])).await.is_ok());
+        }
+    }
+    let count = keys[1].clone().segment("n");
+    let made: i64 = cluster.nodes()[1].cmd(&["GET", count.as_str()]).await;
+    assert!(passed <= made, "{passed} of {made}");
+    assert!(made <= asked, "{made} for {asked}");
 }
