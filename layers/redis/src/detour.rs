@@ -162,7 +162,10 @@ impl Drop for Trust<'_> {
 /// Whom to ask instead.
 #[derive(Debug, PartialEq, Eq)]
 enum Turn {
-    Node { address: String, asking: bool },
+    Node {
+        address: String,
+        asking: bool,
+    },
     /// The ones that are known, once more.
     Back,
 }

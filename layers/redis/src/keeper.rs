@@ -12,9 +12,12 @@
 //! the task ends with it, and the next that asks starts another.
 //!
 //! In a cluster the connection leads to all nodes and mends itself; what is
-//! looked at is whose slots are whose, and the nodes whose gates are shut.
+//! looked at is whose slots are whose, and the nodes whose gates are shut. A
+//! first failure has all nodes asked at once, over connections of their own:
+//! where none answers, nobody waits for the failures of each of them.
 
 use std::{
+    pin::pin,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -23,10 +26,10 @@ use buttress_core::{
     random::{SharedRandom, ThreadRandom},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
-use futures_util::future::join_all;
+use futures_util::future::{Either, join, join_all, select, select_ok};
 use redis::{Cmd, RedisError, Value};
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{Instant, sleep_until, timeout},
 };
 
@@ -53,6 +56,8 @@ pub(crate) struct Keeper {
     /// How many connections were tried, by all tasks: what fails on one of an
     /// earlier task says nothing of those of the next.
     tried: AtomicU64,
+    /// Told of failures from which the whole cluster may be gone.
+    doubts: Arc<Notify>,
     random: SharedRandom,
 }
 
@@ -73,6 +78,7 @@ impl Default for Keeper {
             states: watch::Sender::default(),
             kept: AtomicBool::new(false),
             tried: AtomicU64::new(0),
+            doubts: Arc::default(),
             random: SharedRandom::new(ThreadRandom),
         }
     }
@@ -140,6 +146,13 @@ impl Keeper {
     pub(crate) fn lost_part(&self, why: &Error) {
         tracing::warn!(error = %Chain(why), "a redis node is gone: its slots are skipped until it is back");
         self.changed();
+    }
+
+    /// An operation failed in a cluster: it may be one node, or all.
+    pub(crate) fn doubt(&self, error: &Error) {
+        if let ErrorKind::Timeout | ErrorKind::Connection = error.kind() {
+            self.doubts.notify_one();
+        }
     }
 
     fn changed(&self) {
@@ -221,33 +234,58 @@ impl Post {
             return;
         };
         let mut standing = shared.keeper.link.subscribe();
+        let doubts = Arc::clone(&shared.keeper.doubts);
         drop(shared);
-        let mut wait = LOOK;
+        let mut next = Instant::now() + LOOK;
+        // Before which no doubt is looked into.
+        let mut rest = Instant::now();
         loop {
             let replaced = standing
                 .wait_for(|now| !matches!(now, Standing::Linked(it) if it.number == link.number));
+            let woken = async {
+                let doubted = pin!(async {
+                    sleep_until(rest).await;
+                    doubts.notified().await;
+                });
+                matches!(
+                    select(doubted, pin!(sleep_until(next))).await,
+                    Either::Left(_)
+                )
+            };
             // An error says that the last handle is gone.
-            let is_over = timeout(wait, replaced).await.is_ok();
+            let event = match select(pin!(replaced), pin!(woken)).await {
+                Either::Left(_) => None,
+                Either::Right((is_doubt, _)) => Some(is_doubt),
+            };
             let Some(shared) = self.0.upgrade() else {
                 return;
             };
-            if is_over {
+            let Some(is_doubt) = event else {
                 shared.metrics.connected(false);
                 return;
+            };
+            if is_doubt {
+                rest = Instant::now() + PROBE;
+                if let Some(why) = nobody_answers(&shared).await
+                    && shared.gates.shut()
+                {
+                    shared.keeper.lost(&why);
+                }
+                continue;
             }
-            wait = if shared.gates.is_cluster() {
+            let wait = if shared.gates.is_cluster() {
                 look_at_nodes(&shared, &mut link).await
             } else {
                 look(&shared, &mut link).await
             };
+            next = Instant::now() + wait;
         }
     }
 }
 
 /// Asks a server for a sign of life; when to look again.
 async fn look(shared: &Shared, link: &mut Link) -> Duration {
-    let mut ping = Cmd::new();
-    ping.arg("PING");
+    let ping = ping();
     let gate = shared.gates.of(&ping);
     let Some(ticket) = gate.pass() else {
         return LOOK;
@@ -268,7 +306,16 @@ async fn look(shared: &Shared, link: &mut Link) -> Duration {
 /// Asks a cluster whose slots are whose, and its lost nodes whether they are
 /// back; when to look again.
 async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
-    let learned = timeout(shared.timeout, learn(shared, link)).await;
+    let mut pinged = link.clone();
+    let (learned, ()) = join(
+        timeout(shared.timeout, learn(shared, link)),
+        // Finds the connections that were lost while nobody asked: the client
+        // sees it by what it sends, and mends them.
+        async {
+            let _ = timeout(shared.timeout, link::ask(&mut pinged, &ping())).await;
+        },
+    )
+    .await;
     let shut: Vec<_> = shared
         .gates
         .used()
@@ -293,6 +340,34 @@ async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
     } else {
         shared.keeper.pause()
     }
+}
+
+fn ping() -> Cmd {
+    let mut ping = Cmd::new();
+    ping.arg("PING");
+    ping
+}
+
+/// Whether all nodes of a cluster are gone, and why. Each is asked over a new
+/// connection: the one that all share may stand still for one of them.
+async fn nobody_answers(shared: &Shared) -> Option<Error> {
+    // A connection is made in a few trips where an operation is one.
+    let limit = (shared.timeout * 4).min(shared.connect_timeout);
+    let nodes = shared.dialer.nodes(&shared.gates.masters());
+    let asked = nodes.into_iter().map(|node| {
+        Box::pin(async move {
+            let answer = async {
+                let mut node = link::single(&node, || {}).await?;
+                node.query(&ping()).await
+            };
+            match timeout(limit, answer).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(cause)) => Err(Error::caused("ping", cause)),
+                Err(_) => Err(Error::new(ErrorKind::Timeout, "ping")),
+            }
+        })
+    });
+    select_ok(asked).await.err()
 }
 
 /// Asks any node, and another where that one is silent.

@@ -111,6 +111,19 @@ impl Dialer {
         self.cluster.is_some()
     }
 
+    /// The servers of these addresses; without any, those that were named to us.
+    pub(crate) fn nodes(&self, addresses: &[String]) -> Vec<Server> {
+        let known = addresses.iter();
+        let known: Vec<_> = known
+            .filter_map(|address| self.servers[0].at(address))
+            .collect();
+        if known.is_empty() {
+            self.servers.clone()
+        } else {
+            known
+        }
+    }
+
     /// A connection, and whom to tell when it has ended.
     pub(crate) async fn link(
         &self,

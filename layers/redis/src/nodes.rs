@@ -92,6 +92,14 @@ impl Gates {
             .fold(false, |was_shut, (_, gate)| gate.open() | was_shut)
     }
 
+    /// The addresses of a cluster's masters, as far as they are known.
+    pub(crate) fn masters(&self) -> Vec<String> {
+        let cluster = self.cluster.as_ref();
+        cluster.map_or_else(Vec::new, |cluster| {
+            cluster.names.lock().iter().flatten().cloned().collect()
+        })
+    }
+
     /// A key with this beginning that is behind this gate.
     pub(crate) fn key_behind(&self, gate: usize, beginning: &str) -> Option<String> {
         match &self.cluster {

@@ -295,7 +295,12 @@ impl Shared {
         self.metrics.failed(error);
         if !error.kind().is_outage() {
             gate.answered(ticket);
-        } else if gate.failed(ticket) {
+            return;
+        }
+        if self.gates.is_cluster() {
+            self.keeper.doubt(error);
+        }
+        if gate.failed(ticket) {
             if self.gates.any_open() {
                 self.keeper.lost_part(error);
             } else {

@@ -7,6 +7,7 @@ use buttress_redis::{
     Cmd, Config, ErrorKind, Key, Notice, Redis, Script,
     testing::{Cluster, Server, Wire},
 };
+use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
 
 const MS: Duration = Duration::from_millis(1);
@@ -304,11 +305,134 @@ async fn what_was_sent_is_not_sent_again() {
         let count = keys[1].clone().segment("n");
         for _ in 0..3 {
             asked += 1;
-            passed += i64::from(redis.call::<i64>("test", &script.on([&count])).await.is_ok());
+            passed += i64::from(
+                redis
+                    .call::<i64>("test", &script.on([&count]))
+                    .await
+                    .is_ok(),
+            );
         }
     }
     let count = keys[1].clone().segment("n");
     let made: i64 = cluster.nodes()[1].cmd(&["GET", count.as_str()]).await;
     assert!(passed <= made, "{passed} of {made}");
     assert!(made <= asked, "{made} for {asked}");
+}
+
+/// Asks one node after the other until nothing is tried any more; how many
+/// requests waited for half of the time limit, and how many there were.
+async fn until_gone(redis: &Redis, keys: &[Key], workers: usize) -> (usize, usize) {
+    let began = clock::now();
+    let worker = async |start: usize| {
+        let (mut waited, mut asked) = (0, 0);
+        for key in keys.iter().cycle().skip(start) {
+            let one = clock::now();
+            let error = redis.run::<()>("test", &set(key)).await.unwrap_err();
+            let took = clock::now() - one;
+            assert!(took < redis.timeout() + 100 * MS, "{took:?}");
+            asked += 1;
+            waited += usize::from(took >= redis.timeout() / 2);
+            if error.kind() == ErrorKind::Gone && !redis.is_up() {
+                break;
+            }
+            assert!(clock::now() - began < SOON, "it is not noticed");
+            sleep(MS).await;
+        }
+        (waited, asked)
+    };
+    let counts = join_all((0..workers).map(worker)).await;
+    counts
+        .iter()
+        .fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1))
+}
+
+/// With few requests and many nodes, each node's own three failures would make
+/// every one of them wait.
+#[tokio::test]
+async fn a_silent_cluster_is_noticed_by_the_first_requests() {
+    let cluster = Cluster::start().await;
+    let redis = Redis::from_config(Config::new(cluster.url()).timeout(100 * MS)).unwrap();
+    let keys = keys(&cluster, &redis).await;
+    for workers in [1, 8] {
+        for key in &keys {
+            recovered(&redis, key).await;
+        }
+        for node in cluster.nodes() {
+            node.pause();
+        }
+        let began = clock::now();
+        let (waited, asked) = until_gone(&redis, &keys, workers).await;
+        let took = clock::now() - began;
+        println!("{workers}: {waited} of {asked} in {took:?}");
+        assert!(
+            waited <= 6 * workers,
+            "{waited} of {asked} waited in {took:?}"
+        );
+        for node in cluster.nodes() {
+            node.resume();
+        }
+        cluster.settled().await;
+    }
+}
+
+#[tokio::test]
+async fn a_killed_cluster_makes_nobody_wait() {
+    let mut cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    for node in 0..3 {
+        cluster.node_mut(node).kill();
+    }
+    let began = clock::now();
+    let (waited, asked) = until_gone(&redis, &keys, 8).await;
+    let took = clock::now() - began;
+    println!("{waited} of {asked} in {took:?}");
+    assert!(waited <= 8, "{waited} of {asked} waited in {took:?}");
+    assert!(asked <= 100, "{asked} in {took:?}");
+}
+
+/// What was lost while nobody asked is mended before somebody does.
+#[tokio::test]
+async fn a_connection_lost_at_rest_costs_nothing() {
+    let cluster = Cluster::start().await;
+    let wire = wire_to(&cluster, 1).await;
+    let redis = cluster.redis();
+    let keys = keys(&cluster, &redis).await;
+    recovered(&redis, &keys[1]).await;
+    for _ in 0..3 {
+        wire.cut();
+        sleep(1500 * MS).await;
+        for _ in 0..10 {
+            redis.run::<()>("test", &set(&keys[1])).await.unwrap();
+        }
+    }
+}
+
+/// Leave to ask is for the next command on the connection, whosever it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_who_are_redirected_at_once_are_all_served() {
+    let cluster = Cluster::start().await;
+    let redis = cluster.redis();
+    let script = Script::new("return redis.call('INCR', KEYS[1])");
+    let key = redis.keyspace("test").tag(["a"]).segment("n");
+    redis.call::<i64>("test", &script.on([&key])).await.unwrap();
+    let to = (cluster.owner(&key).await + 1) % 3;
+    cluster.begin_move(&key, to).await;
+    let tasks = (0..50).map(|_| {
+        let (redis, key) = (redis.clone(), key.clone());
+        tokio::spawn(async move {
+            for _ in 0..20 {
+                redis.call::<i64>("test", &script.on([&key])).await.unwrap();
+            }
+        })
+    });
+    for task in join_all(tasks).await {
+        task.unwrap();
+    }
+    cluster.finish_move(&key, to).await;
+    let count = redis.call::<i64>("test", &script.on([&key])).await;
+    assert_eq!(count.unwrap(), 1002);
 }
