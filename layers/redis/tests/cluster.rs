@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use buttress_core::clock;
 use buttress_redis::{
-    Cmd, Config, ErrorKind, Key, Notice, Redis, Script,
-    testing::{Cluster, Server, Wire},
+    Change, Cmd, Config, ErrorKind, FencedError, FencingToken, Key, LockError, Notice, Redis,
+    Script,
+    testing::{Cluster, Server},
 };
 use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
@@ -264,31 +265,11 @@ async fn messages_are_heard_from_any_node() {
     cluster.nodes()[0].resume();
 }
 
-/// A wire in front of this node that all take for the node itself.
-async fn wire_to(cluster: &Cluster, node: usize) -> Wire {
-    let wire = Wire::to(&cluster.nodes()[node]).await;
-    let port = wire.port().to_string();
-    let words = ["CONFIG", "SET", "cluster-announce-port", &port];
-    cluster.nodes()[node].cmd::<()>(&words).await;
-    let began = clock::now();
-    for node in cluster.nodes() {
-        loop {
-            let nodes: String = node.cmd(&["CLUSTER", "NODES"]).await;
-            if nodes.contains(&format!(":{port}@")) {
-                break;
-            }
-            assert!(clock::now() - began < SOON, "it is not told");
-            sleep(5 * MS).await;
-        }
-    }
-    wire
-}
-
 /// A charge whose answer was lost may have been made: it is not made again.
 #[tokio::test]
 async fn what_was_sent_is_not_sent_again() {
     let cluster = Cluster::start().await;
-    let wire = wire_to(&cluster, 1).await;
+    let wire = cluster.wire_to(1).await;
     let config = Config::cluster([cluster.nodes()[0].url()]).timeout(Duration::from_secs(1));
     let redis = Redis::from_config(config).unwrap();
     let keys = keys(&cluster, &redis).await;
@@ -398,7 +379,7 @@ async fn a_killed_cluster_makes_nobody_wait() {
 #[tokio::test]
 async fn a_connection_lost_at_rest_costs_nothing() {
     let cluster = Cluster::start().await;
-    let wire = wire_to(&cluster, 1).await;
+    let wire = cluster.wire_to(1).await;
     let redis = cluster.redis();
     let keys = keys(&cluster, &redis).await;
     recovered(&redis, &keys[1]).await;
@@ -435,4 +416,55 @@ async fn many_who_are_redirected_at_once_are_all_served() {
     cluster.finish_move(&key, to).await;
     let count = redis.call::<i64>("test", &script.on([&key])).await;
     assert_eq!(count.unwrap(), 1002);
+}
+
+#[tokio::test]
+async fn locks_and_values_go_with_their_slots() {
+    const LONG: Duration = Duration::from_secs(60);
+    let cluster = Cluster::start().await;
+    let (ours, theirs) = (cluster.redis(), cluster.redis());
+    let space = ours.keyspace("test");
+    let mut owners = [0; 3];
+    let mut held = Vec::new();
+    for n in 0..12 {
+        let name = n.to_string();
+        let key = space.tag([&name]);
+        owners[cluster.owner(&key).await] += 1;
+        held.push(ours.lock(&name).ttl(LONG).take().await.unwrap());
+        let fenced = key.clone().segment("fenced");
+        ours.fenced_set(&fenced, "one", FencingToken::new(2), LONG)
+            .await
+            .unwrap();
+        let value = key.segment("value");
+        let made = ours.create_if_absent(&value, "one", LONG).await.unwrap();
+        assert!(made.done().is_some());
+    }
+    assert!(!owners.contains(&0), "{owners:?}");
+    for _ in 0..2 {
+        cluster.move_all().await;
+        for (n, lock) in held.iter().enumerate() {
+            lock.extend(LONG).await.unwrap();
+            let busy = theirs.lock(n.to_string()).take().await.unwrap_err();
+            assert!(matches!(busy, LockError::Busy { .. }), "{busy:?}");
+            let key = space.tag([n.to_string()]);
+            let fenced = key.clone().segment("fenced");
+            let late = theirs.fenced_set(&fenced, "late", FencingToken::new(1), LONG);
+            let late = late.await.unwrap_err();
+            assert!(matches!(late, FencedError::Outdated { .. }), "{late:?}");
+            let value = key.segment("value");
+            let there = theirs.get_versioned(&value).await.unwrap().unwrap();
+            let made = theirs.create_if_absent(&value, "new", LONG).await.unwrap();
+            assert!(matches!(made, Change::Refused(Some(_))), "{made:?}");
+            let change = theirs.update_if_version(&value, there.version, "next", LONG);
+            assert!(change.await.unwrap().done().is_some());
+            let late = ours.update_if_version(&value, there.version, "late", LONG);
+            assert!(late.await.unwrap().done().is_none());
+        }
+    }
+    for (n, lock) in held.into_iter().enumerate() {
+        let before = lock.token();
+        lock.release().await.unwrap();
+        let next = theirs.lock(n.to_string()).take().await.unwrap();
+        assert!(next.token() > before);
+    }
 }
