@@ -167,7 +167,7 @@ impl Cluster {
         panic!("the nodes do not hear of the wire");
     }
 
-    /// All keys that are there.
+    /// All keys that are there, but for those that a connection is tried with.
     ///
     /// # Panics
     ///
@@ -176,13 +176,14 @@ impl Cluster {
         let mut keys = Vec::new();
         for node in &self.nodes {
             let there: Vec<String> = node.cmd(&["KEYS", "*"]).await;
-            keys.extend(there.into_iter().map(Key::read));
+            let is_ours = |key: &String| !key.contains(":probe");
+            keys.extend(there.into_iter().filter(is_ours).map(Key::read));
         }
         keys
     }
 
-    /// Moves the slots of all keys that are there, each to the node after the
-    /// one that has it.
+    /// Moves the slots of all of these [`keys`](Self::keys), each to the node
+    /// after the one that has it.
     ///
     /// # Panics
     ///
