@@ -41,7 +41,7 @@ async fn serve(request: Web) -> Result<Response<ScriptedBody>, Infallible> {
     Ok(response)
 }
 
-fn token(response: &Response<ScriptedBody>) -> u64 {
+fn token<B>(response: &Response<B>) -> u64 {
     response.extensions().get::<Fence>().unwrap().token()
 }
 
