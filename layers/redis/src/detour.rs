@@ -1,33 +1,30 @@
-//! Where a cluster's redirections lead.
+//! Where a cluster's redirections lead, and the way around lost connections.
 //!
-//! The client library follows them too, but only as one of the failures after
-//! which it sends again, and among those are lost connections and searches for
-//! other nodes, when the command may have been done. So it sends once, and what
-//! was surely not done is sent again from here: `MOVED`, `ASK` and `TRYAGAIN`
-//! come before a command or a script begins. The node that they name may be one
-//! that the library does not know (yet), or is connecting to: these connections
-//! are our own, and few are ever made.
+//! The client library follows redirections too, but only as one of the failures
+//! after which it sends again, and among those are lost connections and searches
+//! for other nodes, when the command may have been done. So it sends once, and
+//! what was surely not done is sent again from here: `MOVED`, `ASK` and
+//! `TRYAGAIN` come before a command or a script begins. The node that they name
+//! may be one that the library does not know yet.
+//!
+//! Where the library has lost its connection to a node, it asks another one in
+//! its place, is redirected, and then holds up everything until it has tried
+//! that node again: it is spared that, and the node is asked from here, too.
 
-use std::{
-    collections::HashMap,
-    io,
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::{collections::HashMap, io, pin::Pin, sync::Arc, time::Duration};
 
 use buttress_core::sync::Mutex;
+use futures_util::future::{FutureExt, Shared};
 use redis::{
     Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value,
     cluster_async::ClusterConnection,
 };
-use tokio::{
-    sync::OnceCell,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 
 use crate::{
     dial::Server,
     link::{Single, single},
+    nodes::Gates,
 };
 
 /// How often one command is redirected at most.
@@ -36,34 +33,53 @@ const HOPS: u32 = 6;
 /// Before it is sent for the third time; twice as long before each other.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Connections to the nodes that redirections have named.
+/// Connections of our own to single nodes, made when there is need.
 pub(crate) struct Detours {
     /// With whose settings they are made.
     like: Server,
     /// How long making one takes at most.
     limit: Duration,
-    nodes: Mutex<HashMap<String, Way>>,
+    /// Knows the connections that are lost.
+    gates: Arc<Gates>,
+    ways: Mutex<Ways>,
 }
 
-/// Made by the first that needs it.
-type Way = Arc<OnceCell<Single>>;
+#[derive(Default)]
+struct Ways {
+    made: u64,
+    open: HashMap<String, Way>,
+}
+
+/// There, or being made: by one task for all that wait.
+#[derive(Clone)]
+struct Way {
+    number: u64,
+    node: Shared<Pin<Box<dyn Future<Output = RedisResult<Single>> + Send>>>,
+}
 
 impl Detours {
-    pub(crate) fn new(like: Server, limit: Duration) -> Self {
+    pub(crate) fn new(like: Server, limit: Duration, gates: Arc<Gates>) -> Self {
         Self {
             like,
             limit,
-            nodes: Mutex::default(),
+            gates,
+            ways: Mutex::default(),
         }
     }
 
-    /// Sends the command on as long as it is redirected.
-    pub(crate) async fn follow(
+    /// Sends a command in which the library has no part, or no luck: where the
+    /// connection for it is lost, and as long as it is redirected.
+    pub(crate) async fn send(
         self: &Arc<Self>,
         cmd: &Cmd,
         known: &mut ClusterConnection,
-        mut answer: RedisResult<Value>,
+        answer: Option<RedisResult<Value>>,
     ) -> RedisResult<Value> {
+        let mut answer = match (answer, self.gates.lost(cmd)) {
+            (Some(answer), _) => answer,
+            (None, Some(address)) => self.ask(&address, false, cmd).await,
+            (None, None) => cmd.query_async(known).await,
+        };
         for hop in 0..HOPS {
             let Err(error) = &answer else { break };
             let Some(turn) = Turn::of(error) else { break };
@@ -80,17 +96,14 @@ impl Detours {
     }
 
     async fn ask(self: &Arc<Self>, address: &str, asking: bool, cmd: &Cmd) -> RedisResult<Value> {
-        let way = Arc::clone(self.nodes.lock().entry(address.to_owned()).or_default());
+        let way = self.way(address)?;
+        let mut node = way.node.await?;
         // One that does not answer is not asked again, nor is one that is lost.
         let mut trust = Trust {
             detours: self,
             address,
-            way: &way,
+            number: way.number,
             is_kept: false,
-        };
-        let mut node = match way.get() {
-            Some(node) => node.clone(),
-            None => self.dial(address, &way).await?,
         };
         let answer = if asking {
             node.query_asking(cmd).await
@@ -104,39 +117,60 @@ impl Detours {
         answer
     }
 
-    /// Goes on when the one that began it has no more time.
-    async fn dial(self: &Arc<Self>, address: &str, way: &Way) -> RedisResult<Single> {
+    /// The one that is there, or another; that is made whoever waits for it.
+    fn way(self: &Arc<Self>, address: &str) -> RedisResult<Way> {
+        let mut ways = self.ways.lock();
+        if let Some(way) = ways.open.get(address) {
+            return Ok(way.clone());
+        }
         let server = self.like.at(address).ok_or_else(|| {
             let what = "a redirection names no address";
             RedisError::from(io::Error::new(io::ErrorKind::InvalidData, what))
         })?;
-        let (detours, limit) = (Arc::downgrade(self), self.limit);
-        let (address, way) = (address.to_owned(), Arc::clone(way));
+        ways.made += 1;
+        let (number, limit) = (ways.made, self.limit);
+        let forget = {
+            let (detours, address) = (Arc::downgrade(self), address.to_owned());
+            move || {
+                if let Some(detours) = detours.upgrade() {
+                    detours.forget(&address, number);
+                }
+            }
+        };
         let made = tokio::spawn(async move {
-            let weak = Arc::downgrade(&way);
-            let ended = move || forget(&detours, &address, &weak);
-            let dial = async || match timeout(limit, single(&server, ended)).await {
+            let made = match timeout(limit, single(&server, forget.clone())).await {
                 Ok(made) => made,
                 Err(late) => Err(io::Error::from(late).into()),
             };
-            way.get_or_try_init(dial).await.cloned()
+            if made.is_err() {
+                forget();
+            }
+            made
         });
-        made.await.map_err(io::Error::other)?
+        let forget_lost = Arc::downgrade(self);
+        let lost_address = address.to_owned();
+        let node = async move {
+            made.await.unwrap_or_else(|lost| {
+                // With the runtime that it was in.
+                if let Some(detours) = forget_lost.upgrade() {
+                    detours.forget(&lost_address, number);
+                }
+                Err(io::Error::other(lost).into())
+            })
+        };
+        let way = Way {
+            number,
+            node: node.boxed().shared(),
+        };
+        ways.open.insert(address.to_owned(), way.clone());
+        Ok(way)
     }
-}
 
-fn forget(detours: &Weak<Detours>, address: &str, way: &Weak<OnceCell<Single>>) {
-    if let (Some(detours), Some(way)) = (detours.upgrade(), way.upgrade()) {
-        detours.forget(address, &way);
-    }
-}
-
-impl Detours {
-    fn forget(&self, address: &str, way: &Way) {
-        let mut nodes = self.nodes.lock();
-        if nodes.get(address).is_some_and(|it| Arc::ptr_eq(it, way)) {
-            let gone = nodes.remove(address);
-            drop(nodes);
+    fn forget(&self, address: &str, number: u64) {
+        let mut ways = self.ways.lock();
+        if ways.open.get(address).is_some_and(|it| it.number == number) {
+            let gone = ways.open.remove(address);
+            drop(ways);
             drop(gone);
         }
     }
@@ -146,15 +180,14 @@ impl Detours {
 struct Trust<'a> {
     detours: &'a Detours,
     address: &'a str,
-    way: &'a Way,
+    number: u64,
     is_kept: bool,
 }
 
 impl Drop for Trust<'_> {
     fn drop(&mut self) {
-        // Being made is not yet being silent.
-        if !self.is_kept && self.way.initialized() {
-            self.detours.forget(self.address, self.way);
+        if !self.is_kept {
+            self.detours.forget(self.address, self.number);
         }
     }
 }

@@ -307,15 +307,16 @@ async fn look(shared: &Shared, link: &mut Link) -> Duration {
 /// back; when to look again.
 async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
     let mut pinged = link.clone();
-    let (learned, ()) = join(
+    let (learned, pinged) = join(
         timeout(shared.timeout, learn(shared, link)),
         // Finds the connections that were lost while nobody asked: the client
         // sees it by what it sends, and mends them.
-        async {
-            let _ = timeout(shared.timeout, link::ask(&mut pinged, &ping())).await;
-        },
+        timeout(shared.timeout, link::ask(&mut pinged, &ping())),
     )
     .await;
+    if let Ok(Ok(())) = pinged {
+        shared.gates.all_found();
+    }
     let shut: Vec<_> = shared
         .gates
         .used()
@@ -323,7 +324,7 @@ async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
         .collect();
     let all_answer = matches!(learned, Ok(Ok(()))) && shut.is_empty();
     if !shut.is_empty() {
-        let (back, why) = probe(shared, link, shut).await;
+        let (back, why) = probe(shared, None, shut).await;
         for gate in &back {
             gate.open();
         }
@@ -351,21 +352,12 @@ fn ping() -> Cmd {
 /// Whether all nodes of a cluster are gone, and why. Each is asked over a new
 /// connection: the one that all share may stand still for one of them.
 async fn nobody_answers(shared: &Shared) -> Option<Error> {
-    // A connection is made in a few trips where an operation is one.
-    let limit = (shared.timeout * 4).min(shared.connect_timeout);
     let nodes = shared.dialer.nodes(&shared.gates.masters());
     let asked = nodes.into_iter().map(|node| {
-        Box::pin(async move {
-            let answer = async {
-                let mut node = link::single(&node, || {}).await?;
-                node.query(&ping()).await
-            };
-            match timeout(limit, answer).await {
-                Ok(Ok(_)) => Ok(()),
-                Ok(Err(cause)) => Err(Error::caused("ping", cause)),
-                Err(_) => Err(Error::new(ErrorKind::Timeout, "ping")),
-            }
-        })
+        Box::pin(in_time(dial_limit(shared), async move {
+            let mut node = link::single(&node, || {}).await?;
+            node.query(&ping()).await
+        }))
     });
     select_ok(asked).await.err()
 }
@@ -392,25 +384,17 @@ async fn learn(shared: &Shared, link: &mut Link) -> Result<(), RedisError> {
 }
 
 /// Those gates behind which a write goes through within the time of an
-/// operation, and why one does not.
+/// operation, and why one does not: over this link, or a new connection to each.
+/// On the link it would be another node that is asked for one that was lost,
+/// and everybody held up until that is tried.
 async fn probe<'s>(
     shared: &Shared,
-    link: &Link,
+    link: Option<&Link>,
     gates: impl IntoIterator<Item = (usize, &'s Gate)>,
 ) -> (Vec<&'s Gate>, Option<Error>) {
-    let beginning = format!("{}probe", shared.prefix);
     let probes = gates.into_iter().map(|(index, gate)| {
-        let mut link = link.clone();
-        let key = shared.gates.key_behind(index, &beginning);
-        async move {
-            // A node without slots is in nobody's way.
-            let Some(key) = key else { return Ok(gate) };
-            match timeout(shared.timeout, link::ask(&mut link, &link::probe(&key))).await {
-                Ok(Ok(())) => Ok(gate),
-                Ok(Err(cause)) => Err(Error::caused("connect", cause)),
-                Err(_) => Err(Error::new(ErrorKind::Timeout, "connect")),
-            }
-        }
+        let link = link.cloned();
+        async move { writes(shared, link, index).await.map(|()| gate) }
     });
     let mut open = Vec::new();
     let mut why = None;
@@ -421,6 +405,43 @@ async fn probe<'s>(
         }
     }
     (open, why)
+}
+
+async fn writes(shared: &Shared, link: Option<Link>, gate: usize) -> Result<(), Error> {
+    // A node without slots is in nobody's way.
+    let Some(cmd) = probe_of(shared, gate) else {
+        return Ok(());
+    };
+    let Some(mut link) = link else {
+        let name: Vec<_> = shared.gates.master(gate).into_iter().collect();
+        let server = shared.dialer.nodes(&name).swap_remove(0);
+        let made = link::single(&server, || {});
+        let mut node = in_time(dial_limit(shared), made).await?;
+        return in_time(shared.timeout, node.query(&cmd)).await.map(drop);
+    };
+    in_time(shared.timeout, link::ask(&mut link, &cmd)).await
+}
+
+/// A write behind this gate.
+fn probe_of(shared: &Shared, gate: usize) -> Option<Cmd> {
+    let beginning = format!("{}probe", shared.prefix);
+    let key = shared.gates.key_behind(gate, &beginning)?;
+    Some(link::probe(&key))
+}
+
+/// A connection is made in a few trips where an operation is one.
+fn dial_limit(shared: &Shared) -> Duration {
+    (shared.timeout * 4).min(shared.connect_timeout)
+}
+
+async fn in_time<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, RedisError>>,
+) -> Result<T, Error> {
+    match timeout(limit, work).await {
+        Ok(done) => done.map_err(|cause| Error::caused("connect", cause)),
+        Err(_) => Err(Error::new(ErrorKind::Timeout, "connect")),
+    }
 }
 
 /// A new connection, and the gates behind which a write has gone through on it.
@@ -437,7 +458,11 @@ async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>)
     // for the others: a silent one must not spoil it.
     let limit = shared.connect_timeout * if is_cluster { 2 } else { 1 };
     let made = timeout(limit, async {
-        let mut link = shared.dialer.link(number, ended).await.map_err(failed)?;
+        let mut link = shared
+            .dialer
+            .link(number, &shared.gates, ended)
+            .await
+            .map_err(failed)?;
         if is_cluster {
             learn_soon(shared, &mut link).await?;
         }
@@ -447,7 +472,7 @@ async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>)
         Ok(made) => made?,
         Err(_) => return Err(Error::new(ErrorKind::Timeout, "connect")),
     };
-    match probe(shared, &link, shared.gates.used()).await {
+    match probe(shared, Some(&link), shared.gates.used()).await {
         (open, Some(why)) if open.is_empty() => Err(why),
         (open, _) => Ok((link, open)),
     }

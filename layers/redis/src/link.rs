@@ -10,7 +10,7 @@ use redis::{
 };
 use tokio::{task::AbortHandle, time::timeout};
 
-use crate::{ConfigError, config::Servers, detour::Detours, dial::Server};
+use crate::{ConfigError, config::Servers, detour::Detours, dial::Server, nodes::Gates};
 
 /// How many commands may stand in line for the socket. Those that find no
 /// place wait, within their own time limit.
@@ -27,7 +27,7 @@ pub(crate) struct Link {
 #[derive(Clone)]
 enum Connection {
     Single(Single),
-    Cluster(ClusterConnection, Arc<Detours>),
+    Cluster(ClusterConnection, Arc<Detours>, Arc<Gates>),
 }
 
 /// A connection to one server. It is closed with the last clone.
@@ -69,13 +69,19 @@ impl Link {
     pub(crate) async fn query(&mut self, cmd: &Cmd) -> RedisResult<Value> {
         match &mut self.connection {
             Connection::Single(connection) => connection.query(cmd).await,
-            Connection::Cluster(connection, detours) => {
-                let answer = cmd.query_async(connection).await;
-                if answer.is_ok() {
-                    return answer;
+            Connection::Cluster(connection, detours, gates) => {
+                let mut answer = None;
+                if !gates.any_lost() {
+                    let theirs = cmd.query_async(connection).await;
+                    match &theirs {
+                        Ok(_) => return theirs,
+                        Err(error) if error.is_connection_dropped() => gates.lose(cmd),
+                        Err(_) => {}
+                    }
+                    answer = Some(theirs);
                 }
                 // Seldom, and not of a size that all should carry.
-                Box::pin(detours.follow(cmd, connection, answer)).await
+                Box::pin(detours.send(cmd, connection, answer)).await
             }
         }
     }
@@ -128,14 +134,18 @@ impl Dialer {
     pub(crate) async fn link(
         &self,
         number: u64,
+        gates: &Arc<Gates>,
         ended: impl FnOnce() + Send + 'static,
     ) -> RedisResult<Link> {
         let connection = match &self.cluster {
             None => Connection::Single(single(&self.servers[0], ended).await?),
             Some(client) => {
-                let detours = Detours::new(self.servers[0].clone(), self.limit);
+                let gates = Arc::clone(gates);
+                let like = self.servers[0].clone();
+                let detours = Detours::new(like, self.limit, Arc::clone(&gates));
                 let connection = client.get_async_connection().await?;
-                Connection::Cluster(connection, Arc::new(detours))
+                gates.all_found();
+                Connection::Cluster(connection, Arc::new(detours), gates)
             }
         };
         Ok(Link { connection, number })

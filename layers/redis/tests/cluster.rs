@@ -468,3 +468,32 @@ async fn locks_and_values_go_with_their_slots() {
         assert!(next.token() > before);
     }
 }
+
+/// A node that takes connections and says nothing, when those that there were
+/// are lost: what is done to reach it again holds up nobody else.
+#[tokio::test]
+async fn a_node_out_of_reach_holds_up_nobody_else() {
+    let cluster = Cluster::start().await;
+    let wire = cluster.wire_to(1).await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    wire.stall();
+    wire.cut();
+    let began = clock::now();
+    let (mut waited, mut asked) = (0, 0);
+    while clock::now() - began < 3000 * MS {
+        let _ = redis.run::<()>("test", &set(&keys[1])).await;
+        let one = clock::now();
+        let answer = redis.run::<()>("test", &set(&keys[2])).await;
+        asked += 1;
+        waited += u32::from(answer.is_err() || clock::now() - one > 125 * MS);
+        sleep(2 * MS).await;
+    }
+    assert!(waited <= 2, "{waited} of {asked}");
+    wire.flow();
+    let took = recovered(&redis, &keys[1]).await;
+    assert!(took < 4000 * MS, "{took:?}");
+}
