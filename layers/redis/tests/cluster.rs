@@ -344,7 +344,6 @@ async fn a_silent_cluster_is_noticed_by_the_first_requests() {
         let began = clock::now();
         let (waited, asked) = until_gone(&redis, &keys, workers).await;
         let took = clock::now() - began;
-        println!("{workers}: {waited} of {asked} in {took:?}");
         assert!(
             waited <= 6 * workers,
             "{waited} of {asked} waited in {took:?}"
@@ -370,7 +369,6 @@ async fn a_killed_cluster_makes_nobody_wait() {
     let began = clock::now();
     let (waited, asked) = until_gone(&redis, &keys, 8).await;
     let took = clock::now() - began;
-    println!("{waited} of {asked} in {took:?}");
     assert!(waited <= 8, "{waited} of {asked} waited in {took:?}");
     assert!(asked <= 100, "{asked} in {took:?}");
 }
