@@ -27,10 +27,12 @@ use crate::{
     nodes::Gates,
 };
 
-/// How often one command is redirected at most.
-const HOPS: u32 = 6;
+/// How often one command is redirected at most. The time limit of operations
+/// is shorter, mostly: nodes may need a while until they agree on a move.
+const HOPS: u32 = 64;
 
-/// Before it is sent for the third time; twice as long before each other.
+/// Before it is sent for the third time; twice as long before each other, up to
+/// 32 ms.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// Connections of our own to single nodes, made when there is need.
@@ -85,7 +87,7 @@ impl Detours {
             let Some(turn) = Turn::of(error) else { break };
             // Two that name each other, or keys on their way.
             if hop > 0 {
-                sleep(PAUSE * 2_u32.pow(hop - 1)).await;
+                sleep(PAUSE * 2_u32.pow((hop - 1).min(4))).await;
             }
             answer = match turn {
                 Turn::Back => cmd.query_async(known).await,
