@@ -20,6 +20,7 @@ pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Sync {}
 impl<S: AsyncRead + AsyncWrite + Send + Sync> Stream for S {}
 
 /// A server, and how to reach it.
+#[derive(Clone)]
 pub(crate) struct Server {
     address: ConnectionAddr,
     pub(crate) settings: RedisConnectionInfo,
@@ -38,6 +39,27 @@ impl Server {
             #[cfg(feature = "tls")]
             tls: tls.clone(),
         }
+    }
+
+    /// Another one of the same kind, at `host:port`.
+    pub(crate) fn at(&self, address: &str) -> Option<Self> {
+        let (host, port) = address.rsplit_once(':')?;
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let port = port.parse().ok()?;
+        let mut server = self.clone();
+        match &mut server.address {
+            ConnectionAddr::Tcp(its_host, its_port)
+            | ConnectionAddr::TcpTls {
+                host: its_host,
+                port: its_port,
+                ..
+            } => {
+                host.clone_into(its_host);
+                *its_port = port;
+            }
+            _ => return None,
+        }
+        (!host.is_empty()).then_some(server)
     }
 
     pub(crate) async fn stream(&self) -> RedisResult<Pin<Box<dyn Stream>>> {

@@ -12,9 +12,12 @@
 //! the task ends with it, and the next that asks starts another.
 //!
 //! In a cluster the connection leads to all nodes and mends itself; what is
-//! looked at is whose slots are whose, and the nodes whose gates are shut.
+//! looked at is whose slots are whose, and the nodes whose gates are shut. A
+//! first failure has all nodes asked at once, over connections of their own:
+//! where none answers, nobody waits for the failures of each of them.
 
 use std::{
+    pin::pin,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -23,10 +26,10 @@ use buttress_core::{
     random::{SharedRandom, ThreadRandom},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
-use futures_util::future::join_all;
+use futures_util::future::{Either, join, join_all, select, select_ok};
 use redis::{Cmd, RedisError, Value};
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{Instant, sleep_until, timeout},
 };
 
@@ -53,6 +56,8 @@ pub(crate) struct Keeper {
     /// How many connections were tried, by all tasks: what fails on one of an
     /// earlier task says nothing of those of the next.
     tried: AtomicU64,
+    /// Told of failures from which the whole cluster may be gone.
+    doubts: Arc<Notify>,
     random: SharedRandom,
 }
 
@@ -73,6 +78,7 @@ impl Default for Keeper {
             states: watch::Sender::default(),
             kept: AtomicBool::new(false),
             tried: AtomicU64::new(0),
+            doubts: Arc::default(),
             random: SharedRandom::new(ThreadRandom),
         }
     }
@@ -140,6 +146,13 @@ impl Keeper {
     pub(crate) fn lost_part(&self, why: &Error) {
         tracing::warn!(error = %Chain(why), "a redis node is gone: its slots are skipped until it is back");
         self.changed();
+    }
+
+    /// An operation failed in a cluster: it may be one node, or all.
+    pub(crate) fn doubt(&self, error: &Error) {
+        if let ErrorKind::Timeout | ErrorKind::Connection = error.kind() {
+            self.doubts.notify_one();
+        }
     }
 
     fn changed(&self) {
@@ -221,33 +234,58 @@ impl Post {
             return;
         };
         let mut standing = shared.keeper.link.subscribe();
+        let doubts = Arc::clone(&shared.keeper.doubts);
         drop(shared);
-        let mut wait = LOOK;
+        let mut next = Instant::now() + LOOK;
+        // Before which no doubt is looked into.
+        let mut rest = Instant::now();
         loop {
             let replaced = standing
                 .wait_for(|now| !matches!(now, Standing::Linked(it) if it.number == link.number));
+            let woken = async {
+                let doubted = pin!(async {
+                    sleep_until(rest).await;
+                    doubts.notified().await;
+                });
+                matches!(
+                    select(doubted, pin!(sleep_until(next))).await,
+                    Either::Left(_)
+                )
+            };
             // An error says that the last handle is gone.
-            let is_over = timeout(wait, replaced).await.is_ok();
+            let event = match select(pin!(replaced), pin!(woken)).await {
+                Either::Left(_) => None,
+                Either::Right((is_doubt, _)) => Some(is_doubt),
+            };
             let Some(shared) = self.0.upgrade() else {
                 return;
             };
-            if is_over {
+            let Some(is_doubt) = event else {
                 shared.metrics.connected(false);
                 return;
+            };
+            if is_doubt {
+                rest = Instant::now() + PROBE;
+                if let Some(why) = nobody_answers(&shared).await
+                    && shared.gates.shut()
+                {
+                    shared.keeper.lost(&why);
+                }
+                continue;
             }
-            wait = if shared.gates.is_cluster() {
+            let wait = if shared.gates.is_cluster() {
                 look_at_nodes(&shared, &mut link).await
             } else {
                 look(&shared, &mut link).await
             };
+            next = Instant::now() + wait;
         }
     }
 }
 
 /// Asks a server for a sign of life; when to look again.
 async fn look(shared: &Shared, link: &mut Link) -> Duration {
-    let mut ping = Cmd::new();
-    ping.arg("PING");
+    let ping = ping();
     let gate = shared.gates.of(&ping);
     let Some(ticket) = gate.pass() else {
         return LOOK;
@@ -268,7 +306,17 @@ async fn look(shared: &Shared, link: &mut Link) -> Duration {
 /// Asks a cluster whose slots are whose, and its lost nodes whether they are
 /// back; when to look again.
 async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
-    let learned = timeout(shared.timeout, learn(shared, link)).await;
+    let mut pinged = link.clone();
+    let (learned, pinged) = join(
+        timeout(shared.timeout, learn(shared, link)),
+        // Finds the connections that were lost while nobody asked: the client
+        // sees it by what it sends, and mends them.
+        timeout(shared.timeout, link::ask(&mut pinged, &ping())),
+    )
+    .await;
+    if let Ok(Ok(())) = pinged {
+        shared.gates.all_found();
+    }
     let shut: Vec<_> = shared
         .gates
         .used()
@@ -276,7 +324,7 @@ async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
         .collect();
     let all_answer = matches!(learned, Ok(Ok(()))) && shut.is_empty();
     if !shut.is_empty() {
-        let (back, why) = probe(shared, link, shut).await;
+        let (back, why) = probe(shared, None, shut).await;
         for gate in &back {
             gate.open();
         }
@@ -293,6 +341,25 @@ async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
     } else {
         shared.keeper.pause()
     }
+}
+
+fn ping() -> Cmd {
+    let mut ping = Cmd::new();
+    ping.arg("PING");
+    ping
+}
+
+/// Whether all nodes of a cluster are gone, and why. Each is asked over a new
+/// connection: the one that all share may stand still for one of them.
+async fn nobody_answers(shared: &Shared) -> Option<Error> {
+    let nodes = shared.dialer.nodes(&shared.gates.masters());
+    let asked = nodes.into_iter().map(|node| {
+        Box::pin(in_time(dial_limit(shared), async move {
+            let mut node = link::single(&node, || {}).await?;
+            node.query(&ping()).await
+        }))
+    });
+    select_ok(asked).await.err()
 }
 
 /// Asks any node, and another where that one is silent.
@@ -317,25 +384,17 @@ async fn learn(shared: &Shared, link: &mut Link) -> Result<(), RedisError> {
 }
 
 /// Those gates behind which a write goes through within the time of an
-/// operation, and why one does not.
+/// operation, and why one does not: over this link, or a new connection to each.
+/// On the link it would be another node that is asked for one that was lost,
+/// and everybody held up until that is tried.
 async fn probe<'s>(
     shared: &Shared,
-    link: &Link,
+    link: Option<&Link>,
     gates: impl IntoIterator<Item = (usize, &'s Gate)>,
 ) -> (Vec<&'s Gate>, Option<Error>) {
-    let beginning = format!("{}probe", shared.prefix);
     let probes = gates.into_iter().map(|(index, gate)| {
-        let mut link = link.clone();
-        let key = shared.gates.key_behind(index, &beginning);
-        async move {
-            // A node without slots is in nobody's way.
-            let Some(key) = key else { return Ok(gate) };
-            match timeout(shared.timeout, link::ask(&mut link, &link::probe(&key))).await {
-                Ok(Ok(())) => Ok(gate),
-                Ok(Err(cause)) => Err(Error::caused("connect", cause)),
-                Err(_) => Err(Error::new(ErrorKind::Timeout, "connect")),
-            }
-        }
+        let link = link.cloned();
+        async move { writes(shared, link, index).await.map(|()| gate) }
     });
     let mut open = Vec::new();
     let mut why = None;
@@ -346,6 +405,43 @@ async fn probe<'s>(
         }
     }
     (open, why)
+}
+
+async fn writes(shared: &Shared, link: Option<Link>, gate: usize) -> Result<(), Error> {
+    // A node without slots is in nobody's way.
+    let Some(cmd) = probe_of(shared, gate) else {
+        return Ok(());
+    };
+    let Some(mut link) = link else {
+        let name: Vec<_> = shared.gates.master(gate).into_iter().collect();
+        let server = shared.dialer.nodes(&name).swap_remove(0);
+        let made = link::single(&server, || {});
+        let mut node = in_time(dial_limit(shared), made).await?;
+        return in_time(shared.timeout, node.query(&cmd)).await.map(drop);
+    };
+    in_time(shared.timeout, link::ask(&mut link, &cmd)).await
+}
+
+/// A write behind this gate.
+fn probe_of(shared: &Shared, gate: usize) -> Option<Cmd> {
+    let beginning = format!("{}probe", shared.prefix);
+    let key = shared.gates.key_behind(gate, &beginning)?;
+    Some(link::probe(&key))
+}
+
+/// A connection is made in a few trips where an operation is one.
+fn dial_limit(shared: &Shared) -> Duration {
+    (shared.timeout * 4).min(shared.connect_timeout)
+}
+
+async fn in_time<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, RedisError>>,
+) -> Result<T, Error> {
+    match timeout(limit, work).await {
+        Ok(done) => done.map_err(|cause| Error::caused("connect", cause)),
+        Err(_) => Err(Error::new(ErrorKind::Timeout, "connect")),
+    }
 }
 
 /// A new connection, and the gates behind which a write has gone through on it.
@@ -362,7 +458,11 @@ async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>)
     // for the others: a silent one must not spoil it.
     let limit = shared.connect_timeout * if is_cluster { 2 } else { 1 };
     let made = timeout(limit, async {
-        let mut link = shared.dialer.link(number, ended).await.map_err(failed)?;
+        let mut link = shared
+            .dialer
+            .link(number, &shared.gates, ended)
+            .await
+            .map_err(failed)?;
         if is_cluster {
             learn_soon(shared, &mut link).await?;
         }
@@ -372,7 +472,7 @@ async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>)
         Ok(made) => made?,
         Err(_) => return Err(Error::new(ErrorKind::Timeout, "connect")),
     };
-    match probe(shared, &link, shared.gates.used()).await {
+    match probe(shared, Some(&link), shared.gates.used()).await {
         (open, Some(why)) if open.is_empty() => Err(why),
         (open, _) => Ok((link, open)),
     }

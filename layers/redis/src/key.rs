@@ -128,6 +128,12 @@ impl Key {
         self
     }
 
+    /// One that was read in Redis.
+    #[cfg(feature = "testing")]
+    pub(crate) fn read(key: String) -> Self {
+        Self(key)
+    }
+
     /// As it is written in Redis.
     #[must_use]
     pub fn as_str(&self) -> &str {

@@ -2,6 +2,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod config;
+mod detour;
 mod dial;
 mod error;
 mod gate;

@@ -3,14 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use redis::{
-    AsyncConnectionConfig, Cmd, RedisResult, Value,
-    aio::{MultiplexedConnection, PubSub},
+    AsyncConnectionConfig, Cmd, Pipeline, RedisResult, Value,
+    aio::{ConnectionLike, MultiplexedConnection, PubSub},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
 };
 use tokio::{task::AbortHandle, time::timeout};
 
-use crate::{ConfigError, config::Servers, dial::Server};
+use crate::{ConfigError, config::Servers, detour::Detours, dial::Server, nodes::Gates};
 
 /// How many commands may stand in line for the socket. Those that find no
 /// place wait, within their own time limit.
@@ -27,7 +27,7 @@ pub(crate) struct Link {
 #[derive(Clone)]
 enum Connection {
     Single(Single),
-    Cluster(ClusterConnection),
+    Cluster(ClusterConnection, Arc<Detours>, Arc<Gates>),
 }
 
 /// A connection to one server. It is closed with the last clone.
@@ -53,13 +53,36 @@ impl Single {
     pub(crate) async fn query(&mut self, cmd: &Cmd) -> RedisResult<Value> {
         cmd.query_async(&mut self.connection).await
     }
+
+    /// The same of a node to which the key is just moving. In one piece, or
+    /// another's command could come between and take the leave.
+    pub(crate) async fn query_asking(&mut self, cmd: &Cmd) -> RedisResult<Value> {
+        let mut both = Pipeline::with_capacity(2);
+        both.cmd("ASKING").add_command(cmd.clone());
+        let answers = self.connection.req_packed_commands(&both, 0, 2).await?;
+        let answer = answers.into_iter().last();
+        answer.map_or(Ok(Value::Nil), Value::extract_error)
+    }
 }
 
 impl Link {
     pub(crate) async fn query(&mut self, cmd: &Cmd) -> RedisResult<Value> {
         match &mut self.connection {
             Connection::Single(connection) => connection.query(cmd).await,
-            Connection::Cluster(connection) => cmd.query_async(connection).await,
+            Connection::Cluster(connection, detours, gates) => {
+                let mut answer = None;
+                if !gates.any_lost() {
+                    let theirs = cmd.query_async(connection).await;
+                    match &theirs {
+                        Ok(_) => return theirs,
+                        Err(error) if error.is_connection_dropped() => gates.lose(cmd),
+                        Err(_) => {}
+                    }
+                    answer = Some(theirs);
+                }
+                // Seldom, and not of a size that all should carry.
+                Box::pin(detours.send(cmd, connection, answer)).await
+            }
         }
     }
 }
@@ -68,6 +91,7 @@ impl Link {
 pub(crate) struct Dialer {
     servers: Vec<Server>,
     cluster: Option<Box<ClusterClient>>,
+    limit: Duration,
 }
 
 impl Dialer {
@@ -85,6 +109,7 @@ impl Dialer {
         Ok(Self {
             servers: servers.all.iter().map(server).collect(),
             cluster: cluster.transpose().map_err(ConfigError::Url)?.map(Box::new),
+            limit,
         })
     }
 
@@ -92,39 +117,38 @@ impl Dialer {
         self.cluster.is_some()
     }
 
+    /// The servers of these addresses; without any, those that were named to us.
+    pub(crate) fn nodes(&self, addresses: &[String]) -> Vec<Server> {
+        let known = addresses.iter();
+        let known: Vec<_> = known
+            .filter_map(|address| self.servers[0].at(address))
+            .collect();
+        if known.is_empty() {
+            self.servers.clone()
+        } else {
+            known
+        }
+    }
+
     /// A connection, and whom to tell when it has ended.
     pub(crate) async fn link(
         &self,
         number: u64,
+        gates: &Arc<Gates>,
         ended: impl FnOnce() + Send + 'static,
     ) -> RedisResult<Link> {
         let connection = match &self.cluster {
-            None => Connection::Single(self.single(&self.servers[0], ended).await?),
-            Some(client) => Connection::Cluster(client.get_async_connection().await?),
+            None => Connection::Single(single(&self.servers[0], ended).await?),
+            Some(client) => {
+                let gates = Arc::clone(gates);
+                let like = self.servers[0].clone();
+                let detours = Detours::new(like, self.limit, Arc::clone(&gates));
+                let connection = client.get_async_connection().await?;
+                gates.all_found();
+                Connection::Cluster(connection, Arc::new(detours), gates)
+            }
         };
         Ok(Link { connection, number })
-    }
-
-    async fn single(
-        &self,
-        server: &Server,
-        ended: impl FnOnce() + Send + 'static,
-    ) -> RedisResult<Single> {
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(None)
-            .set_response_timeout(None)
-            .set_pipeline_buffer_size(LINE);
-        let stream = server.stream().await?;
-        let (connection, driver) =
-            MultiplexedConnection::new_with_config(&server.settings, stream, config).await?;
-        let driver = tokio::spawn(async move {
-            driver.await;
-            ended();
-        });
-        Ok(Single {
-            connection,
-            _driver: Arc::new(Driver(driver.abort_handle())),
-        })
     }
 
     /// A connection for messages alone. In a cluster every node has all of
@@ -145,17 +169,36 @@ impl Dialer {
 
     /// A connection for one user alone.
     pub(crate) async fn dedicated(&self) -> RedisResult<Single> {
-        self.single(&self.servers[0], || {}).await
+        single(&self.servers[0], || {}).await
     }
+}
+
+pub(crate) async fn single(
+    server: &Server,
+    ended: impl FnOnce() + Send + 'static,
+) -> RedisResult<Single> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(None)
+        .set_response_timeout(None)
+        .set_pipeline_buffer_size(LINE);
+    let stream = server.stream().await?;
+    let (connection, driver) =
+        MultiplexedConnection::new_with_config(&server.settings, stream, config).await?;
+    let driver = tokio::spawn(async move {
+        driver.await;
+        ended();
+    });
+    Ok(Single {
+        connection,
+        _driver: Arc::new(Driver(driver.abort_handle())),
+    })
 }
 
 fn cluster(servers: &Servers, limit: Duration) -> RedisResult<ClusterClient> {
     let tcp = servers.all[0].tcp_settings().clone();
-    // Redirections are followed as retries; our own time limit rules.
+    // What it sends again may have been done: redirections are followed by us.
     let builder = ClusterClient::builder(servers.all.iter().cloned())
-        .retries(3)
-        .min_retry_wait(5)
-        .max_retry_wait(20)
+        .retries(0)
         .tcp_settings(tcp)
         .connection_timeout(limit / 2)
         .response_timeout(limit / 2);

@@ -3,7 +3,7 @@
 
 use buttress_core::sync::{
     Mutex,
-    atomic::{AtomicU8, Ordering},
+    atomic::{AtomicBool, AtomicU8, Ordering},
 };
 use redis::{Cmd, FromRedisValue, Value};
 
@@ -26,6 +26,9 @@ struct Cluster {
     owners: Box<[AtomicU8]>,
     /// The master behind each gate.
     names: Mutex<Vec<Option<String>>>,
+    /// To whom the connection is lost, as far as it was noticed.
+    lost: Box<[AtomicBool]>,
+    any_lost: AtomicBool,
 }
 
 impl Gates {
@@ -44,6 +47,8 @@ impl Gates {
             cluster: Some(Cluster {
                 owners: (0..Slot::COUNT).map(|_| AtomicU8::new(0)).collect(),
                 names: Mutex::new(vec![Some(String::new())]),
+                lost: (0..MOST).map(|_| AtomicBool::new(false)).collect(),
+                any_lost: AtomicBool::new(false),
             }),
         }
     }
@@ -90,6 +95,54 @@ impl Gates {
     pub(crate) fn open(&self) -> bool {
         self.used()
             .fold(false, |was_shut, (_, gate)| gate.open() | was_shut)
+    }
+
+    /// Whether a connection to a node of a cluster was lost of late.
+    #[inline]
+    pub(crate) fn any_lost(&self) -> bool {
+        let cluster = self.cluster.as_ref();
+        cluster.is_some_and(|it| it.any_lost.load(Ordering::Relaxed))
+    }
+
+    /// The connection for this command is lost.
+    #[cold]
+    pub(crate) fn lose(&self, cmd: &Cmd) {
+        if let (Some(cluster), Some(key)) = (&self.cluster, key(cmd)) {
+            cluster.lost[cluster.owner(Some(key))].store(true, Ordering::Relaxed);
+            cluster.any_lost.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Which node the command is for, where the connection to it is lost.
+    pub(crate) fn lost(&self, cmd: &Cmd) -> Option<String> {
+        let cluster = self.cluster.as_ref()?;
+        let owner = cluster.owner(Some(key(cmd)?));
+        let is_lost = cluster.lost[owner].load(Ordering::Relaxed);
+        is_lost.then(|| cluster.names.lock().get(owner).cloned())??
+    }
+
+    /// The connections to all of them are there.
+    pub(crate) fn all_found(&self) {
+        if let Some(cluster) = &self.cluster {
+            cluster.any_lost.store(false, Ordering::Relaxed);
+            for lost in &cluster.lost {
+                lost.store(false, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The address of the node behind this gate.
+    pub(crate) fn master(&self, gate: usize) -> Option<String> {
+        let names = self.cluster.as_ref()?.names.lock();
+        names.get(gate).cloned()?
+    }
+
+    /// The addresses of a cluster's masters, as far as they are known.
+    pub(crate) fn masters(&self) -> Vec<String> {
+        let cluster = self.cluster.as_ref();
+        cluster.map_or_else(Vec::new, |cluster| {
+            cluster.names.lock().iter().flatten().cloned().collect()
+        })
     }
 
     /// A key with this beginning that is behind this gate.

@@ -29,7 +29,7 @@ pub struct Redis {
 }
 
 pub(crate) struct Shared {
-    pub(crate) gates: Gates,
+    pub(crate) gates: Arc<Gates>,
     pub(crate) dialer: Dialer,
     pub(crate) keeper: Keeper,
     id: u64,
@@ -56,7 +56,7 @@ impl Redis {
         let dialer = Dialer::new(&servers, config.connect_timeout)?;
         Ok(Self {
             shared: Arc::new(Shared {
-                gates,
+                gates: Arc::new(gates),
                 dialer,
                 keeper: Keeper::default(),
                 id: ThreadRandom.next_u64(),
@@ -299,7 +299,12 @@ impl Shared {
         self.metrics.failed(error);
         if !error.kind().is_outage() {
             gate.answered(ticket);
-        } else if gate.failed(ticket) {
+            return;
+        }
+        if self.gates.is_cluster() {
+            self.keeper.doubt(error);
+        }
+        if gate.failed(ticket) {
             if self.gates.any_open() {
                 self.keeper.lost_part(error);
             } else {

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use buttress_core::clock;
 use buttress_redis::{
-    Cmd, Config, ErrorKind, Key, Notice, Redis, Script,
+    Change, Cmd, Config, ErrorKind, FencedError, FencingToken, Key, LockError, Notice, Redis,
+    Script,
     testing::{Cluster, Server},
 };
+use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
 
 const MS: Duration = Duration::from_millis(1);
@@ -261,4 +263,235 @@ async fn messages_are_heard_from_any_node() {
     let _: i64 = cluster.nodes()[2].cmd(&["PUBLISH", "news", "two"]).await;
     assert_eq!(news.next().await, Notice::Message(b"two".to_vec()));
     cluster.nodes()[0].resume();
+}
+
+/// A charge whose answer was lost may have been made: it is not made again.
+#[tokio::test]
+async fn what_was_sent_is_not_sent_again() {
+    let cluster = Cluster::start().await;
+    let wire = cluster.wire_to(1).await;
+    let config = Config::cluster([cluster.nodes()[0].url()]).timeout(Duration::from_secs(1));
+    let redis = Redis::from_config(config).unwrap();
+    let keys = keys(&cluster, &redis).await;
+    let script = Script::new("return redis.call('INCR', KEYS[1])");
+    let (mut asked, mut passed) = (0, 0);
+    for round in 0..10 {
+        recovered(&redis, &keys[1]).await;
+        if round % 2 == 0 {
+            wire.cut_after(0);
+        } else {
+            // Without a word, and with nothing under way.
+            wire.cut();
+        }
+        let count = keys[1].clone().segment("n");
+        for _ in 0..3 {
+            asked += 1;
+            passed += i64::from(
+                redis
+                    .call::<i64>("test", &script.on([&count]))
+                    .await
+                    .is_ok(),
+            );
+        }
+    }
+    let count = keys[1].clone().segment("n");
+    let made: i64 = cluster.nodes()[1].cmd(&["GET", count.as_str()]).await;
+    assert!(passed <= made, "{passed} of {made}");
+    assert!(made <= asked, "{made} for {asked}");
+}
+
+/// Asks one node after the other until nothing is tried any more; how many
+/// requests waited for half of the time limit, and how many there were.
+async fn until_gone(redis: &Redis, keys: &[Key], workers: usize) -> (usize, usize) {
+    let began = clock::now();
+    let worker = async |start: usize| {
+        let (mut waited, mut asked) = (0, 0);
+        for key in keys.iter().cycle().skip(start) {
+            let one = clock::now();
+            let error = redis.run::<()>("test", &set(key)).await.unwrap_err();
+            let took = clock::now() - one;
+            assert!(took < redis.timeout() + 100 * MS, "{took:?}");
+            asked += 1;
+            waited += usize::from(took >= redis.timeout() / 2);
+            if error.kind() == ErrorKind::Gone && !redis.is_up() {
+                break;
+            }
+            assert!(clock::now() - began < SOON, "it is not noticed");
+            sleep(MS).await;
+        }
+        (waited, asked)
+    };
+    let counts = join_all((0..workers).map(worker)).await;
+    counts
+        .iter()
+        .fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1))
+}
+
+/// With few requests and many nodes, each node's own three failures would make
+/// every one of them wait.
+#[tokio::test]
+async fn a_silent_cluster_is_noticed_by_the_first_requests() {
+    let cluster = Cluster::start().await;
+    let redis = Redis::from_config(Config::new(cluster.url()).timeout(100 * MS)).unwrap();
+    let keys = keys(&cluster, &redis).await;
+    for workers in [1, 8] {
+        for key in &keys {
+            recovered(&redis, key).await;
+        }
+        for node in cluster.nodes() {
+            node.pause();
+        }
+        let began = clock::now();
+        let (waited, asked) = until_gone(&redis, &keys, workers).await;
+        let took = clock::now() - began;
+        assert!(
+            waited <= 6 * workers,
+            "{waited} of {asked} waited in {took:?}"
+        );
+        for node in cluster.nodes() {
+            node.resume();
+        }
+        cluster.settled().await;
+    }
+}
+
+#[tokio::test]
+async fn a_killed_cluster_makes_nobody_wait() {
+    let mut cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    for node in 0..3 {
+        cluster.node_mut(node).kill();
+    }
+    let began = clock::now();
+    let (waited, asked) = until_gone(&redis, &keys, 8).await;
+    let took = clock::now() - began;
+    assert!(waited <= 8, "{waited} of {asked} waited in {took:?}");
+    assert!(asked <= 100, "{asked} in {took:?}");
+}
+
+/// What was lost while nobody asked is mended before somebody does.
+#[tokio::test]
+async fn a_connection_lost_at_rest_costs_nothing() {
+    let cluster = Cluster::start().await;
+    let wire = cluster.wire_to(1).await;
+    let redis = cluster.redis();
+    let keys = keys(&cluster, &redis).await;
+    recovered(&redis, &keys[1]).await;
+    for _ in 0..3 {
+        wire.cut();
+        sleep(1500 * MS).await;
+        for _ in 0..10 {
+            redis.run::<()>("test", &set(&keys[1])).await.unwrap();
+        }
+    }
+}
+
+/// Leave to ask is for the next command on the connection, whosever it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_who_are_redirected_at_once_are_all_served() {
+    let cluster = Cluster::start().await;
+    let redis = cluster.redis();
+    let script = Script::new("return redis.call('INCR', KEYS[1])");
+    let key = redis.keyspace("test").tag(["a"]).segment("n");
+    redis.call::<i64>("test", &script.on([&key])).await.unwrap();
+    let to = (cluster.owner(&key).await + 1) % 3;
+    cluster.begin_move(&key, to).await;
+    let tasks = (0..50).map(|_| {
+        let (redis, key) = (redis.clone(), key.clone());
+        tokio::spawn(async move {
+            for _ in 0..20 {
+                redis.call::<i64>("test", &script.on([&key])).await.unwrap();
+            }
+        })
+    });
+    for task in join_all(tasks).await {
+        task.unwrap();
+    }
+    cluster.finish_move(&key, to).await;
+    let count = redis.call::<i64>("test", &script.on([&key])).await;
+    assert_eq!(count.unwrap(), 1002);
+}
+
+#[tokio::test]
+async fn locks_and_values_go_with_their_slots() {
+    const LONG: Duration = Duration::from_secs(60);
+    let cluster = Cluster::start().await;
+    let (ours, theirs) = (cluster.redis(), cluster.redis());
+    let space = ours.keyspace("test");
+    let mut owners = [0; 3];
+    let mut held = Vec::new();
+    for n in 0..12 {
+        let name = n.to_string();
+        let key = space.tag([&name]);
+        owners[cluster.owner(&key).await] += 1;
+        held.push(ours.lock(&name).ttl(LONG).take().await.unwrap());
+        let fenced = key.clone().segment("fenced");
+        ours.fenced_set(&fenced, "one", FencingToken::new(2), LONG)
+            .await
+            .unwrap();
+        let value = key.segment("value");
+        let made = ours.create_if_absent(&value, "one", LONG).await.unwrap();
+        assert!(made.done().is_some());
+    }
+    assert!(!owners.contains(&0), "{owners:?}");
+    for _ in 0..2 {
+        cluster.move_all().await;
+        for (n, lock) in held.iter().enumerate() {
+            lock.extend(LONG).await.unwrap();
+            let busy = theirs.lock(n.to_string()).take().await.unwrap_err();
+            assert!(matches!(busy, LockError::Busy { .. }), "{busy:?}");
+            let key = space.tag([n.to_string()]);
+            let fenced = key.clone().segment("fenced");
+            let late = theirs.fenced_set(&fenced, "late", FencingToken::new(1), LONG);
+            let late = late.await.unwrap_err();
+            assert!(matches!(late, FencedError::Outdated { .. }), "{late:?}");
+            let value = key.segment("value");
+            let there = theirs.get_versioned(&value).await.unwrap().unwrap();
+            let made = theirs.create_if_absent(&value, "new", LONG).await.unwrap();
+            assert!(matches!(made, Change::Refused(Some(_))), "{made:?}");
+            let change = theirs.update_if_version(&value, there.version, "next", LONG);
+            assert!(change.await.unwrap().done().is_some());
+            let late = ours.update_if_version(&value, there.version, "late", LONG);
+            assert!(late.await.unwrap().done().is_none());
+        }
+    }
+    for (n, lock) in held.into_iter().enumerate() {
+        let before = lock.token();
+        lock.release().await.unwrap();
+        let next = theirs.lock(n.to_string()).take().await.unwrap();
+        assert!(next.token() > before);
+    }
+}
+
+/// A node that takes connections and says nothing, when those that there were
+/// are lost: what is done to reach it again holds up nobody else.
+#[tokio::test]
+async fn a_node_out_of_reach_holds_up_nobody_else() {
+    let cluster = Cluster::start().await;
+    let wire = cluster.wire_to(1).await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    wire.stall();
+    wire.cut();
+    let began = clock::now();
+    let (mut waited, mut asked) = (0, 0);
+    while clock::now() - began < 3000 * MS {
+        let _ = redis.run::<()>("test", &set(&keys[1])).await;
+        let one = clock::now();
+        let answer = redis.run::<()>("test", &set(&keys[2])).await;
+        asked += 1;
+        waited += u32::from(answer.is_err() || clock::now() - one > 125 * MS);
+        sleep(2 * MS).await;
+    }
+    assert!(waited <= 2, "{waited} of {asked}");
+    wire.flow();
+    let took = recovered(&redis, &keys[1]).await;
+    assert!(took < 4000 * MS, "{took:?}");
 }

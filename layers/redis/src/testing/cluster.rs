@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use tokio::time::sleep;
 
 use super::{
-    Server,
+    Server, Wire,
     server::{LOOK, PATIENCE, free_port, patient},
 };
 use crate::{Config, Key, Redis};
@@ -139,6 +139,64 @@ impl Cluster {
     #[must_use]
     pub fn redis(&self) -> Redis {
         patient(Config::cluster(self.urls()))
+    }
+
+    /// A wire in front of this node that from now on all take for the node: its
+    /// port is what the nodes tell clients.
+    ///
+    /// # Panics
+    ///
+    /// They do not hear of it.
+    pub async fn wire_to(&self, index: usize) -> Wire {
+        let wire = Wire::to(&self.nodes[index]).await;
+        let port = wire.port().to_string();
+        let words = ["CONFIG", "SET", "cluster-announce-port", &port];
+        self.nodes[index].cmd::<()>(&words).await;
+        let told = format!(":{port}@");
+        for _ in 0..PATIENCE.as_millis() / LOOK.as_millis() {
+            let mut all = true;
+            for node in &self.nodes {
+                let nodes: String = node.cmd(&["CLUSTER", "NODES"]).await;
+                all &= nodes.contains(&told);
+            }
+            if all {
+                return wire;
+            }
+            sleep(LOOK).await;
+        }
+        panic!("the nodes do not hear of the wire");
+    }
+
+    /// All keys that are there, but for those that a connection is tried with.
+    ///
+    /// # Panics
+    ///
+    /// A node does not answer.
+    pub async fn keys(&self) -> Vec<Key> {
+        let mut keys = Vec::new();
+        for node in &self.nodes {
+            let there: Vec<String> = node.cmd(&["KEYS", "*"]).await;
+            let is_ours = |key: &String| !key.contains(":probe");
+            keys.extend(there.into_iter().filter(is_ours).map(Key::read));
+        }
+        keys
+    }
+
+    /// Moves the slots of all of these [`keys`](Self::keys), each to the node
+    /// after the one that has it.
+    ///
+    /// # Panics
+    ///
+    /// They cannot be moved.
+    pub async fn move_all(&self) {
+        let mut moved = Vec::new();
+        for key in self.keys().await {
+            if !moved.contains(&key.slot()) {
+                moved.push(key.slot());
+                let to = (self.owner(&key).await + 1) % self.nodes.len();
+                self.move_slot(&key, to).await;
+            }
+        }
     }
 
     /// Which node has the slot of this key, as the first one knows.
