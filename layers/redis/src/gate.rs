@@ -84,7 +84,7 @@ impl Gate {
                 _ => ((word & LEVELS) / LEVEL + 1).min(LEVELS / LEVEL),
             };
             let turn = FEWEST.min(1 << level);
-            level * LEVEL | (turn - 1) * SKIP
+            (level * LEVEL) | ((turn - 1) * SKIP)
         })
     }
 
