@@ -282,11 +282,16 @@ async fn who_comes_after_one_that_was_dropped_goes_as_without_redis() {
 #[test]
 fn a_claim_that_is_dropped_after_its_runtime_is_no_trouble() {
     let home = tokio::runtime::Runtime::new().unwrap();
-    let server = home.block_on(Server::start());
+    let (server, wire) = home.block_on(async {
+        let server = Server::start().await;
+        let wire = Wire::to(&server).await;
+        (server, wire)
+    });
     let other = tokio::runtime::Runtime::new().unwrap();
     let (redis, call) = other.block_on(async {
-        let redis = server.redis();
+        let redis = wire.redis();
         redis.connect().await.unwrap();
+        wire.delay(Duration::from_millis(300));
         let lease = Duration::from_millis(500);
         let layer = process(&redis).ttl(lease).build().unwrap();
         let service = layer.layer(service_fn(serve));
@@ -302,7 +307,7 @@ fn a_claim_that_is_dropped_after_its_runtime_is_no_trouble() {
         let next = layer.layer(service_fn(serve)).oneshot(order("1"));
         let next = timeout(LONG / 2, next).await.unwrap().unwrap();
         assert_eq!(next.status(), 200);
-        drop(server);
+        drop((server, wire));
     });
 }
 
