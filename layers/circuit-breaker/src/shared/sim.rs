@@ -773,8 +773,8 @@ fn an_override_that_is_about_to_be_told_is_not_ended() {
     fleet.time += 10;
     fleet.by_hand(0, 0);
     let (now, view) = (fleet.now(0), cell.view(fleet.now(0)));
-    fleet.hear(0, 0, false);
     cell.set_follower(Arc::<Link>::clone(&link));
+    fleet.hear(0, 0, false);
     let word = Transition {
         from: State::Closed,
         to: State::ForcedOpen,
