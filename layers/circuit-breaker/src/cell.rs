@@ -264,6 +264,8 @@ pub(crate) struct News {
     tenancy: u64,
     observer: Option<Arc<Observer>>,
     event: Option<Event>,
+    /// For how long the callee asked to be left alone, where it opened so.
+    asked: Option<Duration>,
     follower: Option<Arc<dyn Follower>>,
     wakers: BTreeMap<u64, Waker>,
 }

@@ -11,8 +11,11 @@ use std::{
 };
 
 use buttress_circuit_breaker::{Breaker, Sharing, State};
-use buttress_core::clock;
-use buttress_redis::{Config, Redis, testing::Server};
+use buttress_core::{classify::Verdict, clock};
+use buttress_redis::{
+    Config, Redis,
+    testing::{Server, Wire},
+};
 use fleet::*;
 
 /// A handle with time limits as they are in use.
@@ -30,6 +33,66 @@ async fn brisk_nodes(server: &Server, count: usize, wait: Duration) -> Vec<Break
         nodes.push(joined(node_of(sharing, "shared", opens_for(wait))).await);
     }
     nodes
+}
+
+/// The first of the nodes by way of a wire.
+async fn wired(server: &Server, wire: &Wire, count: usize) -> Vec<Breaker> {
+    let config = Config::new(wire.url())
+        .timeout(ms(100))
+        .connect_timeout(ms(1000));
+    let sharing = Sharing::new(&Redis::from_config(config).unwrap());
+    let first = joined(node_of(sharing, "shared", opens_for(ms(60_000)))).await;
+    let mut nodes = vec![first];
+    nodes.extend(brisk_nodes(server, count - 1, ms(60_000)).await);
+    nodes
+}
+
+/// It was lost to a rule elsewhere that held before the word had come.
+#[tokio::test]
+async fn what_an_operator_forces_where_redis_is_out_of_reach_stands() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let nodes = wired(&server, &wire, 3).await;
+    wire.close();
+    within(3 * SOON, "alone", || !nodes[0].fleet().unwrap().up).await;
+    nodes[0].force_closed();
+    tokio::time::sleep(ms(20)).await;
+    trip(&nodes[1]);
+    within(SOON, "open", || all(&nodes[1..], State::Open)).await;
+    wire.open();
+    within(3 * SOON, "forced", || all(&nodes, State::ForcedClosed)).await;
+    // No rule ends it, and an operator anywhere does.
+    for node in &nodes {
+        fail(node);
+        fail(node);
+    }
+    tokio::time::sleep(ms(100)).await;
+    assert!(all(&nodes, State::ForcedClosed));
+    nodes[2].reset();
+    within(SOON, "reset", || all(&nodes, State::Closed)).await;
+    trip(&nodes[1]);
+    within(SOON, "open", || all(&nodes, State::Open)).await;
+}
+
+/// With a rule that held at the same time, the others waited as long as is
+/// set, and so did who had been asked.
+#[tokio::test]
+async fn a_pause_that_was_asked_for_is_the_fleet_s() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let nodes = wired(&server, &wire, 3).await;
+    wire.stall();
+    trip(&nodes[1]);
+    within(SOON, "open", || all(&nodes[1..], State::Open)).await;
+    fail(&nodes[0]);
+    let permit = nodes[0].try_acquire().unwrap();
+    permit.record_holding_off(Verdict::Failure, ms(600_000));
+    assert_eq!(nodes[0].state(), State::Open);
+    wire.flow();
+    within(5 * SOON, "told", || {
+        nodes.iter().all(|node| left(node) > ms(500_000))
+    })
+    .await;
 }
 
 /// Calls that never stop, and must never be refused.

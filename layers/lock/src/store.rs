@@ -100,7 +100,7 @@ impl Store {
             Self::Memory(_) => match first {
                 Ok(turn) => Claim::Now(Ok(here(turn, &core))),
                 Err(place) => Claim::Later(Box::pin(async move {
-                    let turn = place.take(patience).await.ok_or(Denied::Busy)?;
+                    let turn = place.take(patience).await.map_err(|_| Denied::Busy)?;
                     Ok(here(turn, &core))
                 })),
             },
@@ -111,7 +111,10 @@ impl Store {
                     let deadline = clock::now() + wait;
                     let turn = match first {
                         Ok(turn) => turn,
-                        Err(place) => place.take(patience).await.ok_or(Denied::Busy)?,
+                        Err(place) => place
+                            .take(patience)
+                            .await
+                            .map_err(|place| redis::overdue(&place))?,
                     };
                     // Who had it here has given it back by now.
                     let lock = lock.wait(deadline - clock::now());

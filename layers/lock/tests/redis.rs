@@ -17,7 +17,10 @@ use buttress_core::{
     testing::web::{self, ScriptedBody},
 };
 use buttress_lock::{Error, Fence, LockBuilder, LockLayer, OnStoreError};
-use buttress_redis::{Cmd, Config, Redis, testing::Server};
+use buttress_redis::{
+    Cmd, Config, Redis,
+    testing::{Server, Wire},
+};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
@@ -211,6 +214,101 @@ async fn dropped_at_every_await_it_is_free() {
         assert_eq!(response.unwrap().unwrap().status(), 200);
     }
     assert_eq!(layer.handle().held(), 0);
+}
+
+/// The next one asked before what the last one had taken was given back, and
+/// was refused for nothing.
+#[tokio::test]
+async fn who_comes_after_one_that_was_dropped_while_it_claimed_is_not_refused() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let (redis, direct) = (wire.redis(), server.redis());
+    let layer = process(&redis).build().unwrap();
+    let service = layer.layer(service_fn(serve));
+    // The script is known there, and the connection made.
+    let first = service.clone().oneshot(order("0")).await.unwrap();
+    drop(first);
+    wire.delay(Duration::from_millis(100));
+    for round in 0..3 {
+        let mut call = task::spawn(service.clone().oneshot(order("1")));
+        assert!(call.poll().is_pending());
+        // It has it by now, and does not know.
+        let taken = async || {
+            let all = keys(&direct).await;
+            all.iter().filter(|key| !key.ends_with(":fence")).count() == 1
+        };
+        let all = async {
+            while !taken().await {
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        timeout(LONG / 2, all).await.unwrap();
+        drop(call);
+        let next = service.clone().oneshot(order("1")).await.unwrap();
+        assert_eq!(next.status(), 200, "round {round}");
+        drop(next);
+        // In another process, as soon as it can be told.
+        let theirs = process(&direct).wait(LONG).build().unwrap();
+        let theirs = theirs.layer(service_fn(serve));
+        let held = timeout(LONG / 2, theirs.oneshot(order("1"))).await;
+        assert_eq!(held.unwrap().unwrap().status(), 200);
+    }
+}
+
+/// Where it could not be given back for want of Redis, who comes next is told
+/// so, and not that somebody has it.
+#[tokio::test]
+async fn who_comes_after_one_that_was_dropped_goes_as_without_redis() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let config = Config::new(wire.url()).timeout(Duration::from_millis(300));
+    let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
+    let layer = process(&redis).on_store_error(OnStoreError::Allow);
+    let layer = layer.build().unwrap();
+    let service = layer.layer(service_fn(serve));
+    wire.stall();
+    let mut call = task::spawn(service.clone().oneshot(order("1")));
+    assert!(call.poll().is_pending());
+    drop(call);
+    let began = clock::now();
+    let next = service.oneshot(order("1")).await.unwrap();
+    assert_eq!(next.status(), 200);
+    assert!(fence_of(&next).is_none(), "it has no lock");
+    assert!(clock::now() - began < LONG / 6);
+}
+
+/// With nobody left to give back what it takes: nothing panics.
+#[test]
+fn a_claim_that_is_dropped_after_its_runtime_is_no_trouble() {
+    let home = tokio::runtime::Runtime::new().unwrap();
+    let (server, wire) = home.block_on(async {
+        let server = Server::start().await;
+        let wire = Wire::to(&server).await;
+        (server, wire)
+    });
+    let other = tokio::runtime::Runtime::new().unwrap();
+    let (redis, call) = other.block_on(async {
+        let redis = wire.redis();
+        redis.connect().await.unwrap();
+        wire.delay(Duration::from_millis(300));
+        let lease = Duration::from_millis(500);
+        let layer = process(&redis).ttl(lease).build().unwrap();
+        let service = layer.layer(service_fn(serve));
+        let mut call = Box::pin(service.oneshot(order("1")));
+        assert!(task::spawn(call.as_mut()).poll().is_pending());
+        (redis, call)
+    });
+    other.shutdown_timeout(LONG);
+    drop(call);
+    drop(redis);
+    home.block_on(async {
+        let layer = process(&server.redis()).wait(LONG).build().unwrap();
+        let next = layer.layer(service_fn(serve)).oneshot(order("1"));
+        let next = timeout(LONG / 2, next).await.unwrap().unwrap();
+        assert_eq!(next.status(), 200);
+        drop((server, wire));
+    });
 }
 
 #[tokio::test]

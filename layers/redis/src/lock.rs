@@ -1,11 +1,19 @@
 //! Locks that are leases, each with a token that only grows.
 
-use std::{fmt, sync::LazyLock, time::Duration};
+use std::{
+    any::Any,
+    fmt,
+    pin::Pin,
+    sync::{Arc, LazyLock},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use buttress_core::{
     clock::{self, Instant},
     random::SharedRandom,
 };
+use futures_util::future::join;
 use tokio::{
     runtime::Handle,
     sync::{Mutex, watch},
@@ -46,6 +54,7 @@ impl Redis {
             wait: Duration::ZERO,
             every: Duration::from_millis(50),
             fence: None,
+            companion: None,
         }
     }
 }
@@ -81,7 +90,11 @@ pub struct LockBuilder {
     wait: Duration,
     every: Duration,
     fence: Option<Duration>,
+    companion: Option<Companion>,
 }
+
+/// What goes with a lock.
+type Companion = Arc<dyn Any + Send + Sync>;
 
 impl LockBuilder {
     /// How long the lease lasts unless it is [extended](Lock::extend): after a
@@ -115,10 +128,22 @@ impl LockBuilder {
         self
     }
 
+    /// Something that is kept, and dropped once the lock is free again as far
+    /// as this side can see to that: with this builder and its clones, or when
+    /// what was taken, or may have been, was given back, in the background,
+    /// too. A permit of this process, say: who is next here finds the lock
+    /// free. Default: nothing.
+    pub fn keep(mut self, companion: impl Send + Sync + 'static) -> Self {
+        self.companion = Some(Arc::new(companion));
+        self
+    }
+
     /// Takes the lock: one trip for each question.
     ///
     /// Who waits is not in line: of several, any may be next. A future that is
-    /// dropped gives back, in the background, what it may have taken.
+    /// dropped gives back, in the background, what it may have taken: at once,
+    /// and where the answer says that this came too early, again. That takes
+    /// two time limits of an operation at most.
     ///
     /// # Errors
     ///
@@ -154,14 +179,14 @@ impl LockBuilder {
         let fence = self.key.clone().segment("fence");
         // Before it is asked for: should the answer never come, or come to
         // nobody, it may have been taken all the same.
-        let mut held = Held::new(self.redis.clone(), self.key.clone());
+        let held = Held::new(self);
         let call = TAKE
             .on([&self.key, &fence])
             .arg(held.owner.as_bytes())
             .arg(millis(self.ttl))
             .arg(self.fence.map_or(0, millis));
         let sent = clock::now();
-        let answer = self.redis.call::<(u64, u64)>("lock", &call).await;
+        let (mut held, answer) = Question::new(held, call).await;
         let (taken, number) = answer.inspect_err(|error| {
             if error.kind() == ErrorKind::Gone {
                 held.let_go();
@@ -386,17 +411,19 @@ struct Held {
     /// Of those who took it: it may be dropped where there is none. `None` once
     /// there is nothing to give back.
     runtime: Option<Handle>,
+    companion: Option<Companion>,
 }
 
 impl Held {
-    fn new(redis: Redis, key: Key) -> Self {
+    fn new(builder: &LockBuilder) -> Self {
         let mut bits = [0; 16];
         getrandom::fill(&mut bits).expect("the system has randomness");
         Self {
-            redis,
-            key,
+            redis: builder.redis.clone(),
+            key: builder.key.clone(),
             owner: format!("{:032x}", u128::from_ne_bytes(bits)),
             runtime: Some(Handle::current()),
+            companion: builder.companion.clone(),
         }
     }
 
@@ -415,11 +442,67 @@ impl Drop for Held {
         if let Some(runtime) = self.runtime.take() {
             let call = self.call(&RELEASE);
             let redis = self.redis.clone();
+            let companion = self.companion.take();
             runtime.spawn(async move {
                 // The lease ends by itself where this fails.
                 let _ = redis.call::<u64>("unlock", &call).await;
+                drop(companion);
             });
         }
+    }
+}
+
+/// What is asked when a lock is to be taken, until there is an answer.
+struct Question(Option<(Answering, Held)>);
+
+type Answer = Result<(u64, u64), Error>;
+type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+impl Question {
+    fn new(held: Held, call: Call) -> Self {
+        let redis = held.redis.clone();
+        // To go on in the background, should nobody wait for it.
+        let answering = Box::pin(async move { redis.call("lock", &call).await });
+        Self(Some((answering, held)))
+    }
+}
+
+impl Future for Question {
+    type Output = (Held, Answer);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let (answering, _) = self.0.as_mut().expect("polled after completion");
+        let answer = ready!(answering.as_mut().poll(cx));
+        let (_, held) = self.0.take().expect("it is there");
+        Poll::Ready((held, answer))
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        let Some((answering, mut held)) = self.0.take() else {
+            return;
+        };
+        let Some(runtime) = held.runtime.take() else {
+            return;
+        };
+        // In a runtime that has ended it is dropped, and the lease ends by
+        // itself.
+        runtime.spawn(async move {
+            let call = held.call(&RELEASE);
+            // Right behind the question. It may overtake it all the same, where
+            // that goes a longer way: by another node, or in full.
+            let release = held.redis.call::<u64>("unlock", &call);
+            let (answer, released) = join(answering, release).await;
+            let free = match (answer, released) {
+                (_, Ok(1..)) | (Ok((0, _)), _) => true,
+                (Err(error), _) => error.kind() == ErrorKind::Gone,
+                (Ok(_), _) => false,
+            };
+            if !free {
+                let _ = held.redis.call::<u64>("unlock", &call).await;
+            }
+        });
     }
 }
 

@@ -22,7 +22,8 @@ use crate::{
 /// first that asks, in its tokio runtime, and again whenever it is lost. No
 /// operation takes longer than the [time limit](Config::timeout); and where
 /// three in a row have failed, none is tried, until a probe (each 200 ms, give
-/// or take) finds the server able to write.
+/// or take) finds the server able to write; where operations are denied though
+/// probes pass, less and less often, every 5 s at last.
 #[derive(Clone)]
 pub struct Redis {
     shared: Arc<Shared>,
@@ -304,7 +305,11 @@ impl Shared {
         if self.gates.is_cluster() {
             self.keeper.doubt(error);
         }
-        if gate.failed(ticket) {
+        let has_shut = match error.kind() {
+            ErrorKind::Denied => gate.denied(ticket),
+            _ => gate.failed(ticket),
+        };
+        if has_shut {
             if self.gates.any_open() {
                 self.keeper.lost_part(error);
             } else {

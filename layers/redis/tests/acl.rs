@@ -7,8 +7,9 @@ use std::{
     time::Duration,
 };
 
-use buttress_redis::{Cmd, Config, ErrorKind, Notice, Redis, Value, testing::Server};
-use tokio::time::timeout;
+use buttress_core::clock;
+use buttress_redis::{Cmd, Config, ErrorKind, Notice, Redis, Script, Value, testing::Server};
+use tokio::time::{sleep, timeout};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -123,4 +124,60 @@ fn scan(directory: &Path, words: &mut BTreeSet<String>) {
             }
         }
     }
+}
+
+/// Operations that are denied while probes pass: each 200 ms the gate opened,
+/// three failed, and it shut.
+#[tokio::test]
+async fn a_server_that_denies_what_is_asked_is_asked_less_and_less() {
+    let server = Server::start().await;
+    let may_not = |rule: &'static str| ["ACL", "SETUSER", "narrow", rule];
+    for rule in ["on", ">opensesame", "~*", "&*", "+@all", "-evalsha"] {
+        server.cmd::<()>(&may_not(rule)).await;
+    }
+    let url = format!("redis://narrow:opensesame@127.0.0.1:{}", server.port());
+    let config = Config::new(url).timeout(Duration::from_millis(400));
+    let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
+    let script = Script::new("return 1");
+    let call = script.on([&redis.keyspace("test").tag(["a"])]);
+    let ask = async || redis.call::<u64>("test", &call).await;
+
+    let (mut denied, began) = (0, clock::now());
+    while clock::now() - began < Duration::from_secs(4) {
+        match ask().await.unwrap_err().kind() {
+            ErrorKind::Denied => denied += 1,
+            ErrorKind::Gone => {}
+            other => panic!("{other:?}"),
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
+    // At once, and then after 0.2, 0.6, 1.4 and 3 s, give or take a quarter.
+    assert!(
+        (6..=18).contains(&denied),
+        "{denied} were asked for nothing"
+    );
+
+    // It is looked for again all the same.
+    server.cmd::<()>(&may_not("+evalsha")).await;
+    let back = async {
+        while ask().await.is_err() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), back).await.unwrap();
+
+    // And what is gone after that is back within a second.
+    server.pause();
+    while redis.is_up() {
+        ask().await.unwrap_err();
+    }
+    sleep(Duration::from_millis(500)).await;
+    server.resume();
+    let resumed = clock::now();
+    while ask().await.is_err() {
+        sleep(Duration::from_millis(5)).await;
+    }
+    let took = clock::now() - resumed;
+    assert!(took < Duration::from_secs(1), "{took:?}");
 }

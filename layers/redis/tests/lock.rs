@@ -16,7 +16,8 @@ use std::{
 
 use buttress_core::clock;
 use buttress_redis::{
-    Cmd, Config, ErrorKind, FencingToken, Key, Lock, LockError, Redis, testing::Server,
+    Cmd, Config, ErrorKind, FencingToken, Key, Lock, LockError, Redis,
+    testing::{Server, Wire},
 };
 use proptest::{
     prelude::*,
@@ -436,6 +437,42 @@ async fn a_taking_that_timed_out_is_given_back() {
     let calm = server.redis();
     let next = calm.lock("x").wait(LONG / 4).take().await.unwrap();
     next.release().await.unwrap();
+}
+
+/// A server that had forgotten the script was asked again in full, with nobody
+/// there any more; and what is kept with a lock goes when all is settled.
+#[tokio::test]
+async fn a_taking_that_was_dropped_is_given_back_however_it_goes() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let (redis, direct) = (wire.redis(), server.redis());
+    redis.connect().await.unwrap();
+    wire.delay(Duration::from_millis(60));
+    for forgotten in [true, false, true] {
+        if forgotten {
+            order(&direct, ["SCRIPT", "FLUSH"]).await;
+        }
+        let companion = Arc::new(());
+        let lock = redis.lock("x").ttl(LONG).keep(Arc::clone(&companion));
+        let mut taking = Box::pin(lock.take());
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(taking.as_mut().poll(&mut context).is_pending());
+        drop(taking);
+        drop(lock);
+        assert_eq!(Arc::strong_count(&companion), 2);
+        eventually(async || Arc::strong_count(&companion) == 1).await;
+        assert!(is_free(&direct, "x").await);
+    }
+    // What was taken keeps it, too, until it is given back.
+    wire.delay(Duration::ZERO);
+    let companion = Arc::new(());
+    let builder = redis.lock("x").ttl(LONG).keep(Arc::clone(&companion));
+    let lock = builder.take().await.unwrap();
+    drop(builder);
+    assert_eq!(Arc::strong_count(&companion), 2);
+    drop(lock);
+    eventually(async || Arc::strong_count(&companion) == 1).await;
+    assert!(is_free(&direct, "x").await);
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -67,6 +67,7 @@ impl Cell {
                 cause,
                 wait,
             })),
+            asked: None,
             follower: changed.then(|| cold.follower.clone()).flatten(),
             wakers: mem::take(&mut cold.waiters),
         }
@@ -77,12 +78,13 @@ impl Cell {
             tenancy,
             observer,
             event,
+            asked,
             follower,
             wakers,
         } = news;
         // First of all, as nothing that follows is sure to return.
         if let (Some(follower), Some(Event::StateChange(change))) = (follower, &event) {
-            follower.changed(change);
+            follower.changed(change, asked);
         }
         for waker in wakers.into_values() {
             waker.wake();
@@ -162,6 +164,7 @@ impl Cell {
                 tenancy: cold.tenancy,
                 observer: cold.observer.clone(),
                 event: Some(Event::WouldOpen(rule)),
+                asked: None,
                 follower: None,
                 wakers: BTreeMap::new(),
             }
@@ -221,14 +224,12 @@ impl Cell {
             }
         };
         let wait = wait.min(LONGEST);
-        self.publish(
-            cold,
-            word.next(State::Open),
-            at + wait,
-            at,
-            cause,
-            Some(wait),
-        )
+        let next = word.next(State::Open);
+        let mut news = self.publish(cold, next, at + wait, at, cause, Some(wait));
+        if matches!(cause, Cause::Rule(_) | Cause::ProbeFailed) {
+            news.asked = hold.map(|hold| hold.min(LONGEST));
+        }
+        news
     }
 
     /// Those that are about to open it: of the rule that does, or all that are
@@ -377,14 +378,15 @@ impl Cell {
             .flatten();
         drop(cold);
         if let Some(follower) = follower {
-            follower.changed(&Transition {
+            let change = Transition {
                 from: State::Closed,
                 to: State::Closed,
                 generation: next.generation(),
                 at: now,
                 cause: Cause::Manual,
                 wait: None,
-            });
+            };
+            follower.changed(&change, None);
         }
         self.tell(news);
     }

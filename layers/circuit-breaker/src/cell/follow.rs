@@ -25,8 +25,9 @@ const ASKING: Duration = Duration::from_millis(10);
 /// Tells other processes of a breaker. None of its methods may block or call
 /// the breaker; none but [`grace`](Self::grace) is called under its lock.
 pub(crate) trait Follower: Send + Sync + fmt::Debug {
-    /// The state has changed, here or because it is so elsewhere.
-    fn changed(&self, change: &Transition);
+    /// The state has changed, here or because it is so elsewhere. `asked` is
+    /// for how long the callee wants to be left alone, whatever else opened it.
+    fn changed(&self, change: &Transition, asked: Option<Duration>);
 
     /// A call has come that would begin to probe, and has no leave.
     fn wanted(&self);

@@ -47,7 +47,7 @@ const MOST: u32 = 10_000;
 ///
 /// | here | elsewhere |
 /// | --- | --- |
-/// | a rule opens it | open, for what is left of the wait |
+/// | a rule opens it | open, for what is left of the wait; where it is open already, for longer if the callee asked for that by `Retry-After` |
 /// | the wait is over | one of the processes has leave to probe; the others stay open until it tells, or has been silent for 3 s |
 /// | probes succeed | closed |
 /// | a probe fails | open, for the new wait |
@@ -55,7 +55,10 @@ const MOST: u32 = 10_000;
 ///
 /// What is told carries spans and no times, by the clock of the Redis server
 /// alone, so that the clocks of the processes may be wrong. Two changes at
-/// once: the one that happened later stands. Settings, counts and windows are
+/// once: the one that happened later stands. But an override (forced open,
+/// forced closed, metrics-only) stands over all that rules do anywhere, before
+/// it is known there and after, until another word of an operator: of two of
+/// these, too, the later one. Settings, counts and windows are
 /// not shared, and the wait is that of who opened it: give all the same
 /// settings. A breaker that follows has
 /// [`Cause::Remote`](crate::Cause::Remote) in its events.

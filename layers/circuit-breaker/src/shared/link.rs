@@ -29,7 +29,7 @@ use buttress_redis::Key;
 
 use super::record::{NodeId, Op, Reply, Request, Seen, Standing, Verdict};
 use crate::{
-    Cause, Rule, State, Transition,
+    Cause, State, Transition,
     breaker::{Breaker, WeakBreaker},
     cell::{Cell, Follower, View},
 };
@@ -98,26 +98,22 @@ struct Change {
     at: Instant,
     /// The end of an open state.
     until: Option<Instant>,
+    /// And until when the callee asked to be left alone, if it did.
+    asked: Option<Instant>,
 }
 
 impl Change {
-    fn left(&self, now: Instant) -> Duration {
-        self.until.map_or(Duration::ZERO, |until| until - now)
-    }
-
     fn op(&self, now: Instant) -> Op {
-        let wait = self.left(now);
+        let left = |end: Option<Instant>| end.map_or(Duration::ZERO, |end| end - now);
+        let (wait, asked) = (left(self.until), left(self.asked));
         match (self.to, self.cause) {
             (State::HalfOpen, cause) => Op::Claim {
                 lease: LEASE,
                 by_hand: cause == Cause::Manual,
             },
             (to, Cause::Manual) => Op::Hand { to, wait },
-            (State::Open, Cause::ProbeFailed | Cause::ProbesOverdue) => Op::Reopen { wait },
-            (State::Open, cause) => Op::Trip {
-                wait,
-                extend: cause == Cause::Rule(Rule::RetryAfter),
-            },
+            (State::Open, Cause::ProbeFailed | Cause::ProbesOverdue) => Op::Reopen { wait, asked },
+            (State::Open, _) => Op::Trip { wait, asked },
             _ => Op::Close,
         }
     }
@@ -306,6 +302,10 @@ impl Link {
             let mut inner = self.inner.lock();
             inner.heard = Some(now);
             inner.done(request, now);
+            if let (Verdict::Lost, Op::Hand { .. }) = (reply.verdict, request.op) {
+                // Another word stands, be it of a record that was known.
+                inner.seen = NOTHING;
+            }
             let took = match (reply.verdict, request.op) {
                 (_, Op::Read) | (Verdict::Lost, _) => false,
                 (Verdict::Took | Verdict::Voted, _) => true,
@@ -389,6 +389,7 @@ impl Link {
             generation: view.generation,
             at: view.since,
             until: view.until,
+            asked: None,
         };
         match view.state {
             State::Closed => {}
@@ -424,6 +425,27 @@ impl Link {
             if inner.is_pending() {
                 // The answer to that may be from before this.
                 inner.read = true;
+                return;
+            }
+            if self.by_hand
+                && view.state.is_override()
+                && inner.is_newer(view.generation)
+                && inner.seen.standing != Standing::Forced(view.state)
+            {
+                // By hand at this very moment, and it is not told yet. What
+                // comes of that may be this.
+                inner.generation = view.generation;
+                inner.by_hand = Some(Change {
+                    to: view.state,
+                    cause: Cause::Manual,
+                    generation: view.generation,
+                    at: view.since,
+                    until: None,
+                    asked: None,
+                });
+                inner.latest = None;
+                drop(inner);
+                self.ring();
                 return;
             }
             // One that was followed from where it is done for all is not this
@@ -539,7 +561,7 @@ impl Inner {
 }
 
 impl Follower for Link {
-    fn changed(&self, change: &Transition) {
+    fn changed(&self, change: &Transition, asked: Option<Duration>) {
         {
             let mut inner = self.inner.lock();
             if !inner.is_newer(change.generation) {
@@ -553,6 +575,7 @@ impl Follower for Link {
                 generation: change.generation,
                 at: change.at,
                 until: change.wait.map(|wait| change.at + wait),
+                asked: asked.map(|asked| change.at + asked),
             };
             match change.cause {
                 Cause::Remote => {

@@ -87,16 +87,16 @@ impl Seen {
 pub(crate) enum Op {
     /// To be told.
     Read,
-    /// A rule held: open for so long, and longer if it is open already where
-    /// the callee asked for the pause.
-    Trip { wait: Duration, extend: bool },
+    /// A rule held: open for so long; and where it is open already, for as long
+    /// as the callee asked to be left alone, if it did.
+    Trip { wait: Duration, asked: Duration },
     /// A probe failed.
-    Reopen { wait: Duration },
+    Reopen { wait: Duration, asked: Duration },
     /// Leave to probe for so long; by hand, whoever has it.
     Claim { lease: Duration, by_hand: bool },
     /// Probes have succeeded.
     Close,
-    /// By hand.
+    /// By hand. An override stands over all but what was done by hand since.
     Hand { to: State, wait: Duration },
 }
 

@@ -31,14 +31,17 @@ impl Scripts {
         quorum: u32,
         channel: &str,
     ) -> Call {
+        let mut pause = Duration::ZERO;
         let (op, wait, to) = match request.op {
             Op::Read => ("read", Duration::ZERO, ""),
-            Op::Trip {
-                wait,
-                extend: false,
-            } => ("trip", wait, ""),
-            Op::Trip { wait, extend: true } => ("extend", wait, ""),
-            Op::Reopen { wait } => ("reopen", wait, ""),
+            Op::Trip { wait, asked } => {
+                pause = asked;
+                ("trip", wait, "")
+            }
+            Op::Reopen { wait, asked } => {
+                pause = asked;
+                ("reopen", wait, "")
+            }
             Op::Claim {
                 lease,
                 by_hand: false,
@@ -52,7 +55,10 @@ impl Scripts {
         };
         // Up, so that a wait is never cut; down, so that nothing is thought
         // to have happened before it has.
-        let wait = wait.as_nanos().div_ceil(1_000_000);
+        let up = |span: Duration| {
+            let millis = span.as_nanos().div_ceil(1_000_000);
+            u64::try_from(millis).unwrap_or(u64::MAX).min(MOST)
+        };
         let age = request.age.as_millis();
         self.change
             .on([record, index])
@@ -60,11 +66,12 @@ impl Scripts {
             .arg(request.base)
             .arg(node.to_string())
             .arg(u64::try_from(age).unwrap_or(u64::MAX).min(MOST))
-            .arg(u64::try_from(wait).unwrap_or(u64::MAX).min(MOST))
+            .arg(up(wait))
             .arg(quorum)
             .arg(channel)
             .arg(to)
             .arg(voter.to_string())
+            .arg(up(pause))
     }
 
     pub(super) fn changes(&self, index: &Key, known: Watermark) -> Call {

@@ -18,8 +18,8 @@ use super::{
     record::{NodeId, Op, Order, Reply, Request, Seen, Standing, Verdict, Watermark, code},
 };
 use crate::{
-    Breaker, Settings, State,
-    cell::{Cell, Outcome, Ticket},
+    Breaker, Cause, Settings, State, Transition,
+    cell::{Cell, Follower, Outcome, Ticket},
     window::Mark,
 };
 
@@ -27,6 +27,8 @@ const WAIT: u64 = 5_000;
 const LEASE: u64 = 3_000;
 const AHEAD: u64 = 500;
 const GRACE: u64 = 1_000;
+/// For how long a callee asks to be left alone.
+const HOLD: u64 = 7_000;
 /// How long a probe takes.
 const PROBE: u64 = 2_100;
 const MS: u64 = 1_000_000;
@@ -40,6 +42,8 @@ struct Record {
     longest: u64,
     since: u64,
     owner: Option<NodeId>,
+    /// When something was last done by hand.
+    hand: u64,
     votes: BTreeMap<NodeId, u64>,
 }
 
@@ -71,6 +75,7 @@ const BLANK: Record = Record {
     longest: 0,
     since: 0,
     owner: None,
+    hand: 0,
     votes: BTreeMap::new(),
 };
 
@@ -133,22 +138,31 @@ impl Server {
             self.record.until = self.record.until.min(now);
             self.record.since = 0;
         }
+        if self.record.hand > now {
+            self.record.hand = 0;
+        }
         let millis = |span: Duration| u64::try_from(span.as_nanos().div_ceil(1_000_000)).unwrap();
         let age = u64::try_from(request.age.as_millis()).unwrap();
         let at = now.saturating_sub(age);
         let record = &self.record;
         let (state, until) = (record.state, record.until);
         let fresh = record.version == base || record.since <= at;
+        let last = record.hand <= at + 2;
+        let fresh = match request.op {
+            Op::Hand { to, .. } if to.is_override() => last || to == state,
+            Op::Hand { .. } => last && fresh,
+            _ => fresh,
+        };
         let mine = state == State::HalfOpen && record.owner == Some(node);
         let lapsed = state == State::HalfOpen && until <= now;
         let open_or_lapsed = state == State::Open || lapsed;
         let mut verdict = Verdict::Lost;
         match request.op {
             Op::Read => {}
-            Op::Trip { wait, .. } | Op::Reopen { wait } => {
+            Op::Trip { wait, asked } | Op::Reopen { wait, asked } => {
                 let reopens = matches!(request.op, Op::Reopen { .. });
-                let extends = matches!(request.op, Op::Trip { extend: true, .. });
-                let wait = millis(wait);
+                let (wait, asked) = (millis(wait), millis(asked));
+                let extends = asked > 0 && now + asked > until;
                 let again = reopens && (mine || fresh && open_or_lapsed);
                 if again || state == State::Closed && fresh {
                     if self.quorum <= 1 || self.vote(now, wait, node) >= self.quorum {
@@ -160,13 +174,13 @@ impl Server {
                         }
                         verdict = Verdict::Voted;
                     }
-                } else if extends && state == State::Open && now + wait > until {
-                    self.set(State::Open, now + wait, base, [now, at], node);
+                } else if extends && state == State::Open {
+                    self.set(State::Open, now + asked, base, [now, at], node);
                     verdict = Verdict::Took;
                 }
             }
             Op::Claim { lease, by_hand } => {
-                let held = state.is_override() && fresh;
+                let held = state.is_override() && fresh && last;
                 let seize = by_hand && (matches!(state, State::Open | State::HalfOpen) || held);
                 let due = state == State::Open && until <= now + AHEAD;
                 if seize || mine || lapsed || due {
@@ -182,6 +196,9 @@ impl Server {
                         [now, now],
                         node,
                     );
+                    if seize {
+                        self.record.hand = self.record.hand.max(now);
+                    }
                     verdict = Verdict::Took;
                 }
             }
@@ -205,6 +222,7 @@ impl Server {
                     }
                     self.set(to, now + millis(wait), base, [now, at], node);
                 }
+                self.record.hand = self.record.hand.max(at);
             }
             Op::Hand { .. } => {}
         }
@@ -253,6 +271,11 @@ struct Fleet {
     /// Milliseconds.
     time: u64,
     log: String,
+    /// When something was last done by hand, and what came of it, if that is
+    /// for all to see.
+    hand: (u64, Option<State>),
+    /// Whether when it was is known of all that was done by hand.
+    clear: bool,
 }
 
 impl Fleet {
@@ -297,6 +320,8 @@ impl Fleet {
             nodes,
             time: 0,
             log: String::new(),
+            hand: (0, None),
+            clear: true,
         }
     }
 
@@ -430,7 +455,7 @@ impl Fleet {
             let _ = writeln!(self.log, "{} n{node} {:?}", self.time, view.state);
             if view.state == State::Open {
                 let left = view.until.unwrap() - now;
-                let most = Duration::from_millis(WAIT.max(LEASE + AHEAD));
+                let most = Duration::from_millis(HOLD.max(LEASE + AHEAD));
                 assert!(left <= most, "open for {left:?}");
             }
         }
@@ -467,6 +492,10 @@ impl Fleet {
 
     fn agree(&self) {
         let record = &self.server.record;
+        let forced = self.hand.1.filter(|state| state.is_override());
+        if let (true, Some(state)) = (self.clear, forced) {
+            assert_eq!(record.state, state, "an operator is overruled: {record:?}");
+        }
         for (node, state) in self.states().into_iter().enumerate() {
             let agrees = match record.state {
                 // Below the quorum one may be open by itself; and one that
@@ -517,7 +546,7 @@ impl Fleet {
         let began = self.time;
         // Half-open has the time of the wait, where its calls were given up
         // on in another state.
-        let limit = WAIT.max(LEASE + AHEAD) + LEASE + GRACE + 2 * PROBE + 1_000;
+        let limit = HOLD.max(LEASE + AHEAD) + LEASE + GRACE + 2 * PROBE + 1_000;
         while self.states().iter().any(|state| *state != State::Closed) {
             self.time += 7;
             assert!(self.time - began <= limit, "not closed after {limit} ms");
@@ -555,6 +584,11 @@ impl Fleet {
         };
         let node = dice(self.nodes.len() as u64) as usize;
         match dice(24) {
+            0 if dice(4) == 0 => {
+                if self.states()[node] == State::Closed {
+                    self.fail(node, Some(Duration::from_millis(HOLD)));
+                }
+            }
             0..=5 => self.call(
                 node,
                 [Some(true), Some(false), Some(false), None][dice(4) as usize],
@@ -579,19 +613,35 @@ impl Fleet {
                 let _ = writeln!(self.log, "{} lost", self.time);
                 self.server.record = BLANK;
                 self.server.top = 0;
+                self.clear = false;
                 self.server.epoch = 0;
                 // And with it the connections.
                 for node in &mut self.nodes {
                     node.inbox.clear();
                 }
             }
-            19 if dice(8) == 0 => self.server.skew ^= 600_000,
+            19 if dice(8) == 0 => {
+                self.server.skew ^= 600_000;
+                self.clear = false;
+            }
             _ => self.time += [1, 10, 100, 700, 3_000, 6_000][dice(6) as usize],
         }
         self.check();
     }
 
     fn by_hand(&mut self, node: usize, what: u64) {
+        let before = self.states()[node];
+        self.do_by_hand(node, what);
+        let state = self.states()[node];
+        let _ = writeln!(self.log, "{} n{node} by hand {state:?}", self.time);
+        if before != state || what >= 7 {
+            // Within a few milliseconds it is not known which was later.
+            let sure = self.hand.0 + 4 < self.time;
+            self.hand = (self.time, sure.then_some(state));
+        }
+    }
+
+    fn do_by_hand(&mut self, node: usize, what: u64) {
         let now = self.now(node);
         let cell = self.nodes[node].cell();
         let to = match what {
@@ -605,7 +655,7 @@ impl Fleet {
         };
         let wait = Some(Duration::from_millis(WAIT / 2));
         // What makes no sense is refused.
-        let _ = cell.bring_about(to, wait, crate::Cause::Manual, now);
+        let _ = cell.bring_about(to, wait, Cause::Manual, now);
     }
 }
 
@@ -638,6 +688,171 @@ fn run(count: usize, quorum: usize, steps: &[u64], connected: bool) {
             println!("{}", fleet.log);
         }
         resume_unwind(panic);
+    }
+}
+
+impl Fleet {
+    fn fail(&mut self, node: usize, hold: Option<Duration>) {
+        let now = self.now(node);
+        let cell = self.nodes[node].cell();
+        let ticket = cell.admit(|| now).unwrap();
+        let failed = Mark {
+            failed: true,
+            slow: false,
+        };
+        cell.record(ticket, Outcome::Done(failed), hold, || now);
+    }
+
+    fn trip(&mut self, node: usize) {
+        self.fail(node, None);
+        self.fail(node, None);
+    }
+
+    fn all_are(&self, state: State) -> bool {
+        self.states().iter().all(|it| *it == state)
+    }
+}
+
+/// It was lost to a rule elsewhere that held later, before the word of it had
+/// come.
+#[test]
+fn an_override_stands_over_what_rules_have_done_since() {
+    let overrides = [State::ForcedOpen, State::ForcedClosed, State::MetricsOnly];
+    for (what, state) in (0..).zip(overrides) {
+        for quorum in [1, 2] {
+            let mut fleet = Fleet::new(3, quorum);
+            fleet.nodes[0].cut = true;
+            fleet.by_hand(0, what);
+            fleet.time += 1_000;
+            fleet.trip(1);
+            fleet.ask_all(1);
+            fleet.trip(2);
+            fleet.ask_all(2);
+            fleet.settle();
+            assert!(fleet.all_are(state), "{:?}", fleet.states());
+            // And over those that come to it later.
+            fleet.time += 1_000;
+            fleet.pull(1);
+            if state != State::ForcedOpen {
+                fleet.trip(1);
+            }
+            fleet.settle();
+            assert!(fleet.all_are(state), "{:?}", fleet.states());
+            // Until it is taken back.
+            fleet.time += 1_000;
+            fleet.by_hand(2, 7);
+            fleet.settle();
+            assert!(fleet.all_are(State::Closed), "{:?}", fleet.states());
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Deaf;
+
+impl Follower for Deaf {
+    fn changed(&self, _: &Transition, _: Option<Duration>) {}
+
+    fn wanted(&self) {}
+
+    fn grace(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// What was heard between an override and the word of it ended it, and then the
+/// word was old.
+#[test]
+fn an_override_that_is_about_to_be_told_is_not_ended() {
+    let mut fleet = Fleet::new(2, 1);
+    fleet.trip(1);
+    fleet.ask_all(1);
+    let cell = fleet.nodes[0].cell();
+    let link = Arc::clone(&fleet.nodes[0].link);
+    cell.set_follower(Arc::new(Deaf));
+    fleet.time += 10;
+    fleet.by_hand(0, 0);
+    let (now, view) = (fleet.now(0), cell.view(fleet.now(0)));
+    cell.set_follower(Arc::<Link>::clone(&link));
+    fleet.hear(0, 0, false);
+    let word = Transition {
+        from: State::Closed,
+        to: State::ForcedOpen,
+        generation: view.generation,
+        at: now,
+        cause: Cause::Manual,
+        wait: None,
+    };
+    link.changed(&word, None);
+    fleet.settle();
+    assert!(fleet.all_are(State::ForcedOpen), "{:?}", fleet.states());
+}
+
+/// What another operator has done since stands, and what has come of that.
+#[test]
+fn an_override_of_before_another_word_does_not_come_again() {
+    let mut fleet = Fleet::new(3, 1);
+    fleet.nodes[0].cut = true;
+    fleet.by_hand(0, 0);
+    fleet.time += 1_000;
+    fleet.by_hand(1, 1);
+    fleet.ask_all(1);
+    fleet.time += 1_000;
+    fleet.by_hand(1, 7);
+    fleet.ask_all(1);
+    fleet.time += 1_000;
+    fleet.trip(1);
+    fleet.ask_all(1);
+    fleet.settle();
+    assert!(fleet.all_are(State::Open), "{:?}", fleet.states());
+}
+
+/// The pause that the callee asked for beside failures that opened it was that
+/// of the fleet only where it was the first to open it.
+#[test]
+fn a_pause_that_was_asked_for_holds_whatever_opens_it() {
+    let asked = Duration::from_millis(4 * WAIT);
+    for reopens in [false, true] {
+        let mut fleet = Fleet::new(3, 1);
+        // The other's wait is shorter, and known first.
+        fleet.trip(1);
+        fleet.ask_all(1);
+        if reopens {
+            fleet.settle();
+            fleet.time += WAIT + GRACE + 1;
+            // Both probe: each is alone.
+            for node in [0, 1] {
+                fleet.nodes[node].cut = true;
+                fleet.call(node, None);
+                fleet.ask_all(node);
+                fleet.time += GRACE + 1;
+                fleet.call(node, None);
+                fleet.time += 1;
+            }
+            assert_eq!(fleet.states()[..2], [State::HalfOpen; 2]);
+            let now = fleet.now(0);
+            let ticket = fleet.nodes[0].calls.pop().unwrap();
+            let failed = Mark {
+                failed: true,
+                slow: false,
+            };
+            let cell = fleet.nodes[0].cell();
+            cell.record(ticket, Outcome::Done(failed), Some(asked), || now);
+            fleet.time += 10;
+            fleet.end_call(1, Some(false));
+            fleet.nodes[1].cut = false;
+            fleet.ask_all(1);
+        } else {
+            fleet.fail(0, None);
+            fleet.fail(0, Some(asked));
+        }
+        fleet.settle();
+        for node in 0..3 {
+            let view = fleet.nodes[node].cell().view(fleet.now(node));
+            assert_eq!(view.state, State::Open);
+            let left = view.until.unwrap() - fleet.now(node);
+            assert!(left > asked * 3 / 4, "n{node}: {left:?}, {reopens}");
+        }
     }
 }
 
@@ -695,14 +910,17 @@ async fn the_model_is_the_script() {
                 0 => Op::Read,
                 1 => Op::Trip {
                     wait: span,
-                    extend: false,
+                    asked: Duration::ZERO,
                 },
                 // Never the same twice.
                 2 => Op::Trip {
-                    wait: hour * (10 + step),
-                    extend: true,
+                    wait: span,
+                    asked: hour * (10 + step),
                 },
-                3 => Op::Reopen { wait: span },
+                3 => Op::Reopen {
+                    wait: span,
+                    asked: [Duration::ZERO, hour * (10 + step)][dice(2) as usize],
+                },
                 4 | 5 => Op::Claim {
                     lease: span,
                     by_hand: dice(4) == 0,

@@ -139,9 +139,11 @@ impl Place {
     }
 
     /// Its turn, once those before it have had theirs.
-    pub(crate) async fn take(self, wait: Duration) -> Option<Turn> {
-        let turn = timeout(wait, self.turns().acquire_owned()).await.ok()?;
-        Some(Turn::new(turn.expect("it is never closed"), self))
+    pub(crate) async fn take(self, wait: Duration) -> Result<Turn, Self> {
+        match timeout(wait, self.turns().acquire_owned()).await {
+            Ok(turn) => Ok(Turn::new(turn.expect("it is never closed"), self)),
+            Err(_) => Err(self),
+        }
     }
 }
 
@@ -197,6 +199,12 @@ pub(crate) struct Held {
     _turn: Turn,
 }
 
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Place")
+    }
+}
+
 impl fmt::Debug for Turn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Turn")
@@ -219,10 +227,7 @@ mod tests {
     }
 
     fn taken(place: Place) -> (Fence, Held) {
-        match place.try_take() {
-            Ok(turn) => turn.into_lock(),
-            Err(_) => panic!("it was free"),
-        }
+        place.try_take().unwrap().into_lock()
     }
 
     #[tokio::test(start_paused = true)]
@@ -264,7 +269,7 @@ mod tests {
         let (_, held) = taken(place(&memory, "a").unwrap());
         let wait = Duration::from_millis(300);
         let began = tokio::time::Instant::now();
-        assert!(place(&memory, "a").unwrap().take(wait).await.is_none());
+        assert!(place(&memory, "a").unwrap().take(wait).await.is_err());
         assert_eq!(began.elapsed(), wait);
         drop(held);
         assert_eq!(memory.len(), 0);

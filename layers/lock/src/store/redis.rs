@@ -8,9 +8,12 @@ use std::{
 use buttress_core::{clock, key::Key};
 use buttress_redis::{Lock, LockBuilder, LockError, Redis};
 use sha2::{Digest, Sha256};
-use tokio::{runtime::Handle, task::AbortHandle, time::sleep};
+use tokio::{task::AbortHandle, time::sleep};
 
-use super::{Denied, memory::Turn};
+use super::{
+    Denied,
+    memory::{Place, Turn},
+};
 use crate::{Fence, shared::Core};
 
 /// How long the counter of a key's tokens is kept after its last request:
@@ -48,29 +51,36 @@ impl Remote {
 /// dropped.
 pub(crate) struct Held {
     renewal: AbortHandle,
-    /// There until it is dropped.
-    lock: Option<(Arc<Lock>, Turn)>,
-    runtime: Handle,
+    // In this order: who comes is told to wait for a lock that is free soon,
+    // and where it is being extended at this moment, what is left of that gives
+    // it back.
+    _leaving: Leaving,
+    _lock: Arc<Lock>,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         self.renewal.abort();
-        let Some((lock, turn)) = self.lock.take() else {
-            return;
-        };
-        // Where it is being extended at this moment, the lock is given back by
-        // what is left of that.
-        if let Some(lock) = Arc::into_inner(lock) {
-            let release = lock.release();
-            turn.leave();
-            self.runtime.spawn(async move {
-                // The lease ends by itself where this fails.
-                let _ = release.await;
-                // The next one here would find it held until now.
-                drop(turn);
-            });
-        }
+    }
+}
+
+/// When this is dropped the turn is over soon. It is over once the lock is
+/// given back: the next one here would find it held until then.
+struct Leaving(Arc<Turn>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+/// Why there was no turn in time: whoever has it would be gone by now if Redis
+/// answered, or is still there.
+pub(crate) fn overdue(place: &Place) -> Denied {
+    if place.is_leaving() {
+        Denied::Failed("the last lock could not be given back in time".into())
+    } else {
+        Denied::Busy
     }
 }
 
@@ -79,7 +89,12 @@ pub(crate) async fn take(
     turn: Turn,
     core: &Arc<Core>,
 ) -> Result<(Fence, Held), Denied> {
-    let lock = match lock.take().await {
+    let turn = Arc::new(turn);
+    // Before the question: should nobody wait for the answer, what was taken is
+    // given back behind it.
+    let leaving = Leaving(Arc::clone(&turn));
+    let taken = lock.keep(turn).take().await;
+    let lock = match taken {
         Ok(lock) => lock,
         Err(LockError::Busy { .. }) => {
             core.store_works();
@@ -97,8 +112,8 @@ pub(crate) async fn take(
     let renewal = tokio::spawn(renew(Arc::downgrade(&lock), Arc::clone(core), left));
     let held = Held {
         renewal: renewal.abort_handle(),
-        lock: Some((lock, turn)),
-        runtime: Handle::current(),
+        _leaving: leaving,
+        _lock: lock,
     };
     Ok((fence, held))
 }

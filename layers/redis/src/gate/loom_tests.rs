@@ -78,6 +78,30 @@ fn what_began_before_it_opened_says_nothing() {
 }
 
 #[test]
+fn what_passes_ends_what_was_denied_before() {
+    model(|| {
+        let gate = Arc::new(Gate::default());
+        gate.shut();
+        gate.open();
+        let ticket = gate.pass().unwrap();
+        gate.denied(ticket);
+        gate.denied(ticket);
+        let answered = thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || gate.answered(ticket)
+        });
+        let shut = gate.denied(ticket);
+        let due = gate.is_due();
+        answered.join().unwrap();
+        // Either it was shut first, and waits; or something has passed, and it
+        // is neither shut nor does it wait.
+        assert_eq!(shut, !gate.is_open());
+        assert_eq!(due, !shut, "a probe left out, or none");
+        assert!(gate.is_due());
+    });
+}
+
+#[test]
 fn shutting_and_opening_are_each_told_once() {
     model(|| {
         let gate = Arc::new(Gate::default());
