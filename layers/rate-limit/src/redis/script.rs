@@ -14,12 +14,11 @@ use crate::{
 
 /// Where the time comes from: the server.
 macro_rules! by_server {
-    ($body:literal) => {
+    ($($part:literal),+) => {
         concat!(
             "local time = redis.call('TIME')\n",
             "local now = time[1] * 1000000 + time[2]\n",
-            include_str!("common.lua"),
-            include_str!($body)
+            $(include_str!($part)),+
         )
     };
 }
@@ -28,18 +27,17 @@ macro_rules! by_server {
 /// time it is.
 #[cfg(test)]
 macro_rules! by_caller {
-    ($body:literal) => {
+    ($($part:literal),+) => {
         concat!(
             "local now = table.remove(ARGV) + 0\n",
             // By the server's clock, a key is to stay as long as the test.
-            "local server, redis = redis, {}\n",
+            "local server, redis = redis, { pcall = redis.pcall }\n",
             "function redis.call(command, ...)\n",
             "  if command ~= 'PSETEX' then return server.call(command, ...) end\n",
             "  local key, _, value = ...\n",
             "  return server.call(command, key, 600000, value)\n",
             "end\n",
-            include_str!("common.lua"),
-            include_str!($body)
+            $(include_str!($part)),+
         )
     };
 }
@@ -58,10 +56,10 @@ pub(crate) struct Scripts {
 impl Default for Scripts {
     fn default() -> Self {
         Self {
-            check: Script::new(by_server!("check.lua")),
-            checks: Script::new(by_server!("checks.lua")),
-            refund: Script::new(by_server!("refund.lua")),
-            owed: Script::new(by_server!("owed.lua")),
+            check: Script::new(by_server!("single.lua", "common.lua", "check.lua")),
+            checks: Script::new(by_server!("common.lua", "checks.lua")),
+            refund: Script::new(by_server!("common.lua", "refund.lua")),
+            owed: Script::new(by_server!("common.lua", "owed.lua")),
             #[cfg(test)]
             clock: None,
         }
@@ -97,10 +95,10 @@ impl Scripts {
     #[cfg(test)]
     pub(crate) fn by_caller(now: u64) -> Self {
         Self {
-            check: Script::new(by_caller!("check.lua")),
-            checks: Script::new(by_caller!("checks.lua")),
-            refund: Script::new(by_caller!("refund.lua")),
-            owed: Script::new(by_caller!("owed.lua")),
+            check: Script::new(by_caller!("single.lua", "common.lua", "check.lua")),
+            checks: Script::new(by_caller!("common.lua", "checks.lua")),
+            refund: Script::new(by_caller!("common.lua", "refund.lua")),
+            owed: Script::new(by_caller!("common.lua", "owed.lua")),
             clock: Some(now.into()),
         }
     }
