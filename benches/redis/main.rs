@@ -69,6 +69,12 @@ fn ours(redis: &Redis, mode: Mode, clients: usize) -> Askers {
     layered(layer.mode(mode).build().expect("it is sound"), clients)
 }
 
+/// The same without headers, of which the peer has none where it lets in.
+fn plain(redis: &Redis, clients: usize) -> Askers {
+    let layer = RateLimitLayer::builder().limit(wide()).headers([]);
+    layered(layer.redis(redis).build().expect("it is sound"), clients)
+}
+
 async fn peer(server: &Server, clients: usize) -> Askers {
     let client = redis_0_32::Client::open(server.url()).expect("a URL");
     let connection = client.get_multiplexed_async_connection().await;
@@ -124,7 +130,8 @@ async fn strict(table: &mut Table) {
         let least = bare(connection.expect("the server is there"), clients).await;
         let peer = peer(&server, clients).await;
         let ours = ours(&redis, Mode::Strict, clients);
-        let rounds = rounds(&account, &[&least, &peer, &ours], tasks).await;
+        let plain = plain(&redis, clients);
+        let rounds = rounds(&account, &[&least, &peer, &ours, &plain], tasks).await;
         let rate = |at: usize| middle(&rounds, |round| round[at].rate);
         for (at, name, goal) in [(0, "the least script", 1.0 / goal), (1, "the peer", 1.0)] {
             table.push(Row {
@@ -136,6 +143,14 @@ async fn strict(table: &mut Table) {
                 goal: Some(goal),
             });
         }
+        table.push(Row {
+            what: "  the peer over it without headers".into(),
+            ours: per_second(rate(3)),
+            peer: per_second(rate(1)),
+            figure: middle(&rounds, |round| round[1].rate / round[3].rate),
+            instructions: None,
+            goal: Some(1.0),
+        });
         table.push(Row {
             what: "  commands a check".into(),
             ours: number(middle(&rounds, |round| round[2].commands)),
