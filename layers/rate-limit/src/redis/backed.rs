@@ -16,7 +16,7 @@ use buttress_core::{
     keyed::KeyId,
     sync::Mutex,
 };
-use buttress_redis::{Cmd, ErrorKind, Value};
+use buttress_redis::{Cmd, Value};
 use tokio::{runtime, time::timeout};
 
 use super::{
@@ -102,13 +102,8 @@ impl Backed {
     pub(crate) async fn decide(&self, asks: &[FleetAsk], detail: Detail) -> Outcome {
         match self.fleet.decide(asks, detail).await {
             Ok(decision) => Outcome::Decided(decision),
-            Err(Unanswered(error)) => {
-                // A server that was stopped does what it was sent when it goes
-                // on: what it may have charged yet is not charged twice. What
-                // was never sent, or went down with its connection, is owed.
-                let kind = error.as_ref().map(buttress_redis::Error::kind);
-                self.without(asks, detail, kind != Some(ErrorKind::Timeout))
-            }
+            // What it may have charged is not charged twice.
+            Err(unanswered) => self.without(asks, detail, unanswered.is_owed()),
         }
     }
 
@@ -339,8 +334,8 @@ impl Teller {
             match self.tell(ids).await {
                 Ok(told) => count += told,
                 // Of several nodes another may well be there.
-                Err(Unanswered(_)) if is_cluster => {}
-                Err(Unanswered(_)) => break,
+                Err(_) if is_cluster => {}
+                Err(_) => break,
             }
         }
         count
@@ -380,14 +375,14 @@ impl Teller {
         let redis = &self.ground.redis;
         let value = match redis.call::<Value>("rate_limit_owed", &call).await {
             Ok(value) => value,
-            // It may be done, or be done yet: told again, it would be charged
-            // twice. What went down with its connection more likely was not.
-            Err(error) if error.may_be_done() && error.kind() != ErrorKind::Connection => {
-                return Ok(some.len());
-            }
             Err(error) => {
+                let unanswered = Unanswered::from(error);
+                // Told again, what may be done would be charged twice.
+                if !unanswered.is_owed() {
+                    return Ok(some.len());
+                }
                 self.take_again(some);
-                return Err(error.into());
+                return Err(unanswered);
             }
         };
         let gcras = some.iter().map(|(_, debt)| debt.gcra);

@@ -33,7 +33,11 @@ use buttress_core::{
     sync::Mutex,
 };
 use buttress_redis::{Call, Key, Slot, Value};
-use tokio::{runtime, sync::oneshot, time::timeout};
+use tokio::{
+    runtime,
+    sync::oneshot::{self, error::TryRecvError},
+    time::timeout,
+};
 
 use super::{
     ground::{Ground, Since, Unanswered},
@@ -176,15 +180,20 @@ impl Lanes {
                 drop(baton);
                 found
             }
-            Turn::Later(number, told) => {
+            Turn::Later(number, mut told) => {
                 let limit = self.ground.redis.timeout() + GRACE;
-                match timeout(limit, told).await {
+                match timeout(limit, &mut told).await {
                     Ok(Ok(found)) => found,
                     // Whoever was under way is gone, with his runtime.
-                    Ok(Err(_)) => Err(Unanswered(None)),
+                    Ok(Err(_)) => Err(Unanswered::Unasked),
                     Err(_) => {
                         self.abandon(slot, number);
-                        Err(Unanswered(None))
+                        match told.try_recv() {
+                            Ok(found) => found,
+                            // It waited still, and was dropped.
+                            Err(TryRecvError::Closed) => Err(Unanswered::Unasked),
+                            Err(TryRecvError::Empty) => Err(Unanswered::Unheard),
+                        }
                     }
                 }
             }
@@ -614,7 +623,7 @@ impl Asked {
         let now = clock::now();
         let value: Value = ground.redis.call_within(limit, "rate_limit", call).await?;
         let gcras = self.keys.iter().map(|&(_, _, gcra, _)| gcra);
-        let states = script::answer(&value, gcras, now.as_nanos()).ok_or(Unanswered(None))?;
+        let states = script::answer(&value, gcras, now.as_nanos()).ok_or(Unanswered::Unheard)?;
         Ok((now, states))
     }
 

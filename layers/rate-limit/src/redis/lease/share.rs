@@ -307,11 +307,16 @@ impl Share {
         }
     }
 
+    /// It was not asked after all.
+    pub(crate) fn unasked(&mut self) {
+        self.asking = false;
+        self.void = false;
+    }
+
     /// There is no answer. What may have been charged is lost: the next that is
     /// lost has nothing for the share.
     pub(crate) fn failed(&mut self) {
-        self.asking = false;
-        self.void = false;
+        self.unasked();
         self.size = 1;
         self.granted = 0;
         self.low = 0;
