@@ -421,6 +421,19 @@ mod tests {
         granted
     }
 
+    /// Where another of a request's keys has no room for a share.
+    #[test]
+    fn what_was_not_asked_after_all_changes_no_size() {
+        let mut share = grown();
+        let size = share.size;
+        share.wait(START, 8);
+        share.ask(START, 8).unwrap();
+        share.unasked();
+        assert!(!share.is_asking());
+        assert_eq!(share.size, size);
+        assert!(share.granted > 0);
+    }
+
     /// A share that has grown to 8 tokens, of which it has 7.
     fn grown() -> Share {
         let mut share = share();

@@ -804,9 +804,7 @@ impl Crew {
         let sent = clock::now();
         let answer = ground.redis.call::<Value>("rate_limit_lease", &call).await;
         let answer = match answer {
-            Ok(value) => {
-                script::answer(&value, &wants, sent.as_nanos()).ok_or(Unanswered::Unheard)
-            }
+            Ok(value) => script::answer(&value, &wants, sent.as_nanos()).ok_or(Unanswered::Unheard),
             Err(error) => Err(error.into()),
         };
         match answer {
