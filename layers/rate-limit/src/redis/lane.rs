@@ -139,6 +139,24 @@ struct Answered {
     found: Vec<(oneshot::Sender<Result<Found, Unanswered>>, States)>,
 }
 
+/// Those that are asked for. Where their task ends before the answer, with its
+/// runtime, nobody hears what became of them.
+struct Sent(Vec<Waiting>);
+
+impl Sent {
+    fn answered(mut self) -> Vec<Waiting> {
+        mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        for one in self.0.drain(..) {
+            let _ = one.tell.send(Err(Unanswered::Unheard));
+        }
+    }
+}
+
 /// The right to use a lane.
 struct Baton {
     lanes: Arc<Lanes>,
@@ -362,6 +380,7 @@ impl Lanes {
                 .iter()
                 .map(|&(check, charge)| &waiting[check].check[charge]);
             let asked = Asked::new(&lanes.ground, charges);
+            let sent = Sent(waiting);
             let mut answer = pin!(asked.answer(&lanes.ground, limit, &call));
             // Sent before those of the last call are told: the server is at this
             // one while they go on.
@@ -375,6 +394,7 @@ impl Lanes {
                 Some(answer) => answer,
                 None => answer.await,
             };
+            let waiting = sent.answered();
             match answer {
                 Ok((now, mut states)) => {
                     let mut found = Vec::with_capacity(waiting.len());
