@@ -682,3 +682,66 @@ async fn what_fifty_nodes_hold_is_within_the_bound_when_half_are_killed() {
     let stranded = u64::from(QUOTA) - total;
     assert!(stranded <= u64::from(NODES / 2) * PART_HELD, "{stranded}");
 }
+
+/// What a process holds: so far as another one sees, with what was spent.
+async fn held(other: &FleetLayer, quota: u32, spent: u32) -> u32 {
+    let seen = other.handle().usage("all", &Key::global()).await.unwrap();
+    quota - seen.remaining - spent
+}
+
+/// A trip, another to give back what is in hand, and a third that was under way
+/// when the time was over: charged there, it was told on top.
+#[tokio::test]
+async fn what_was_cut_off_under_way_is_not_charged_twice() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let config = Config::new(wire.url()).timeout(Duration::from_secs(1));
+    let redis = Redis::from_config(config).unwrap();
+    let layer = node_on(&redis, Quota::new(1_000, DAYS), OnStoreError::Local);
+    let other = node(&server, Quota::new(1_000, DAYS));
+    let limit = layer.handle().limit("all").unwrap();
+    for _ in 0..200 {
+        limit.check(&Key::global()).await.unwrap();
+    }
+    let held = held(&other, 1_000, 200).await;
+    assert!(held > 10, "{held}");
+    wire.delay(Duration::from_millis(450));
+    // Less than all is left when it is charged once.
+    let cost = 800 - held + 1;
+    limit.charge(&Key::global(), cost).await.unwrap();
+    // Whoever is told is told by now.
+    sleep(Duration::from_millis(2_500)).await;
+    let left = other.handle().usage("all", &Key::global()).await.unwrap();
+    assert_eq!(left.remaining, held - 1);
+}
+
+/// Who goes away while what is in hand is given back, takes it along no more.
+#[tokio::test]
+async fn what_is_given_back_for_one_who_goes_away_is_given_back() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let config = Config::new(wire.url()).timeout(Duration::from_secs(5));
+    let redis = Redis::from_config(config).unwrap();
+    let layer = node_on(&redis, Quota::new(1_000, DAYS), OnStoreError::Deny);
+    let other = node(&server, Quota::new(1_000, DAYS));
+    let limit = layer.handle().limit("all").unwrap();
+    for _ in 0..200 {
+        limit.check(&Key::global()).await.unwrap();
+    }
+    assert!(held(&other, 1_000, 200).await > 10);
+    // Nothing can be sent for a while.
+    wire.stall();
+    wire.cut();
+    sleep(Duration::from_millis(50)).await;
+    let key = Key::global();
+    let charge = limit.charge(&key, 800);
+    tokio::time::timeout(Duration::from_millis(50), charge)
+        .await
+        .unwrap_err();
+    wire.flow();
+    let began = clock::now();
+    while held(&other, 1_000, 200).await > 0 {
+        assert!(clock::now() - began < Duration::from_secs(10));
+        sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -1,7 +1,7 @@
 //! The fleet's store, and what is done without it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     mem,
     sync::{
         Arc,
@@ -16,7 +16,7 @@ use buttress_core::{
     keyed::KeyId,
     sync::Mutex,
 };
-use buttress_redis::{Cmd, ErrorKind, Value};
+use buttress_redis::{Cmd, Value};
 use tokio::{runtime, time::timeout};
 
 use super::{
@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     Gcra,
+    gcra::Tat,
     store::{self, Ask, Decision, Detail, Verdict},
 };
 
@@ -102,13 +103,8 @@ impl Backed {
     pub(crate) async fn decide(&self, asks: &[FleetAsk], detail: Detail) -> Outcome {
         match self.fleet.decide(asks, detail).await {
             Ok(decision) => Outcome::Decided(decision),
-            Err(Unanswered(error)) => {
-                // A server that was stopped does what it was sent when it goes
-                // on: what it may have charged yet is not charged twice. What
-                // was never sent, or went down with its connection, is owed.
-                let kind = error.as_ref().map(buttress_redis::Error::kind);
-                self.without(asks, detail, kind != Some(ErrorKind::Timeout))
-            }
+            // What it may have charged is not charged twice.
+            Err(unanswered) => self.without(asks, detail, unanswered.is_owed()),
         }
     }
 
@@ -128,9 +124,10 @@ impl Backed {
         let local: Vec<_> = asks.iter().map(|ask| Some(self.local(ask))).collect();
         let decision = store::decide_all(&self.ground.tables, &local, now, detail);
         if owes && decision.verdict == Verdict::Pass {
+            let at = |tat: Tat| Instant::from_nanos(tat.nanos_up().max(now.as_nanos()));
             for (ask, known) in asks.iter().zip(known) {
-                let first = known.nanos_up().max(now.as_nanos());
-                self.owed.note(ask, Instant::from_nanos(first));
+                let until = self.ground.known(ask, now);
+                self.owed.note(ask, at(known), at(until));
             }
             if self.owed.untended.load(Ordering::Relaxed) {
                 self.tend();
@@ -204,6 +201,8 @@ struct Owed {
 #[derive(Default)]
 struct Book {
     debts: HashMap<(usize, KeyId), Debt>,
+    /// When it was looked through last because it was full.
+    looked: Option<Instant>,
     /// Whether somebody is there to tell them.
     is_kept: bool,
 }
@@ -215,34 +214,61 @@ struct Debt {
     /// From when on it is owed: when the first was let through, or what was
     /// owed by then would have been paid.
     first: Instant,
+    /// When this process's own state of the key has come back.
+    until: Instant,
+}
+
+impl Book {
+    /// Drops what time has paid, here and in the fleet's state.
+    fn clear(&mut self, now: Instant) {
+        self.debts
+            .retain(|_, debt| !debt.is_paid(now) || now < debt.until);
+    }
+
+    /// Whether there is room for another.
+    fn has_room(&mut self, now: Instant) -> bool {
+        // All are looked through: not for each that comes.
+        if self.debts.len() >= MOST_OWED && self.looked.is_none_or(|at| now - at >= LOOK) {
+            self.looked = Some(now);
+            self.debts.retain(|_, debt| !debt.is_paid(now));
+        }
+        self.debts.len() < MOST_OWED
+    }
 }
 
 impl Owed {
-    fn note(&self, ask: &FleetAsk, first: Instant) {
+    /// `first`: from when on it is owed, as far as is known. `until`: when this
+    /// process's own state has come back, where it may cost more.
+    fn note(&self, ask: &FleetAsk, first: Instant, until: Instant) {
         if ask.cost == 0 {
             return;
         }
         let now = clock::now();
         let mut book = self.book.lock();
-        let debts = &mut book.debts;
-        if debts.len() >= MOST_OWED && !debts.contains_key(&(ask.limit, ask.id)) {
-            // What has been paid by time alone makes room.
-            debts.retain(|_, debt| !debt.is_paid(now));
-            if debts.len() >= MOST_OWED {
-                return;
+        let id = (ask.limit, ask.id);
+        if !book.debts.contains_key(&id) && !book.has_room(now) {
+            return;
+        }
+        let debt = match book.debts.entry(id) {
+            Entry::Occupied(debt) => {
+                let debt = debt.into_mut();
+                if debt.is_paid(now) {
+                    // Time that was left over pays for nothing later; and what
+                    // is known is what this process has charged itself.
+                    debt.cost = 0;
+                    debt.first = now;
+                }
+                debt
             }
-        }
-        let debt = debts.entry((ask.limit, ask.id)).or_insert_with(|| Debt {
-            key: ask.key.clone(),
-            gcra: ask.gcra,
-            cost: 0,
-            first,
-        });
-        if debt.is_paid(now) {
-            // Time that was left over pays for nothing later.
-            debt.cost = 0;
-            debt.first = first;
-        }
+            Entry::Vacant(place) => place.insert(Debt {
+                key: ask.key.clone(),
+                gcra: ask.gcra,
+                cost: 0,
+                first,
+                until,
+            }),
+        };
+        debt.until = until;
         debt.gcra = ask.gcra;
         debt.cost = debt.cost.saturating_add(ask.cost);
         if !book.is_kept {
@@ -320,7 +346,7 @@ impl Teller {
     fn ends(&mut self, is_over: bool) -> bool {
         let now = clock::now();
         let mut book = self.owed.book.lock();
-        book.debts.retain(|_, debt| !debt.is_paid(now));
+        book.clear(now);
         if is_over || book.debts.is_empty() {
             book.is_kept = false;
             self.is_done = true;
@@ -339,8 +365,8 @@ impl Teller {
             match self.tell(ids).await {
                 Ok(told) => count += told,
                 // Of several nodes another may well be there.
-                Err(Unanswered(_)) if is_cluster => {}
-                Err(Unanswered(_)) => break,
+                Err(_) if is_cluster => {}
+                Err(_) => break,
             }
         }
         count
@@ -380,14 +406,14 @@ impl Teller {
         let redis = &self.ground.redis;
         let value = match redis.call::<Value>("rate_limit_owed", &call).await {
             Ok(value) => value,
-            // It may be done, or be done yet: told again, it would be charged
-            // twice. What went down with its connection more likely was not.
-            Err(error) if error.may_be_done() && error.kind() != ErrorKind::Connection => {
-                return Ok(some.len());
-            }
             Err(error) => {
+                let unanswered = Unanswered::from(error);
+                // Told again, what may be done would be charged twice.
+                if !unanswered.is_owed() {
+                    return Ok(some.len());
+                }
                 self.take_again(some);
-                return Err(error.into());
+                return Err(unanswered);
             }
         };
         let gcras = some.iter().map(|(_, debt)| debt.gcra);
@@ -447,8 +473,7 @@ impl Drop for Teller {
 impl Debt {
     /// Microseconds from `now` to when it began to be owed.
     fn ahead_of(&self, now: Instant) -> i64 {
-        let micros =
-            |span: std::time::Duration| i64::try_from(span.as_micros()).unwrap_or(i64::MAX);
+        let micros = |span: Duration| i64::try_from(span.as_micros()).unwrap_or(i64::MAX);
         micros(self.first - now) - micros(now - self.first)
     }
 
@@ -469,37 +494,104 @@ mod tests {
     use super::*;
     use crate::{Quota, store::Table};
 
-    #[tokio::test(start_paused = true)]
-    async fn time_pays_for_what_was_before_it() {
-        let gcra = Quota::per_second(10).burst(5).check().unwrap();
+    const MS: Duration = Duration::from_millis(1);
+
+    fn asks(quota: Quota) -> impl Fn(u64, u32) -> FleetAsk {
+        let gcra = quota.check().unwrap();
         let max_keys = NonZeroUsize::new(10).unwrap();
         let table = Table::new("l".into(), gcra, max_keys, WhenFull::Evict);
-        let key = Key::from("a");
-        let id = table.id(&key);
-        let ask = FleetAsk {
-            limit: 0,
-            id,
-            key,
-            cost: 5,
-            gcra,
-        };
+        move |key, cost| {
+            let key = Key::from(key);
+            FleetAsk {
+                limit: 0,
+                id: table.id(&key),
+                key,
+                cost,
+                gcra,
+            }
+        }
+    }
+
+    fn owes(owed: &Owed, ask: &FleetAsk) -> i64 {
+        let book = owed.book.lock();
+        let debt = &book.debts[&(0, ask.id)];
+        let charge = debt.gcra.charge(debt.cost).micros.cast_signed();
+        debt.ahead_of(clock::now()) + charge
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_pays_for_what_was_before_it() {
+        let ask = asks(Quota::per_second(10).burst(5))(0, 5);
         let owed = Owed::default();
-        owed.note(&ask, clock::now());
-        advance(Duration::from_millis(300)).await;
+        let now = clock::now();
+        owed.note(&ask, now, now + 500 * MS);
+        advance(300 * MS).await;
         // Two of five are owed still: these come on top.
-        owed.note(&ask, clock::now() + Duration::from_millis(200));
-        advance(Duration::from_millis(600)).await;
-        let owes = |owed: &Owed| {
-            let book = owed.book.lock();
-            let debt = &book.debts[&(0, id)];
-            let charge = debt.gcra.charge(debt.cost).micros.cast_signed();
-            debt.ahead_of(clock::now()) + charge
-        };
-        assert_eq!(owes(&owed), 100_000);
+        let now = clock::now();
+        owed.note(&ask, now + 200 * MS, now + 700 * MS);
+        advance(600 * MS).await;
+        assert_eq!(owes(&owed, &ask), 100_000);
         advance(Duration::from_secs(10)).await;
-        assert!(owed.book.lock().debts[&(0, id)].is_paid(clock::now()));
+        let now = clock::now();
+        assert!(owed.book.lock().debts[&(0, ask.id)].is_paid(now));
         // Ten quiet seconds pay for nothing that comes after them.
-        owed.note(&ask, clock::now());
-        assert_eq!(owes(&owed), 500_000);
+        owed.note(&ask, now, now + 500 * MS);
+        assert_eq!(owes(&owed, &ask), 500_000);
+        // Nor where all of it was given back before.
+        owed.take_back(&ask);
+        advance(Duration::from_secs(10)).await;
+        let now = clock::now();
+        owed.note(&ask, now, now + 500 * MS);
+        assert_eq!(owes(&owed, &ask), 500_000);
+    }
+
+    /// Where a process has a part of the quota, what it has charged itself for
+    /// that was told as if the fleet had owed it before.
+    #[tokio::test(start_paused = true)]
+    async fn a_part_of_the_quota_is_owed_at_the_price_of_all() {
+        let ask = asks(Quota::per_second(10).burst(10))(0, 1);
+        let owed = Owed::default();
+        let now = clock::now();
+        // One of five processes.
+        owed.note(&ask, now, now + 500 * MS);
+        advance(200 * MS).await;
+        let now = clock::now();
+        owed.book.lock().clear(now);
+        owed.note(&ask, now + 300 * MS, now + 800 * MS);
+        assert_eq!(owes(&owed, &ask), 100_000);
+        advance(799 * MS).await;
+        owed.book.lock().clear(clock::now());
+        assert_eq!(owed.book.lock().debts.len(), 1);
+        advance(2 * MS).await;
+        owed.book.lock().clear(clock::now());
+        assert_eq!(owed.book.lock().debts.len(), 0);
+    }
+
+    /// All were looked through for each that came.
+    #[tokio::test(start_paused = true)]
+    async fn where_there_is_no_room_it_is_looked_for_now_and_then() {
+        let slow = asks(Quota::per_hour(1));
+        let quick = asks(Quota::per_second(10))(u64::MAX, 1);
+        let owed = Owed::default();
+        let note = |ask: &FleetAsk| owed.note(ask, clock::now(), clock::now());
+        let has = |ask: &FleetAsk| owed.book.lock().debts.contains_key(&(0, ask.id));
+        for n in 1..MOST_OWED as u64 {
+            note(&slow(n, 1));
+        }
+        note(&quick);
+        let (late, later) = (slow(0, 1), slow(1 << 40, 1));
+        note(&late);
+        assert!(!has(&late));
+        advance(LOOK / 2).await;
+        note(&late);
+        assert!(!has(&late));
+        advance(LOOK / 2).await;
+        note(&late);
+        assert!(has(&late) && !has(&quick));
+        note(&later);
+        assert!(!has(&later));
+        // Those that are there are always known.
+        note(&late);
+        assert_eq!(owed.book.lock().debts[&(0, late.id)].cost, 2);
     }
 }

@@ -106,8 +106,14 @@ impl TokenBucket {
         }];
         let decision = match self.fleet.decide_now(&asks, Detail::Tightest) {
             Some(decision) => decision,
-            None => (self.fleet.decide(&asks, Detail::Tightest).await)
-                .map_err(|Unanswered(cause)| StoreError { cause })?,
+            None => (self.fleet.decide(&asks, Detail::Tightest).await).map_err(|unanswered| {
+                StoreError {
+                    cause: match unanswered {
+                        Unanswered::Failed(error) => Some(error),
+                        Unanswered::Unasked | Unanswered::Unheard => None,
+                    },
+                }
+            })?,
         };
         let standing = decision.tightest.expect("it was asked for");
         Ok(Taken {

@@ -7,7 +7,7 @@ use std::sync::{
 };
 
 use buttress_core::{clock, key, keyed::KeyId};
-use buttress_redis::{Error, Family, Key, Redis};
+use buttress_redis::{Error, ErrorKind, Family, Key, Redis};
 use sha2::{Digest, Sha256};
 
 use super::ask::{self, FleetAsk};
@@ -39,13 +39,34 @@ pub(crate) struct Ground {
     epochs: [AtomicU64; EPOCHS],
 }
 
-/// The answer did not come: what the server was asked may be done or not.
+/// The answer did not come.
 #[derive(Clone, Debug)]
-pub(crate) struct Unanswered(pub(crate) Option<Error>);
+pub(crate) enum Unanswered {
+    /// It was not asked for this, or who asked is gone with his runtime and
+    /// connection.
+    Unasked,
+    /// It was asked, or may have been: there was no time left to hear it, or it
+    /// makes no sense.
+    Unheard,
+    Failed(Error),
+}
+
+impl Unanswered {
+    /// Whether what was asked for is still to be charged.
+    pub(crate) fn is_owed(&self) -> bool {
+        match self {
+            Self::Unasked => true,
+            Self::Unheard => false,
+            // A server that was stopped does what it was sent when it goes on.
+            // What went down with its connection more likely was not done.
+            Self::Failed(error) => !error.may_be_done() || error.kind() == ErrorKind::Connection,
+        }
+    }
+}
 
 impl From<Error> for Unanswered {
     fn from(error: Error) -> Self {
-        Self(Some(error))
+        Self::Failed(error)
     }
 }
 

@@ -33,7 +33,11 @@ use buttress_core::{
     sync::Mutex,
 };
 use buttress_redis::{Call, Key, Slot, Value};
-use tokio::{runtime, sync::oneshot, time::timeout};
+use tokio::{
+    runtime,
+    sync::oneshot::{self, error::TryRecvError},
+    time::timeout,
+};
 
 use super::{
     ground::{Ground, Since, Unanswered},
@@ -135,6 +139,24 @@ struct Answered {
     found: Vec<(oneshot::Sender<Result<Found, Unanswered>>, States)>,
 }
 
+/// Those that are asked for. Where their task ends before the answer, with its
+/// runtime, nobody hears what became of them.
+struct Sent(Vec<Waiting>);
+
+impl Sent {
+    fn answered(mut self) -> Vec<Waiting> {
+        mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        for one in self.0.drain(..) {
+            let _ = one.tell.send(Err(Unanswered::Unheard));
+        }
+    }
+}
+
 /// The right to use a lane.
 struct Baton {
     lanes: Arc<Lanes>,
@@ -176,15 +198,20 @@ impl Lanes {
                 drop(baton);
                 found
             }
-            Turn::Later(number, told) => {
+            Turn::Later(number, mut told) => {
                 let limit = self.ground.redis.timeout() + GRACE;
-                match timeout(limit, told).await {
+                match timeout(limit, &mut told).await {
                     Ok(Ok(found)) => found,
                     // Whoever was under way is gone, with his runtime.
-                    Ok(Err(_)) => Err(Unanswered(None)),
+                    Ok(Err(_)) => Err(Unanswered::Unasked),
                     Err(_) => {
                         self.abandon(slot, number);
-                        Err(Unanswered(None))
+                        match told.try_recv() {
+                            Ok(found) => found,
+                            // It waited still, and was dropped.
+                            Err(TryRecvError::Closed) => Err(Unanswered::Unasked),
+                            Err(TryRecvError::Empty) => Err(Unanswered::Unheard),
+                        }
                     }
                 }
             }
@@ -353,6 +380,7 @@ impl Lanes {
                 .iter()
                 .map(|&(check, charge)| &waiting[check].check[charge]);
             let asked = Asked::new(&lanes.ground, charges);
+            let sent = Sent(waiting);
             let mut answer = pin!(asked.answer(&lanes.ground, limit, &call));
             // Sent before those of the last call are told: the server is at this
             // one while they go on.
@@ -366,6 +394,7 @@ impl Lanes {
                 Some(answer) => answer,
                 None => answer.await,
             };
+            let waiting = sent.answered();
             match answer {
                 Ok((now, mut states)) => {
                     let mut found = Vec::with_capacity(waiting.len());
@@ -614,7 +643,7 @@ impl Asked {
         let now = clock::now();
         let value: Value = ground.redis.call_within(limit, "rate_limit", call).await?;
         let gcras = self.keys.iter().map(|&(_, _, gcra, _)| gcra);
-        let states = script::answer(&value, gcras, now.as_nanos()).ok_or(Unanswered(None))?;
+        let states = script::answer(&value, gcras, now.as_nanos()).ok_or(Unanswered::Unheard)?;
         Ok((now, states))
     }
 

@@ -228,7 +228,7 @@ impl Leased {
         if self.is_big(asks) {
             return timeout_at(deadline, self.decide_big(asks, detail))
                 .await
-                .unwrap_or(Err(Unanswered(None)));
+                .unwrap_or(Err(Unanswered::Unheard));
         }
         match self.shares.decide(asks, detail).await? {
             Some(decision) => Ok(decision),
@@ -236,7 +236,7 @@ impl Leased {
             // and again.
             None => timeout_at(deadline, self.strict.decide(asks, detail))
                 .await
-                .unwrap_or(Err(Unanswered(None))),
+                .unwrap_or(Err(Unanswered::Unheard)),
         }
     }
 

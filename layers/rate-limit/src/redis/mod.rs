@@ -53,9 +53,10 @@
 //! thirty-second of it), the time of the answer is taken, which may refuse for a
 //! trip too long and never asks too early; and who comes for a key while one
 //! of its last tokens is asked for waits for that answer: a key that is denied
-//! costs one command for each token's time, however many want it. That holds as long as nobody gives anything back:
-//! another process's [`FleetHandle::reset`], or a key that was deleted by hand,
-//! is noticed only when the request would have been let in without it. Where
+//! costs one command for each token's time, however many want it. That holds as
+//! long as nobody gives anything back: another process's [`FleetHandle::reset`],
+//! or a key that was deleted by hand, is noticed only when the request would
+//! have been let in without it. Where
 //! [`refund_if`](RateLimitBuilder::refund_if) is set, and for several limits in
 //! a cluster, nothing is refused so.
 

@@ -117,7 +117,7 @@ impl Strict {
             let mut all = true;
             let mut failed = None;
             for (indices, asks, task) in under_way {
-                match task.await.unwrap_or(Err(Unanswered(None))) {
+                match task.await.unwrap_or(Err(Unanswered::Unasked)) {
                     Ok(mut found) => {
                         for (&index, state) in indices.iter().zip(&*found.states.as_mut()) {
                             states[index] = state.moved(found.now, now);
@@ -157,7 +157,7 @@ impl Strict {
                 give_back.await;
             }
         });
-        told.await.unwrap_or(Err(Unanswered(None)))
+        told.await.unwrap_or(Err(Unanswered::Unasked))
     }
 
     /// Gives the charges back, and tells how the keys stand then.
@@ -186,7 +186,7 @@ impl Strict {
         let mut stands = vec![(Tat::default(), 0); asks.len()];
         let mut failed = None;
         for (indices, task) in under_way {
-            match task.await.unwrap_or(Err(Unanswered(None))) {
+            match task.await.unwrap_or(Err(Unanswered::Unasked)) {
                 Ok(part) => {
                     for (index, stand) in indices.into_iter().zip(part) {
                         stands[index] = stand;
@@ -210,7 +210,7 @@ impl Strict {
         let now = clock::now();
         let value: Value = self.ground.redis.call("rate_limit_peek", &call).await?;
         let states = script::answer(&value, [ask.gcra].into_iter(), now.as_nanos());
-        let states = states.ok_or(Unanswered(None))?;
+        let states = states.ok_or(Unanswered::Unheard)?;
         Ok((states[0], now.as_nanos()))
     }
 
@@ -248,7 +248,7 @@ async fn give_back(
         forget(ground, asks);
     }
     let gcras = asks.iter().map(|ask| ask.gcra);
-    let states = script::answer(&answer?, gcras, now).ok_or(Unanswered(None))?;
+    let states = script::answer(&answer?, gcras, now).ok_or(Unanswered::Unheard)?;
     Ok(states.into_iter().map(|state| (state, now)).collect())
 }
 

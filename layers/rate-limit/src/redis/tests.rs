@@ -8,7 +8,10 @@ use std::{
 };
 
 use buttress_core::{clock::Instant, key::Key, keyed::WhenFull};
-use buttress_redis::{Cmd, testing::Server};
+use buttress_redis::{
+    Cmd, Config, Redis,
+    testing::{Server, Wire},
+};
 use num_rational::Ratio;
 
 use super::{ask::FleetAsk, ground::Ground, script::Scripts, strict::Strict};
@@ -647,4 +650,77 @@ fn a_runtime_that_ends_strands_nobody() {
         }
         panic!("nobody is answered any more");
     });
+}
+
+/// Asked for by another runtime's task, which ends before the answer is here.
+#[test]
+fn what_was_sent_by_a_runtime_that_ends_is_not_owed() {
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let main = runtime();
+    let (server, wire) = main.block_on(async {
+        let server = Server::start().await;
+        let wire = Wire::to(&server).await;
+        (server, wire)
+    });
+    let config = Config::new(wire.url()).timeout(Duration::from_secs(5));
+    let redis = Redis::from_config(config).unwrap();
+    main.block_on(redis.connect()).unwrap();
+    let ground = Arc::new(Ground::new(redis, tables(), "test", false));
+    let strict = Arc::new(Strict::with(Arc::clone(&ground), Scripts::by_caller(START)));
+    let gcra = quotas()[3];
+    let decide = |key: &str| {
+        let key = Key::from(key);
+        let id = ground.tables[3].id(&key);
+        let ask = [FleetAsk {
+            limit: 3,
+            id,
+            key,
+            cost: 1,
+            gcra,
+        }];
+        let strict = Arc::clone(&strict);
+        async move { strict.decide(&ask, Detail::None).await }
+    };
+    // The script is known from here on.
+    main.block_on(decide("b")).unwrap();
+    wire.delay(Duration::from_millis(300));
+    let other = runtime();
+    let theirs = [other.spawn(decide("b")), other.spawn(decide("b"))];
+    let wait =
+        |millis| main.block_on(async { tokio::time::sleep(Duration::from_millis(millis)).await });
+    wait(50);
+    let mine: Vec<_> = (0..10).map(|_| main.spawn(decide("a"))).collect();
+    // Their answers are here, and who asks next for these has asked.
+    for one in theirs {
+        main.block_on(one).unwrap().unwrap();
+    }
+    wait(100);
+    other.shutdown_background();
+    let (mut passed, mut unheard) = (0, 0);
+    for one in mine {
+        match main.block_on(one).unwrap() {
+            Ok(decision) => passed += u32::from(decision.verdict == Verdict::Pass),
+            Err(unanswered) => unheard += u32::from(!unanswered.is_owed()),
+        }
+    }
+    let ask = FleetAsk {
+        limit: 3,
+        key: Key::from("a"),
+        id: ground.tables[3].id(&Key::from("a")),
+        cost: 1,
+        gcra,
+    };
+    let (tat, now) = main.block_on(strict.peek(&ask)).unwrap();
+    let charged = gcra.burst() - gcra.remaining(tat, now);
+    assert!(
+        (passed..=passed + unheard).contains(&charged),
+        "{charged} charged, {passed} passed, {unheard} unheard"
+    );
+    drop(server);
 }

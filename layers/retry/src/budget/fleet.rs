@@ -36,7 +36,7 @@ use buttress_core::{
         },
     },
 };
-use buttress_redis::{Error, ErrorKind, Key, Redis, Script};
+use buttress_redis::{Key, Redis, Script};
 use tokio::{runtime, time::sleep};
 
 use self::pocket::{Answer, Ledger, Pocket, Report};
@@ -429,7 +429,7 @@ impl Shared {
                 }
             }
             Err(error) => {
-                if !may_be_done(&error) {
+                if !error.may_be_done() {
                     self.pocket.put(offered);
                 }
                 *failures = failures.saturating_add(1);
@@ -440,14 +440,6 @@ impl Shared {
             }
         }
     }
-}
-
-/// Whether the server may have done what failed, or may do it yet.
-fn may_be_done(error: &Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::Timeout | ErrorKind::Connection | ErrorKind::Answer
-    )
 }
 
 /// The task's place: given up when it ends, whatever ends it.

@@ -307,11 +307,16 @@ impl Share {
         }
     }
 
+    /// It was not asked after all.
+    pub(crate) fn unasked(&mut self) {
+        self.asking = false;
+        self.void = false;
+    }
+
     /// There is no answer. What may have been charged is lost: the next that is
     /// lost has nothing for the share.
     pub(crate) fn failed(&mut self) {
-        self.asking = false;
-        self.void = false;
+        self.unasked();
         self.size = 1;
         self.granted = 0;
         self.low = 0;
@@ -414,6 +419,19 @@ mod tests {
         let tat = Tat::at(now + u64::from(granted) * MS);
         share.answered(now, now, want, Grant { granted, tat });
         granted
+    }
+
+    /// Where another of a request's keys has no room for a share.
+    #[test]
+    fn what_was_not_asked_after_all_changes_no_size() {
+        let mut share = grown();
+        let size = share.size;
+        share.wait(START, 8);
+        share.ask(START, 8).unwrap();
+        share.unasked();
+        assert!(!share.is_asking());
+        assert_eq!(share.size, size);
+        assert!(share.granted > 0);
     }
 
     /// A share that has grown to 8 tokens, of which it has 7.

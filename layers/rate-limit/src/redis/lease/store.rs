@@ -96,6 +96,9 @@ struct Asked {
     flight: Arc<Flight>,
 }
 
+/// Tokens of a key that go back.
+type Back = (usize, KeyId, Key, Gcra, u32);
+
 pub(super) struct Shares {
     ground: Arc<Ground>,
     maps: Box<[KeyedMap<Cell>]>,
@@ -454,7 +457,7 @@ impl Shares {
             let index = asks.iter().position(|ask| ask.limit == asked.limit);
             let guard = index.and_then(|index| guards[index].as_mut());
             if let Some(held) = guard.and_then(Guard::get_mut).and_then(Cell::held) {
-                held.share.failed();
+                held.share.unasked();
                 held.flight = None;
             }
             asked.flight.land();
@@ -489,11 +492,12 @@ impl Shares {
             for flight in flights {
                 timeout_at(deadline, flight.landed())
                     .await
-                    .map_err(|_| Unanswered(None))?;
+                    // What is granted yet is the share's, and not this one's.
+                    .map_err(|_| Unanswered::Unasked)?;
                 if let Some(error) = flight.error.get() {
                     // What was not in the question nobody has charged.
                     return Err(match joined.counted {
-                        0 => Unanswered(None),
+                        0 => Unanswered::Unasked,
                         _ => error.clone(),
                     });
                 }
@@ -567,14 +571,7 @@ impl Shares {
                 }
             });
         }
-        let at_once = if self.ground.redis.is_cluster() {
-            1
-        } else {
-            AT_ONCE
-        };
-        for some in back.chunks(at_once) {
-            self.give_some_back(some).await;
-        }
+        self.give_these_back(&back).await;
         left
     }
 
@@ -593,6 +590,18 @@ impl Shares {
                 back.push((ask.limit, ask.id, key, held.share.gcra, tokens));
             }
         }
+        let Some(this) = self.this.upgrade() else {
+            return;
+        };
+        if !back.is_empty() {
+            // In a task of its own: it is out of the shares by now, and lost
+            // where who asked goes away.
+            let _ = tokio::spawn(async move { this.give_these_back(&back).await }).await;
+        }
+    }
+
+    async fn give_these_back(&self, back: &[Back]) {
+        // Keys of one call are of one slot.
         let is_cluster = self.ground.redis.is_cluster();
         for some in back.chunks(if is_cluster { 1 } else { AT_ONCE }) {
             self.give_some_back(some).await;
@@ -600,7 +609,7 @@ impl Shares {
     }
 
     /// Gives back tokens of keys of one slot.
-    async fn give_some_back(&self, some: &[(usize, KeyId, Key, Gcra, u32)]) {
+    async fn give_some_back(&self, some: &[Back]) {
         let ground = &self.ground;
         let keys: Vec<_> = (some.iter())
             .map(|(limit, _, key, ..)| ground.key_of(*limit, key))
@@ -795,8 +804,8 @@ impl Crew {
         let sent = clock::now();
         let answer = ground.redis.call::<Value>("rate_limit_lease", &call).await;
         let answer = match answer {
-            Ok(value) => script::answer(&value, &wants, sent.as_nanos()).ok_or(Unanswered(None)),
-            Err(error) => Err(Unanswered(Some(error))),
+            Ok(value) => script::answer(&value, &wants, sent.as_nanos()).ok_or(Unanswered::Unheard),
+            Err(error) => Err(error.into()),
         };
         match answer {
             Ok(grants) => {
@@ -839,7 +848,7 @@ impl Drop for Crew {
                 held.flight = None;
             }
             drop(guard);
-            let _ = asked.flight.error.set(Unanswered(None));
+            let _ = asked.flight.error.set(Unanswered::Unasked);
             asked.flight.land();
         }
     }

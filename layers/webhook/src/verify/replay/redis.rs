@@ -16,7 +16,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use buttress_core::{BoxError, clock};
-use buttress_redis::{Error, ErrorKind, Key, Redis};
+use buttress_redis::{Key, Redis};
 
 use self::later::{Desk, Work};
 use super::{Claim, ClaimKey, ClaimToken, ReplayStore, StoreFuture};
@@ -149,7 +149,7 @@ impl ReplayStore for RedisReplays {
                 Ok(later::COMPLETED) => Ok(Claim::Completed),
                 Ok(_) => Err("redis webhook_claim: the answer makes no sense".into()),
                 Err(error) => {
-                    if may_be_done(&error) {
+                    if error.may_be_done() {
                         let until = clock::now() + self.lease;
                         self.desk.later(key, Work::Release { token, until });
                     }
@@ -179,14 +179,6 @@ impl ReplayStore for RedisReplays {
         let until = clock::now() + keep;
         Box::pin(self.settle(self.key(key), Work::Complete { token: None, until }))
     }
-}
-
-/// Whether the server may have done what failed, or may do it yet.
-fn may_be_done(error: &Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::Timeout | ErrorKind::Connection | ErrorKind::Answer
-    )
 }
 
 impl fmt::Debug for RedisReplays {
