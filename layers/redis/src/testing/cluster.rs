@@ -205,22 +205,30 @@ impl Cluster {
     ///
     /// It does not answer.
     pub async fn owner(&self, key: &Key) -> usize {
-        let nodes: String = self.nodes[0].cmd(&["CLUSTER", "NODES"]).await;
         let number = self.slot(key).await;
-        let has = |line: &&str| {
-            line.split(' ').skip(8).any(|range| {
-                let (first, last) = range.split_once('-').unwrap_or((range, range));
-                match (first.parse::<u16>(), last.parse::<u16>()) {
-                    (Ok(first), Ok(last)) => (first..=last).contains(&number),
-                    // One that moves, in brackets.
-                    _ => false,
-                }
-            })
-        };
-        let line = nodes.lines().find(has).expect("every slot has an owner");
-        let name = line.split(' ').next().unwrap_or_default();
-        let owner = self.names.iter().position(|it| it == name);
+        let view = View::of(&self.nodes[0]).await;
+        let owner = view.owner(number).expect("every slot has an owner");
+        let owner = self.names.iter().position(|it| it == owner);
         owner.expect("it is one of ours")
+    }
+
+    /// Whether all have heard of it and of each other's last moves; `None` where
+    /// one holds the slot for another's.
+    async fn agrees(&self, slot: u16, to: usize) -> Option<bool> {
+        let mut known: Option<View> = None;
+        let mut all = true;
+        for node in &self.nodes {
+            let view = View::of(node).await;
+            if view.owner(slot) != Some(&self.names[to]) {
+                return None;
+            }
+            let epochs = view.epochs();
+            let is_alone = |epoch: &&str| epochs.iter().filter(|(_, it)| it == epoch).count() == 1;
+            all &= epochs.iter().map(|(_, epoch)| epoch).all(is_alone);
+            all &= known.as_ref().is_none_or(|it| it.epochs() == epochs);
+            known = Some(view);
+        }
+        Some(all)
     }
 
     async fn slot(&self, key: &Key) -> u16 {
@@ -274,15 +282,60 @@ impl Cluster {
     ///
     /// The nodes do not agree to it.
     pub async fn finish_move(&self, key: &Key, to: usize) {
-        let number = self.slot(key).await.to_string();
+        let slot = self.slot(key).await;
+        let number = slot.to_string();
         let words = ["CLUSTER", "SETSLOT", &number, "NODE", &self.names[to]];
-        // The new owner first, so that it is never nobody's.
-        self.nodes[to].cmd::<()>(&words).await;
-        for (index, node) in self.nodes.iter().enumerate() {
-            if index != to {
-                node.cmd::<()>(&words).await;
+        // Two moves at the same time may give two nodes one epoch; until they
+        // have another, what they say of their slots can undo this.
+        for _ in 0..1000 {
+            // The new owner first, so that it is never nobody's.
+            self.nodes[to].cmd::<()>(&words).await;
+            for (index, node) in self.nodes.iter().enumerate() {
+                if index != to {
+                    node.cmd::<()>(&words).await;
+                }
+            }
+            for _ in 0..20 {
+                match self.agrees(slot, to).await {
+                    Some(true) => return,
+                    Some(false) => sleep(LOOK).await,
+                    None => break,
+                }
             }
         }
+        panic!("the nodes do not agree on a move");
+    }
+}
+
+/// What a node says of all, a line each.
+struct View(String);
+
+impl View {
+    async fn of(node: &Server) -> Self {
+        Self(node.cmd(&["CLUSTER", "NODES"]).await)
+    }
+
+    fn owner(&self, slot: u16) -> Option<&str> {
+        let has = |line: &&str| {
+            line.split(' ').skip(8).any(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                match (first.parse::<u16>(), last.parse::<u16>()) {
+                    (Ok(first), Ok(last)) => (first..=last).contains(&slot),
+                    // One that moves, in brackets.
+                    _ => false,
+                }
+            })
+        };
+        self.0.lines().find(has)?.split(' ').next()
+    }
+
+    /// How new what each says of its slots is.
+    fn epochs(&self) -> Vec<(&str, &str)> {
+        let mut epochs: Vec<_> = (self.0.lines())
+            .filter_map(|line| Some((line.split(' ').next()?, line.split(' ').nth(6)?)))
+            .collect();
+        epochs.sort_unstable();
+        epochs
     }
 }
 
