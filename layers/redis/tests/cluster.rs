@@ -495,3 +495,41 @@ async fn a_node_out_of_reach_holds_up_nobody_else() {
     let took = recovered(&redis, &keys[1]).await;
     assert!(took < 4000 * MS, "{took:?}");
 }
+
+/// Nodes that do not know their own addresses: they are where they were asked.
+#[tokio::test]
+async fn nodes_without_names_come_back() {
+    let cluster = Cluster::start().await;
+    for node in cluster.nodes() {
+        let kind = ["cluster-preferred-endpoint-type", "unknown-endpoint"];
+        let words = [&["CONFIG", "SET"], &kind[..]].concat();
+        node.cmd::<()>(&words).await;
+    }
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    cluster.nodes()[1].pause();
+    lives_without(&redis, &keys, 1).await;
+    cluster.nodes()[1].resume();
+    let took = recovered(&redis, &keys[1]).await;
+    assert!(took < 4000 * MS, "{took:?}");
+}
+
+/// What a node denies it answers: it is not gone.
+#[tokio::test]
+async fn a_cluster_that_denies_a_sign_of_life_is_not_gone() {
+    let mut cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    for node in cluster.nodes() {
+        node.cmd::<()>(&["ACL", "SETUSER", "default", "-ping"])
+            .await;
+    }
+    cluster.node_mut(1).kill();
+    lives_without(&redis, &keys, 1).await;
+}
