@@ -501,7 +501,7 @@ async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>)
         Ok(made) => made?,
         Err(_) => return Err(Error::new(ErrorKind::Timeout, "connect")),
     };
-    match probe(shared, &link, false, shared.gates.used()).await {
+    match probe(shared, &link, false, shared.gates.awake()).await {
         (open, Some(why)) if open.is_empty() => Err(why),
         (open, _) => Ok((link, open)),
     }

@@ -85,9 +85,14 @@ impl Gates {
         }
     }
 
-    /// Shuts all. Whether one was open.
+    /// Those that may be probed.
+    pub(crate) fn awake(&self) -> impl Iterator<Item = (usize, &Gate)> {
+        self.used().filter(|(_, gate)| !gate.rests())
+    }
+
+    /// Shuts all. Whether one was open. Those that rest are shut, and go on to.
     pub(crate) fn shut(&self) -> bool {
-        self.used()
+        self.awake()
             .fold(false, |was_open, (_, gate)| gate.shut() | was_open)
     }
 
