@@ -66,7 +66,7 @@ impl Store {
     fn patience(&self, place: &memory::Place, wait: Duration) -> Duration {
         #[cfg(feature = "redis")]
         if let Self::Redis(remote, _) = self
-            && place.is_leaving()
+            && place.leaving().is_some()
         {
             // It is free but for a trip to Redis: who sends one request after
             // the other must not find its own last one in its way.
@@ -106,7 +106,7 @@ impl Store {
             },
             #[cfg(feature = "redis")]
             Self::Redis(remote, _) => {
-                let lock = remote.lock(&core, key);
+                let (lock, timeout) = (remote.lock(&core, key), remote.timeout());
                 Claim::Later(Box::pin(async move {
                     let deadline = clock::now() + wait;
                     let turn = match first {
@@ -114,7 +114,7 @@ impl Store {
                         Err(place) => place
                             .take(patience)
                             .await
-                            .map_err(|place| redis::overdue(&place))?,
+                            .map_err(|place| redis::overdue(&place, timeout))?,
                     };
                     // Who had it here has given it back by now.
                     let lock = lock.wait(deadline - clock::now());

@@ -278,6 +278,27 @@ async fn who_comes_after_one_that_was_dropped_goes_as_without_redis() {
     assert!(clock::now() - began < LONG / 6);
 }
 
+/// Who waited in vain for one that was just about to leave was let go on
+/// without a lock, as if Redis had failed.
+#[tokio::test]
+async fn who_waited_for_one_that_has_only_begun_to_leave_is_refused() {
+    let server = Server::start().await;
+    let wire = Wire::to(&server).await;
+    let redis = Redis::from_config(Config::new(wire.url()).timeout(LONG / 6)).unwrap();
+    let layer = process(&redis).on_store_error(OnStoreError::Allow);
+    let layer = layer.wait(Duration::from_millis(100)).build().unwrap();
+    let service = layer.layer(service_fn(serve));
+    let first = service.clone().oneshot(order("1")).await.unwrap();
+    let mut next = task::spawn(service.oneshot(order("1")));
+    assert!(next.poll().is_pending());
+    wire.stall();
+    drop(first);
+    let began = clock::now();
+    let next = next.await.unwrap();
+    assert_eq!(next.status(), 409);
+    assert!(clock::now() - began < LONG / 6);
+}
+
 /// With nobody left to give back what it takes: nothing panics.
 #[test]
 fn a_claim_that_is_dropped_after_its_runtime_is_no_trouble() {

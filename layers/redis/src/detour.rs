@@ -22,7 +22,7 @@ use redis::{
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    dial::Server,
+    dial::{Server, host_and_port},
     link::{Single, single},
     nodes::Gates,
 };
@@ -216,7 +216,7 @@ impl Turn {
         let (address, _) = error.redirect_node()?;
         // Without a host it is the one that was asked, and only the library
         // knows which: it has learned by now whose the slot is.
-        if address.starts_with([':', '?']) {
+        if host_and_port(address).is_none() {
             return Some(Self::Back);
         }
         Some(Self::Node {
@@ -243,6 +243,8 @@ mod tests {
         };
         assert_eq!(turn("-MOVED 1 h:6379\r\n"), node("h:6379", false));
         assert_eq!(turn("-ASK 1 [::1]:6379\r\n"), node("[::1]:6379", true));
+        // As the servers write it.
+        assert_eq!(turn("-ASK 1 ::1:6379\r\n"), node("::1:6379", true));
         assert_eq!(turn("-MOVED 1 :6379\r\n"), Some(Turn::Back));
         assert_eq!(turn("-MOVED 1 ?:6379\r\n"), Some(Turn::Back));
         assert_eq!(turn("-TRYAGAIN later\r\n"), Some(Turn::Back));

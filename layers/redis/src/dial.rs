@@ -43,9 +43,7 @@ impl Server {
 
     /// Another one of the same kind, at `host:port`.
     pub(crate) fn at(&self, address: &str) -> Option<Self> {
-        let (host, port) = address.rsplit_once(':')?;
-        let host = host.trim_start_matches('[').trim_end_matches(']');
-        let port = port.parse().ok()?;
+        let (host, port) = host_and_port(address)?;
         let mut server = self.clone();
         match &mut server.address {
             ConnectionAddr::Tcp(its_host, its_port)
@@ -59,7 +57,7 @@ impl Server {
             }
             _ => return None,
         }
-        (!host.is_empty()).then_some(server)
+        Some(server)
     }
 
     pub(crate) async fn stream(&self) -> RedisResult<Pin<Box<dyn Stream>>> {
@@ -78,6 +76,15 @@ impl Server {
             _ => return Err(io::Error::from(io::ErrorKind::Unsupported).into()),
         })
     }
+}
+
+/// What a node of a cluster is said to be at; `None` without a host, which is
+/// that of the node that said it.
+pub(crate) fn host_and_port(address: &str) -> Option<(&str, u16)> {
+    let (host, port) = address.rsplit_once(':')?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let is_named = !matches!(host, "" | "?" | "0.0.0.0" | "::");
+    is_named.then_some((host, port.parse().ok()?))
 }
 
 async fn tcp(host: &str, port: u16) -> io::Result<TcpStream> {

@@ -110,6 +110,11 @@ impl Gate {
             .is_err()
     }
 
+    /// Whether it is not to be probed for a while.
+    pub(crate) fn rests(&self) -> bool {
+        self.0.load(Ordering::Acquire) & SKIPS != 0
+    }
+
     /// Shuts it at once. Whether it was open.
     pub(crate) fn shut(&self) -> bool {
         let word = self.update(|word| word & !(LEVELS | SKIPS) | SHUT);

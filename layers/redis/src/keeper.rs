@@ -153,7 +153,7 @@ impl Keeper {
 
     /// An operation failed in a cluster: it may be one node, or all.
     pub(crate) fn doubt(&self, error: &Error) {
-        if let ErrorKind::Timeout | ErrorKind::Connection = error.kind() {
+        if is_silence(error) {
             self.doubts.notify_one();
         }
     }
@@ -305,6 +305,11 @@ async fn look(shared: &Shared, link: &mut Link) -> Duration {
             gate.is_alive(ticket);
             return LOOK;
         }
+        // Who may not ask that may ask other things.
+        Ok(Err(cause)) if cause.code() == Some("NOPERM") => {
+            gate.is_alive(ticket);
+            return LOOK;
+        }
         Ok(Err(cause)) => Error::caused("ping", cause),
         Err(_) => Error::new(ErrorKind::Timeout, "ping"),
     };
@@ -335,7 +340,7 @@ async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
     let all_answer = matches!(learned, Ok(Ok(()))) && shut.is_empty();
     if !shut.is_empty() {
         let due = shut.into_iter().filter(|(_, gate)| gate.is_due());
-        let (back, why) = probe(shared, None, due).await;
+        let (back, why) = probe(shared, link, true, due).await;
         for gate in &back {
             gate.open();
         }
@@ -354,6 +359,11 @@ async fn look_at_nodes(shared: &Shared, link: &mut Link) -> Duration {
     }
 }
 
+/// Whether nobody may be there.
+fn is_silence(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Connection)
+}
+
 fn ping() -> Cmd {
     let mut ping = Cmd::new();
     ping.arg("PING");
@@ -365,10 +375,17 @@ fn ping() -> Cmd {
 async fn nobody_answers(shared: &Shared) -> Option<Error> {
     let nodes = shared.dialer.nodes(&shared.gates.masters());
     let asked = nodes.into_iter().map(|node| {
-        Box::pin(in_time(dial_limit(shared), async move {
-            let mut node = link::single(&node, || {}).await?;
-            node.query(&ping()).await
-        }))
+        Box::pin(async move {
+            let asked = in_time(dial_limit(shared), async move {
+                let mut node = link::single(&node, || {}).await?;
+                node.query(&ping()).await
+            });
+            match asked.await {
+                Err(error) if is_silence(&error) => Err(error),
+                // One that denies it is there.
+                Ok(_) | Err(_) => Ok(()),
+            }
+        })
     });
     select_ok(asked).await.err()
 }
@@ -395,17 +412,18 @@ async fn learn(shared: &Shared, link: &mut Link) -> Result<(), RedisError> {
 }
 
 /// Those gates behind which a write goes through within the time of an
-/// operation, and why one does not: over this link, or a new connection to each.
-/// On the link it would be another node that is asked for one that was lost,
-/// and everybody held up until that is tried.
+/// operation, and why one does not: over this link, or apart from it, over a new
+/// connection to each. On the link it would be another node that is asked for
+/// one that was lost, and everybody held up until that is tried.
 async fn probe<'s>(
     shared: &Shared,
-    link: Option<&Link>,
+    link: &Link,
+    apart: bool,
     gates: impl IntoIterator<Item = (usize, &'s Gate)>,
 ) -> (Vec<&'s Gate>, Option<Error>) {
     let probes = gates.into_iter().map(|(index, gate)| {
-        let link = link.cloned();
-        async move { writes(shared, link, index).await.map(|()| gate) }
+        let link = link.clone();
+        async move { writes(shared, link, apart, index).await.map(|()| gate) }
     });
     let mut open = Vec::new();
     let mut why = None;
@@ -418,19 +436,19 @@ async fn probe<'s>(
     (open, why)
 }
 
-async fn writes(shared: &Shared, link: Option<Link>, gate: usize) -> Result<(), Error> {
+async fn writes(shared: &Shared, mut link: Link, apart: bool, gate: usize) -> Result<(), Error> {
     // A node without slots is in nobody's way.
     let Some(cmd) = probe_of(shared, gate) else {
         return Ok(());
     };
-    let Some(mut link) = link else {
-        let name: Vec<_> = shared.gates.master(gate).into_iter().collect();
-        let server = shared.dialer.nodes(&name).swap_remove(0);
-        let made = link::single(&server, || {});
-        let mut node = in_time(dial_limit(shared), made).await?;
-        return in_time(shared.timeout, node.query(&cmd)).await.map(drop);
+    let node = apart.then(|| shared.gates.master(gate)).flatten();
+    // Where one is that does not know its own address, only the client knows.
+    let Some(server) = node.and_then(|address| shared.dialer.node(&address)) else {
+        return in_time(shared.timeout, link::ask(&mut link, &cmd)).await;
     };
-    in_time(shared.timeout, link::ask(&mut link, &cmd)).await
+    let made = link::single(&server, || {});
+    let mut node = in_time(dial_limit(shared), made).await?;
+    in_time(shared.timeout, node.query(&cmd)).await.map(drop)
 }
 
 /// A write behind this gate.
@@ -483,7 +501,7 @@ async fn connect(shared: &Arc<Shared>, number: u64) -> Result<(Link, Vec<&Gate>)
         Ok(made) => made?,
         Err(_) => return Err(Error::new(ErrorKind::Timeout, "connect")),
     };
-    match probe(shared, Some(&link), shared.gates.used()).await {
+    match probe(shared, &link, false, shared.gates.awake()).await {
         (open, Some(why)) if open.is_empty() => Err(why),
         (open, _) => Ok((link, open)),
     }

@@ -117,17 +117,20 @@ impl Dialer {
         self.cluster.is_some()
     }
 
-    /// The servers of these addresses; without any, those that were named to us.
+    /// The node at this address, if it is one.
+    pub(crate) fn node(&self, address: &str) -> Option<Server> {
+        self.servers[0].at(address)
+    }
+
+    /// The servers of these addresses; and those that were named to us, where
+    /// there are no others, or some that may be these.
     pub(crate) fn nodes(&self, addresses: &[String]) -> Vec<Server> {
-        let known = addresses.iter();
-        let known: Vec<_> = known
-            .filter_map(|address| self.servers[0].at(address))
-            .collect();
-        if known.is_empty() {
-            self.servers.clone()
-        } else {
-            known
+        let known = addresses.iter().filter_map(|address| self.node(address));
+        let mut known: Vec<_> = known.collect();
+        if known.is_empty() || known.len() < addresses.len() {
+            known.extend(self.servers.iter().cloned());
         }
+        known
     }
 
     /// A connection, and whom to tell when it has ended.

@@ -7,7 +7,7 @@ use buttress_core::sync::{
 };
 use redis::{Cmd, FromRedisValue, Value};
 
-use crate::{Slot, gate::Gate};
+use crate::{Slot, dial::host_and_port, gate::Gate};
 
 /// More masters than these share gates.
 const MOST: usize = 64;
@@ -85,9 +85,14 @@ impl Gates {
         }
     }
 
-    /// Shuts all. Whether one was open.
+    /// Those that may be probed.
+    pub(crate) fn awake(&self) -> impl Iterator<Item = (usize, &Gate)> {
+        self.used().filter(|(_, gate)| !gate.rests())
+    }
+
+    /// Shuts all. Whether one was open. Those that rest are shut, and go on to.
     pub(crate) fn shut(&self) -> bool {
-        self.used()
+        self.awake()
             .fold(false, |was_open, (_, gate)| gate.shut() | was_open)
     }
 
@@ -107,18 +112,20 @@ impl Gates {
     /// The connection for this command is lost.
     #[cold]
     pub(crate) fn lose(&self, cmd: &Cmd) {
-        if let (Some(cluster), Some(key)) = (&self.cluster, key(cmd)) {
+        if let (Some(cluster), Some(key)) = (&self.cluster, sole_key(cmd)) {
             cluster.lost[cluster.owner(Some(key))].store(true, Ordering::Relaxed);
             cluster.any_lost.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Which node the command is for, where the connection to it is lost.
+    /// Which node the command is for, where the connection to it is lost and
+    /// it is known where it is.
     pub(crate) fn lost(&self, cmd: &Cmd) -> Option<String> {
         let cluster = self.cluster.as_ref()?;
-        let owner = cluster.owner(Some(key(cmd)?));
+        let owner = cluster.owner(Some(sole_key(cmd)?));
         let is_lost = cluster.lost[owner].load(Ordering::Relaxed);
-        is_lost.then(|| cluster.names.lock().get(owner).cloned())??
+        let name: String = is_lost.then(|| self.master(owner))??;
+        host_and_port(&name).is_some().then_some(name)
     }
 
     /// The connections to all of them are there.
@@ -252,6 +259,43 @@ fn key(cmd: &Cmd) -> Option<&[u8]> {
         true => arg(3),
         false => arg(1),
     }
+}
+
+/// The same of one that goes to the node of that key and to no other, as far
+/// as the client knows the command.
+fn sole_key(cmd: &Cmd) -> Option<&[u8]> {
+    /// What is asked of a node or of all, with words behind it that are no keys.
+    const OF_NODES: [&[u8]; 16] = [
+        b"ACL",
+        b"CLIENT",
+        b"CLUSTER",
+        b"COMMAND",
+        b"CONFIG",
+        b"FLUSHALL",
+        b"FLUSHDB",
+        b"FUNCTION",
+        b"INFO",
+        b"KEYS",
+        b"LATENCY",
+        b"MEMORY",
+        b"PING",
+        b"PUBSUB",
+        b"SCRIPT",
+        b"WAIT",
+    ];
+    /// What the client takes apart where it is of several slots.
+    const OF_KEYS: [&[u8]; 5] = [b"DEL", b"EXISTS", b"MGET", b"TOUCH", b"UNLINK"];
+    let redis::Arg::Simple(name) = cmd.args_iter().next()? else {
+        return None;
+    };
+    let is_of = |names: &[&[u8]]| names.iter().any(|it| name.eq_ignore_ascii_case(it));
+    let first = key(cmd)?;
+    let is_beside =
+        |arg| matches!(arg, redis::Arg::Simple(key) if Slot::of(key) == Slot::of(first));
+    let is_sole = !is_of(&OF_NODES)
+        && !name.eq_ignore_ascii_case(b"MSET")
+        && (!is_of(&OF_KEYS) || cmd.args_iter().skip(1).all(is_beside));
+    is_sole.then_some(first)
 }
 
 #[cfg(all(test, not(buttress_loom)))]

@@ -126,6 +126,24 @@ fn scan(directory: &Path, words: &mut BTreeSet<String>) {
     }
 }
 
+/// Each second it was taken for gone.
+#[tokio::test]
+async fn a_server_that_denies_a_sign_of_life_is_alive() {
+    let server = Server::start().await;
+    for rule in ["on", ">opensesame", "~*", "&*", "+@all", "-ping"] {
+        let words = ["ACL", "SETUSER", "silent", rule];
+        server.cmd::<()>(&words).await;
+    }
+    let url = format!("redis://silent:opensesame@127.0.0.1:{}", server.port());
+    let config = Config::new(url).timeout(Duration::from_secs(5));
+    let redis = Redis::from_config(config).unwrap();
+    redis.connect().await.unwrap();
+    let mut watch = redis.watch();
+    let change = timeout(Duration::from_millis(2500), watch.changed()).await;
+    assert!(change.is_err(), "up: {change:?}");
+    assert!(redis.is_up());
+}
+
 /// Operations that are denied while probes pass: each 200 ms the gate opened,
 /// three failed, and it shut.
 #[tokio::test]

@@ -495,3 +495,71 @@ async fn a_node_out_of_reach_holds_up_nobody_else() {
     let took = recovered(&redis, &keys[1]).await;
     assert!(took < 4000 * MS, "{took:?}");
 }
+
+/// Nodes that do not know their own addresses: they are where they were asked.
+#[tokio::test]
+async fn nodes_without_names_come_back() {
+    let cluster = Cluster::start().await;
+    for node in cluster.nodes() {
+        let kind = ["cluster-preferred-endpoint-type", "unknown-endpoint"];
+        let words = [&["CONFIG", "SET"], &kind[..]].concat();
+        node.cmd::<()>(&words).await;
+    }
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    cluster.nodes()[1].pause();
+    lives_without(&redis, &keys, 1).await;
+    cluster.nodes()[1].resume();
+    let took = recovered(&redis, &keys[1]).await;
+    assert!(took < 4000 * MS, "{took:?}");
+}
+
+/// What a node denies it answers: it is not gone.
+#[tokio::test]
+async fn a_cluster_that_denies_a_sign_of_life_is_not_gone() {
+    let mut cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    for node in cluster.nodes() {
+        node.cmd::<()>(&["ACL", "SETUSER", "default", "-ping"])
+            .await;
+    }
+    cluster.node_mut(1).kill();
+    lives_without(&redis, &keys, 1).await;
+}
+
+/// The probes for one that is gone opened the gates of those that deny, too,
+/// each time.
+#[tokio::test]
+async fn nodes_that_deny_are_left_alone_while_another_is_gone() {
+    let mut cluster = Cluster::start().await;
+    let redis = handle(&cluster);
+    let keys = keys(&cluster, &redis).await;
+    for key in &keys {
+        recovered(&redis, key).await;
+    }
+    for node in cluster.nodes() {
+        let words = ["ACL", "SETUSER", "default", "-evalsha"];
+        node.cmd::<()>(&words).await;
+    }
+    cluster.node_mut(1).kill();
+    let script = Script::new("return 1");
+    let began = clock::now();
+    let mut denied = 0;
+    while clock::now() - began < 4000 * MS {
+        for key in &keys {
+            let error = redis.call::<i64>("test", &script.on([key])).await;
+            denied += u32::from(error.unwrap_err().kind() == ErrorKind::Denied);
+        }
+        sleep(2 * MS).await;
+    }
+    // Each of two nodes at first, after 0.2, 0.4, 0.8 and 1.6 s, three times.
+    assert!(denied >= 6, "{denied}");
+    assert!(denied <= 2 * 3 * 8, "{denied}");
+}

@@ -1,6 +1,7 @@
 -- A breaker's record is a hash: v version, s state, u its end and t when it
 -- happened by this server's clock in ms, w the longest it may last, o who
--- wrote, h when something was last done by hand; and a vote for each process, n:<process>, which counts until its value.
+-- wrote, h when something was last done by hand; and a vote for each process,
+-- n:<process>, which counts until its value.
 -- The index has all records of the fleet by version, and when it was begun
 -- as e:<us> at 0.
 local rec, idx = KEYS[1], KEYS[2]
@@ -19,6 +20,8 @@ local OVERRIDES = { fo = true, fc = true, m = true }
 local time = redis.call('TIME')
 local us = time[1] * 1000000 + time[2]
 local now = math.floor(us / 1000)
+-- When what is asked for happened.
+local at = now - age
 
 local function of_type(key, wanted)
   local kind = redis.call('TYPE', key).ok
@@ -94,7 +97,7 @@ end
 
 -- What was done by hand before this is past.
 local function by_hand()
-  h = math.max(h, now - age)
+  h = math.max(h, at)
   redis.call('HSET', rec, 'h', string.format('%.0f', h))
 end
 
@@ -105,10 +108,12 @@ local function forget_votes()
   end
 end
 
+-- What is gone is said again.
+if op == 'keep' and v == 0 then op = 'hand' end
 -- Whether what is asked for happened after what is written, or with it known.
-local fresh = v == base or t <= now - age
+local fresh = v == base or t <= at
 -- Whether nothing was done by hand since, as far as milliseconds tell.
-local last = h <= now - age + 2
+local last = h <= at + 2
 -- An override stands over all that rules have done since, known or not.
 if op == 'hand' then fresh = last and (fresh or OVERRIDES[to]) end
 local mine = s == 'p' and o == me
@@ -159,6 +164,9 @@ elseif op == 'hand' and (fresh or s == to and OVERRIDES[to]) then
     set(to, now + wait)
   end
   by_hand()
+elseif op == 'keep' and s == to then
+  keep()
+  verdict = 'took'
 end
 
 return { verdict, v, s, left(), o == me and 1 or 0 }

@@ -253,10 +253,7 @@ impl Link {
                     && inner.keep.is_some_and(|keep| now >= keep) =>
             {
                 inner.keep = Some(now + KEEPING);
-                Some(Op::Hand {
-                    to: state,
-                    wait: Duration::ZERO,
-                })
+                Some(Op::Keep { to: state })
             }
             _ => None,
         };

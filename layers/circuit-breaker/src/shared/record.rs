@@ -98,6 +98,8 @@ pub(crate) enum Op {
     Close,
     /// By hand. An override stands over all but what was done by hand since.
     Hand { to: State, wait: Duration },
+    /// To keep the record of an override that stands: no new word.
+    Keep { to: State },
 }
 
 /// An [`Op`], and what it was decided by.

@@ -52,6 +52,7 @@ impl Scripts {
             } => ("seize", lease, ""),
             Op::Close => ("close", Duration::ZERO, ""),
             Op::Hand { to, wait } => ("hand", wait, code(to)),
+            Op::Keep { to } => ("keep", Duration::ZERO, code(to)),
         };
         // Up, so that a wait is never cut; down, so that nothing is thought
         // to have happened before it has.

@@ -148,7 +148,14 @@ impl Server {
         let (state, until) = (record.state, record.until);
         let fresh = record.version == base || record.since <= at;
         let last = record.hand <= at + 2;
-        let fresh = match request.op {
+        let op = match request.op {
+            Op::Keep { to } if record.version == 0 => Op::Hand {
+                to,
+                wait: Duration::ZERO,
+            },
+            op => op,
+        };
+        let fresh = match op {
             Op::Hand { to, .. } if to.is_override() => last || to == state,
             Op::Hand { .. } => last && fresh,
             _ => fresh,
@@ -157,10 +164,10 @@ impl Server {
         let lapsed = state == State::HalfOpen && until <= now;
         let open_or_lapsed = state == State::Open || lapsed;
         let mut verdict = Verdict::Lost;
-        match request.op {
+        match op {
             Op::Read => {}
             Op::Trip { wait, asked } | Op::Reopen { wait, asked } => {
-                let reopens = matches!(request.op, Op::Reopen { .. });
+                let reopens = matches!(op, Op::Reopen { .. });
                 let (wait, asked) = (millis(wait), millis(asked));
                 let extends = asked > 0 && now + asked > until;
                 let again = reopens && (mine || fresh && open_or_lapsed);
@@ -197,7 +204,7 @@ impl Server {
                         node,
                     );
                     if seize {
-                        self.record.hand = self.record.hand.max(now);
+                        self.record.hand = self.record.hand.max(at);
                     }
                     verdict = Verdict::Took;
                 }
@@ -224,7 +231,8 @@ impl Server {
                 }
                 self.record.hand = self.record.hand.max(at);
             }
-            Op::Hand { .. } => {}
+            Op::Keep { to } if state == to => verdict = Verdict::Took,
+            Op::Hand { .. } | Op::Keep { .. } => {}
         }
         Reply {
             verdict,
@@ -807,6 +815,56 @@ fn an_override_of_before_another_word_does_not_come_again() {
     assert!(fleet.all_are(State::Open), "{:?}", fleet.states());
 }
 
+/// Who kept the record of an override there told it as if it were a word of the
+/// time when it was heard, and what was said before that was lost.
+#[test]
+fn to_keep_an_override_is_no_new_word() {
+    const MINUTE: u64 = 60_000;
+    let mut fleet = Fleet::new(2, 1);
+    fleet.nodes[1].cut = true;
+    fleet.by_hand(0, 0);
+    fleet.ask_all(0);
+    fleet.nodes[0].cut = true;
+    fleet.time += MINUTE;
+    fleet.by_hand(0, 7);
+    // One that hears of it later, and keeps it.
+    fleet.time += MINUTE;
+    fleet.nodes[1].cut = false;
+    fleet.pull(1);
+    assert_eq!(fleet.states()[1], State::ForcedOpen);
+    for _ in 0..3 {
+        fleet.time += 11 * MINUTE;
+        assert!(fleet.ask(1, 9), "it is kept");
+    }
+    // Nor does one that has not heard of the end yet take it back.
+    fleet.nodes[0].cut = false;
+    fleet.ask_all(0);
+    fleet.time += 11 * MINUTE;
+    fleet.ask_all(1);
+    fleet.settle();
+    assert!(fleet.all_are(State::Closed), "{:?}", fleet.states());
+}
+
+/// One that came late counted from then on.
+#[test]
+fn a_probe_that_was_begun_by_hand_counts_from_when_it_was() {
+    let mut fleet = Fleet::new(2, 1);
+    fleet.trip(0);
+    fleet.ask_all(0);
+    fleet.pull(1);
+    for node in 0..2 {
+        fleet.nodes[node].cut = true;
+        fleet.time += 1_000;
+        fleet.by_hand(node, [3, 0][node]);
+    }
+    fleet.time += 1_000;
+    fleet.nodes[0].cut = false;
+    fleet.ask_all(0);
+    assert_eq!(fleet.server.record.state, State::HalfOpen);
+    fleet.settle();
+    assert!(fleet.all_are(State::ForcedOpen), "{:?}", fleet.states());
+}
+
 /// The pause that the callee asked for beside failures that opened it was that
 /// of the fleet only where it was the first to open it.
 #[test]
@@ -906,7 +964,7 @@ async fn the_model_is_the_script() {
                 rolled
             };
             let span = [Duration::ZERO, hour][dice(2) as usize];
-            let op = match dice(9) {
+            let op = match dice(10) {
                 0 => Op::Read,
                 1 => Op::Trip {
                     wait: span,
@@ -926,6 +984,10 @@ async fn the_model_is_the_script() {
                     by_hand: dice(4) == 0,
                 },
                 6 => Op::Close,
+                7 => Op::Keep {
+                    to: [State::ForcedOpen, State::ForcedClosed, State::MetricsOnly]
+                        [dice(3) as usize],
+                },
                 _ => Op::Hand {
                     to: [
                         State::Closed,

@@ -13,8 +13,7 @@ use std::{
 };
 
 #[cfg(feature = "redis")]
-use std::sync::atomic::AtomicBool;
-
+use buttress_core::clock::{self, Instant};
 use buttress_core::{
     clock::{SystemClock, WallClock},
     key::Key,
@@ -39,17 +38,21 @@ pub(crate) struct Memory {
 /// Whose turn it is, for one key.
 struct Line {
     turns: Arc<Semaphore>,
-    /// Whether who has the turn is on its way out.
+    /// Since when who has the turn is on its way out, in nanoseconds.
     #[cfg(feature = "redis")]
-    leaving: AtomicBool,
+    leaving: AtomicU64,
 }
+
+/// It is not.
+#[cfg(feature = "redis")]
+const STAYS: u64 = u64::MAX;
 
 impl Line {
     fn new() -> Self {
         Self {
             turns: Arc::new(Semaphore::new(1)),
             #[cfg(feature = "redis")]
-            leaving: AtomicBool::new(false),
+            leaving: AtomicU64::new(STAYS),
         }
     }
 }
@@ -124,10 +127,11 @@ impl Place {
         Arc::clone(&self.line().turns)
     }
 
-    /// Whether who has the turn is giving it back.
+    /// For how long who has the turn has been giving it back, if it is.
     #[cfg(feature = "redis")]
-    pub(crate) fn is_leaving(&self) -> bool {
-        self.line().leaving.load(Relaxed)
+    pub(crate) fn leaving(&self) -> Option<Duration> {
+        let since = self.line().leaving.load(Relaxed);
+        (since != STAYS).then(|| clock::now() - Instant::from_nanos(since))
     }
 
     /// Its turn, if nobody else has it.
@@ -170,14 +174,15 @@ pub(crate) struct Turn {
 impl Turn {
     fn new(turn: OwnedSemaphorePermit, place: Place) -> Self {
         #[cfg(feature = "redis")]
-        place.line().leaving.store(false, Relaxed);
+        place.line().leaving.store(STAYS, Relaxed);
         Self { _turn: turn, place }
     }
 
     /// It will be over soon.
     #[cfg(feature = "redis")]
     pub(crate) fn leave(&self) {
-        self.place.line().leaving.store(true, Relaxed);
+        let now = clock::now().as_nanos();
+        self.place.line().leaving.store(now, Relaxed);
     }
 
     /// Where this process alone counts, it is the lock.

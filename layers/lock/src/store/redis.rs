@@ -75,9 +75,9 @@ impl Drop for Leaving {
 }
 
 /// Why there was no turn in time: whoever has it would be gone by now if Redis
-/// answered, or is still there.
-pub(crate) fn overdue(place: &Place) -> Denied {
-    if place.is_leaving() {
+/// answered, or is still there, or was until just now.
+pub(crate) fn overdue(place: &Place, timeout: Duration) -> Denied {
+    if place.leaving().is_some_and(|span| span >= timeout) {
         Denied::Failed("the last lock could not be given back in time".into())
     } else {
         Denied::Busy

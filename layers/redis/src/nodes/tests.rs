@@ -128,3 +128,55 @@ fn each_gate_has_a_key_to_probe_it_with() {
     assert_eq!(gates.key_behind(40, "buttress:probe"), None);
     assert_eq!(Gates::single().key_behind(0, "p").as_deref(), Some("p"));
 }
+
+fn cmd(words: &[&str]) -> Cmd {
+    let mut cmd = Cmd::new();
+    for word in words {
+        cmd.arg(word);
+    }
+    cmd
+}
+
+/// The question whose slots are whose was taken for one of the key `SLOTS`, and
+/// went on to be asked of a node that was gone and had that key's slot.
+#[test]
+fn only_what_goes_to_the_one_lost_node_is_spared_the_client() {
+    let gates = Gates::cluster();
+    gates.learn(&slots(&[(0, 16_383, "a")]));
+    let others = [
+        cmd(&["CLUSTER", "SLOTS"]),
+        cmd(&["PING"]),
+        cmd(&["DBSIZE"]),
+        cmd(&["SCRIPT", "FLUSH"]),
+        cmd(&["MGET", "foo", "bar"]),
+    ];
+    for other in &others {
+        gates.lose(other);
+    }
+    assert!(!gates.any_lost());
+    gates.lose(&get("foo"));
+    assert!(gates.any_lost());
+    assert_eq!(gates.lost(&get("foo")).as_deref(), Some("a:6379"));
+    let script = cmd(&["EVALSHA", "text", "1", "foo", "x"]);
+    assert_eq!(gates.lost(&script).as_deref(), Some("a:6379"));
+    for other in &others {
+        assert_eq!(gates.lost(other), None);
+    }
+    gates.all_found();
+    assert_eq!(gates.lost(&get("foo")), None);
+}
+
+/// A node that does not know its own address is at the one that was asked,
+/// which only the client knows.
+#[test]
+fn a_node_without_a_name_is_left_to_the_client() {
+    for host in ["", "?", "0.0.0.0", "::"] {
+        let gates = Gates::cluster();
+        gates.learn(&slots(&[(0, 9999, host), (10_000, 16_383, "b")]));
+        assert_ne!(gate(&gates, "foo"), gate(&gates, "bar"));
+        gates.lose(&get("bar"));
+        assert_eq!(gates.lost(&get("bar")), None, "{host:?}");
+        gates.lose(&get("foo"));
+        assert_eq!(gates.lost(&get("foo")).as_deref(), Some("b:6379"));
+    }
+}
