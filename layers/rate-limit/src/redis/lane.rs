@@ -219,27 +219,28 @@ impl Lanes {
     }
 
     fn enter(self: &Arc<Self>, slot: Option<Slot>, check: Check) -> Turn {
-        let scarce = self.scarce(&check);
         let mut busy = self.busy.lock();
         let busy = &mut *busy;
         match busy.lanes.entry(slot) {
             Entry::Occupied(mut lane) => {
                 let lane = lane.get_mut();
-                let is_asked = scarce.is_some_and(|key| lane.scarce.contains(&key));
-                if lane.ways < WAYS && lane.waiting.is_empty() && !is_asked {
-                    lane.ways += 1;
-                    lane.scarce.extend(scarce);
-                    let lanes = Arc::clone(self);
-                    let number = lane.number;
-                    return Turn::Now(
-                        Baton {
-                            lanes,
-                            slot,
-                            number,
-                            scarce,
-                        },
-                        check,
-                    );
+                if lane.ways < WAYS && lane.waiting.is_empty() {
+                    let scarce = self.scarce(&check);
+                    if !scarce.is_some_and(|key| lane.scarce.contains(&key)) {
+                        lane.ways += 1;
+                        lane.scarce.extend(scarce);
+                        let lanes = Arc::clone(self);
+                        let number = lane.number;
+                        return Turn::Now(
+                            Baton {
+                                lanes,
+                                slot,
+                                number,
+                                scarce,
+                            },
+                            check,
+                        );
+                    }
                 }
                 let (tell, told) = oneshot::channel();
                 lane.waiting.push_back(Waiting {
@@ -250,6 +251,7 @@ impl Lanes {
                 Turn::Later(lane.number, told)
             }
             Entry::Vacant(lane) => {
+                let scarce = self.scarce(&check);
                 busy.count += 1;
                 let number = busy.count;
                 lane.insert(Lane {
