@@ -192,8 +192,8 @@ impl Lanes {
         let slot = (self.ground.redis.is_cluster()).then(|| check[0].key.slot());
         match self.enter(slot, check) {
             Turn::Now(baton, check) => {
-                // In a box of its own: those who wait, who are many, are a
-                // fifth of the size.
+                // In a box of its own: those who wait, who are many, have no
+                // room for it.
                 let found = Box::pin(self.ask_one(&check)).await;
                 drop(baton);
                 found
@@ -229,17 +229,8 @@ impl Lanes {
                     if !scarce.is_some_and(|key| lane.scarce.contains(&key)) {
                         lane.ways += 1;
                         lane.scarce.extend(scarce);
-                        let lanes = Arc::clone(self);
-                        let number = lane.number;
-                        return Turn::Now(
-                            Baton {
-                                lanes,
-                                slot,
-                                number,
-                                scarce,
-                            },
-                            check,
-                        );
+                        let baton = self.baton(slot, lane.number, scarce);
+                        return Turn::Now(baton, check);
                     }
                 }
                 let (tell, told) = oneshot::channel();
@@ -260,16 +251,7 @@ impl Lanes {
                     scarce: scarce.into_iter().collect(),
                     waiting: VecDeque::new(),
                 });
-                let lanes = Arc::clone(self);
-                Turn::Now(
-                    Baton {
-                        lanes,
-                        slot,
-                        number,
-                        scarce,
-                    },
-                    check,
-                )
+                Turn::Now(self.baton(slot, number, scarce), check)
             }
         }
     }
@@ -286,6 +268,20 @@ impl Lanes {
             .ground
             .refused(charge.limit, charge.id, &charge.gcra, two, now);
         refused.map(|_| (charge.limit, charge.id))
+    }
+
+    fn baton(
+        self: &Arc<Self>,
+        slot: Option<Slot>,
+        number: u64,
+        scarce: Option<(usize, KeyId)>,
+    ) -> Baton {
+        Baton {
+            lanes: Arc::clone(self),
+            slot,
+            number,
+            scarce,
+        }
     }
 
     fn post(self: &Arc<Self>, slot: Option<Slot>, number: u64) -> Post {

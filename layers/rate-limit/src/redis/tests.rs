@@ -513,7 +513,8 @@ async fn what_is_owed_is_charged_from_when_it_was() {
     }
 }
 
-/// Several threads, and checks that are dropped at any point of their way.
+/// Several threads, and checks that are dropped at any point of their way; so
+/// many that a call goes before those of the last are told.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn in_a_crowd_each_check_is_charged_once_or_dropped() {
     let it = Harness::new().await;
@@ -524,12 +525,12 @@ async fn in_a_crowd_each_check_is_charged_once_or_dropped() {
         .await
         .unwrap();
     let mut tasks = tokio::task::JoinSet::new();
-    for task in 0..64_u64 {
+    for task in 0..400_u64 {
         let (strict, ask) = (Arc::clone(&it.strict), [ask.clone()]);
         tasks.spawn(async move {
             let mut dice = Dice(task + 1);
             let (mut passed, mut dropped) = (0, 0);
-            for _ in 0..50 {
+            for _ in 0..20 {
                 let mut check = Box::pin(strict.decide(&ask, Detail::None));
                 let mut patience = match dice.below(3) {
                     0 => 1 + dice.below(4),
