@@ -1,6 +1,5 @@
-//! Numbers to and from scripts as one flat array of [MessagePack], which the
-//! server writes and reads in a fraction of the time that a text or a reply of
-//! its own takes for each.
+//! Numbers to and from scripts as one flat array of [MessagePack], which is
+//! read in a fraction of the time that a reply of as many numbers takes.
 //!
 //! [MessagePack]: https://github.com/msgpack/msgpack/blob/master/spec.md
 

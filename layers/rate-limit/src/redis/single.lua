@@ -1,6 +1,6 @@
 -- A check of one key, once, whose charge is whole microseconds: most are, and
--- what all others need would cost it as much again. What is odd about its key
--- is left to them.
+-- what all others need would take the server an eighth longer. What is odd
+-- about its key is left to them.
 if not KEYS[2] and not ARGV[3] then
   local u = tonumber(redis.pcall('GET', KEYS[1]) or now)
   if u and u - now < 1e14 and u % 1 == 0 then
